@@ -1,0 +1,1 @@
+"""Text to sample to gradient to sketch to row."""

@@ -1,0 +1,214 @@
+"""Samples to tokens: templates, target rules, truncation.
+
+A *format variant* says how a sample becomes text (`template`) and which tokens the loss is taken on (`targets`):
+
+- `response`: the tokens that carry the response's own characters (not the template's end mark)
+- `text`: every token but the first, which nothing predicts
+- `predicted`: the same positions, with the model's own most likely token as the label (the paper's pseudo-labels)
+- `auto`: `response` where the sample has one, else `predicted`
+
+A sample that is too long loses the start of its prompt or, where it is one text, its end; the template and a response's
+tokens are never cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lark_store.errors import InputError
+from lark_store.schema.catalog import TARGET_RULES, FormatVariant
+from lark_store.schema.records import RenderedSample
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from lark_store.ingest.sources import Sample
+
+RAW = "{% if text %}{{ text }}{% else %}{{ prompt }}\n{{ response }}{% endif %}"
+CHATML = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+BUILT_IN = {"raw": RAW, "chatml": CHATML}
+DEFAULT_MAX_LENGTH = 1024
+# Stand-ins for a sample's parts while its template runs, from Unicode's private use area: where they come out is
+# where the parts are, whatever the parts say.
+_MARKS = {"prompt": "\ue0f0prompt\ue0f1", "response": "\ue0f0response\ue0f1", "text": "\ue0f0text\ue0f1"}
+
+
+class UnusableSampleError(Exception):
+    """A sample that can't be sketched; the message is the reason that is recorded."""
+
+
+def make_variant(name: str, template: str, targets: str, max_length: int) -> FormatVariant:
+    """Build a variant from a built-in template's name or a Jinja file.
+
+    Raises
+    ------
+    InputError
+        The rule is unknown, the length too small, the file missing or no valid template.
+    """
+    if targets not in TARGET_RULES:
+        rules = ", ".join(f"`{r}`" for r in TARGET_RULES)
+        raise InputError(f"`{targets}` is no target rule", f"the rules are {rules}")
+    if max_length < 2:
+        raise InputError(f"a maximum length of {max_length} leaves nothing to predict", "try `--max-length 1024`")
+    if template in BUILT_IN:
+        text = BUILT_IN[template]
+    else:
+        path = Path(template)
+        if not path.is_file():
+            raise InputError(
+                f"`{template}` is neither a built-in template nor a file",
+                "use `raw`, `chatml` or the path of a Jinja template that prints `prompt`, `response` and `text`",
+            )
+        template, text = "jinja", path.read_text(encoding="utf-8")
+        _compile(text)
+    identity = json.dumps([template, text, targets, max_length])
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    return FormatVariant(
+        name=name,
+        template=template,
+        template_text=text,
+        targets=targets,
+        max_length=max_length,
+        sha256=digest,
+    )
+
+
+def _compile(text: str) -> Template:
+    from jinja2 import StrictUndefined, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
+    except TemplateSyntaxError as error:
+        raise InputError(f"line {error.lineno} of the template: {error.message}", "it is a Jinja template") from error
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A rendered sample: `input_ids` (T,), which of them are targets (T,), by which rule, and how many were cut."""
+
+    input_ids: list[int]
+    is_target: list[bool]
+    rule: str
+    n_cut: int = 0
+
+    @property
+    def n_targets(self) -> int:
+        """How many tokens the loss is taken on."""
+        return sum(self.is_target)
+
+
+class Renderer:
+    """Renders samples in one variant with one checkpoint's tokenizer (a fast one of transformers)."""
+
+    def __init__(self, variant: FormatVariant, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(
+                "the checkpoint's tokenizer can't tell which characters a token covers",
+                "save it as a fast tokenizer (tokenizer.json)",
+            )
+        self.variant = variant
+        self.tokenizer = tokenizer
+        self.own_chat = variant.template == "chatml" and bool(tokenizer.chat_template)
+        self._template = None if self.own_chat else _compile(variant.template_text)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what really formats: the variant and, where it is used, the tokenizer's chat template."""
+        text = str(self.tokenizer.chat_template) if self.own_chat else ""
+        return hashlib.sha256(json.dumps([self.variant.sha256, text]).encode()).hexdigest()
+
+    def _run(self, parts: dict[str, str | None]) -> str:
+        from jinja2 import TemplateError
+
+        messages: list[dict[str, str | None]]
+        if parts["text"] is not None:
+            messages = [{"role": "user", "content": parts["text"]}]
+        else:
+            messages = [
+                {"role": "user", "content": parts["prompt"]},
+                {"role": "assistant", "content": parts["response"]},
+            ]
+        try:
+            if self._template is None:
+                return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            return self._template.render(messages=messages, **parts)
+        except TemplateError as error:
+            raise UnusableSampleError(f"the template fails: {error}") from error
+
+    def _text(self, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
+        """Return the rendered text and where each part of the sample stands in it, in characters."""
+        parts = {"prompt": sample.prompt, "response": sample.response, "text": sample.text}
+        skeleton = self._run({name: None if part is None else _MARKS[name] for name, part in parts.items()})
+        spans: dict[str, tuple[int, int]] = {}
+        built, rest = "", skeleton
+        present = [name for name, part in parts.items() if part is not None and _MARKS[name] in skeleton]
+        for name in sorted(present, key=lambda n: skeleton.index(_MARKS[n])):
+            before, rest = rest.split(_MARKS[name], 1)
+            start = len(built) + len(before)
+            built += before + str(parts[name])
+            spans[name] = (start, len(built))
+        if built + rest != self._run(parts):
+            raise UnusableSampleError("the template rewrites the sample's text, so its targets can't be told")
+        return built + rest, spans
+
+    def render(self, sample: Sample) -> Tokens:
+        """Render, tokenize, mark the targets and cut to the variant's length.
+
+        Raises
+        ------
+        UnusableSampleError
+            No target token, targets longer than the variant's length, or a template that fails on this sample.
+        """
+        text, spans = self._text(sample)
+        coded = self.tokenizer(
+            text,
+            add_special_tokens=not self.own_chat,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids, offsets = list(coded["input_ids"]), list(coded["offset_mapping"])
+
+        def covers(part: str) -> list[bool]:
+            start, end = spans.get(part, (0, 0))
+            return [a < end and b > start and b > a for a, b in offsets]
+
+        rule = self.variant.targets
+        if rule == "auto":
+            rule = "response" if sample.response else "predicted"
+        targets = covers("response") if rule == "response" else [True] * len(ids)
+        cuttable = covers("text" if sample.text else "prompt")
+        if rule == "response":
+            cuttable = [c and not t for c, t in zip(cuttable, targets, strict=True)]
+        keep = self._keep(cuttable, from_end=sample.text is not None)
+        is_target = [targets[i] for i in keep]
+        is_target[:1] = [False]
+        if not any(is_target):
+            raise UnusableSampleError(f"no target token under the rule `{self.variant.targets}`")
+        return Tokens([ids[i] for i in keep], is_target, rule, len(ids) - len(keep))
+
+    def _keep(self, cuttable: list[bool], *, from_end: bool) -> list[int]:
+        """Return the positions that stay when the cuttable ones, from one end, give way to the variant's length."""
+        n, longest = len(cuttable), self.variant.max_length
+        where = [i for i in range(n) if cuttable[i]]
+        excess = max(0, n - longest)
+        if len(where) < excess:
+            raise UnusableSampleError(
+                f"{n - len(where)} of its {n} tokens can't be cut, and the variant's maximum is {longest}"
+            )
+        dropped = set(where[len(where) - excess :] if from_end else where[:excess])
+        return [i for i in range(n) if i not in dropped]
+
+
+def show(renderer: Renderer, source: str, sample: Sample) -> RenderedSample:
+    """Return one rendered sample with its loss mask, piece by piece."""
+    tokens = renderer.render(sample)
+    pieces = [renderer.tokenizer.decode([token]) for token in tokens.input_ids]
+    return RenderedSample(
+        source, sample.sample_id, renderer.variant.name, tokens.rule, pieces, tokens.is_target, tokens.n_cut
+    )

@@ -1,0 +1,94 @@
+"""Sketches to rows: collect, commit to Lance, then commit the counts to the catalog."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from lark_store.schema.catalog import IngestRun, Sketcher, now
+from lark_store.schema.vectors import FAILURES, ROWS_PER_BATCH, row_key, sketch_schema, where
+
+if TYPE_CHECKING:
+    from lark_store.ingest.gradients import Sketch
+    from lark_store.ingest.variants import Tokens
+    from lark_store.schema.database import Database
+
+UNIT_KEYS = ("checkpoint", "source", "variant")
+_SECONDS_BETWEEN_COMMITS = 30.0
+
+
+class SketchWriter:
+    """Writes one run's sketches: a commit every 64 rows or 30 seconds, whichever comes first."""
+
+    def __init__(
+        self, db: Database, run: IngestRun, fingerprint: str, sketcher: Sketcher, names: dict[str, str]
+    ) -> None:
+        self.db, self.run, self.names = db, run, names
+        self.schema = sketch_schema(sketcher.k, sketcher.dtype)
+        self.numpy_dtype = np.dtype(sketcher.dtype)
+        self.table = db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype)
+        self.failures = db.vectors.table("failures")
+        self.n_sketched = int(self.table.count_rows(where(ingest_run=run.id)))
+        self.n_failed = 0
+        self._rows: list[dict[str, Any]] = []
+        self._vectors: list[np.ndarray[Any, Any]] = []
+        self._failed: list[dict[str, Any]] = []
+        self._last_commit = time.monotonic()
+        if self.failures.count_rows(where(ingest_run=run.id)):
+            self.failures.delete(where(ingest_run=run.id))  # they are tried again now
+
+    def add(self, sample_id: str, tokens: Tokens, sketch: Sketch) -> None:
+        """Take one sketch."""
+        self._rows.append(
+            {
+                "row_key": row_key(**self.names, sample_id=sample_id),
+                **self.names,
+                "sample_id": sample_id,
+                "ingest_run": self.run.id,
+                "n_tokens": len(tokens.input_ids),
+                "n_loss_tokens": tokens.n_targets,
+                "loss": sketch.loss,
+                "grad_norm": sketch.grad_norm,
+            }
+        )
+        self._vectors.append(sketch.vector.numpy().astype(self.numpy_dtype))
+        late = time.monotonic() - self._last_commit > _SECONDS_BETWEEN_COMMITS
+        if len(self._rows) >= ROWS_PER_BATCH or late:
+            self.commit()
+
+    def fail(self, sample_id: str, reason: str) -> None:
+        """Take one sample that could not be sketched."""
+        self.n_failed += 1
+        self._failed.append({"ingest_run": self.run.id, **self.names, "sample_id": sample_id, "reason": reason})
+
+    def commit(self) -> None:
+        """Write what was taken to Lance, then the counts to the catalog."""
+        if self._rows:
+            scalars = pa.Table.from_pylist(self._rows, schema=self.schema.remove(len(self.schema) - 1))
+            field = self.schema.field("vector")
+            values = pa.array(np.concatenate(self._vectors), type=field.type.value_type)
+            vectors = pa.FixedSizeListArray.from_arrays(values, type=field.type)
+            self.run.lance_version = self.db.vectors.append(self.table, scalars.append_column(field, vectors))
+            self.n_sketched += len(self._rows)
+        if self._failed:
+            self.db.vectors.append(self.failures, pa.Table.from_pylist(self._failed, schema=FAILURES))
+        self._rows, self._vectors, self._failed = [], [], []
+        self._last_commit = time.monotonic()
+        self._record()
+
+    def finish(self, status: str, seconds: float, error: str | None = None) -> None:
+        """Commit what is left and close the run."""
+        self.commit()
+        self.db.vectors.refresh_indices(self.table)
+        self.run.status, self.run.error = status, error
+        self.run.seconds = (self.run.seconds or 0.0) + seconds
+        self.run.finished_at = now()
+        self._record()
+
+    def _record(self) -> None:
+        self.run.n_sketched, self.run.n_failed = self.n_sketched, self.n_failed
+        with self.db.session() as session:
+            session.merge(self.run)

@@ -1,0 +1,137 @@
+"""The catalog's schema over time: build a fresh one, tell its version, upgrade an older one.
+
+Opening a store never changes its schema. SQLite needs care here: migrations get an engine of their own, with
+`BEGIN IMMEDIATE` before the first statement (so that several upgraders queue), foreign keys off (a rebuilt table
+must not cascade into its children) and a `foreign_key_check` before the commit.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, NullPool, create_engine, event, text
+
+from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError
+from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+VERSION_TABLE = "lark_store_version"
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", "lark_store:migrations")
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def newest() -> str:
+    """Return the schema version that this lark-store writes."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    if head is None:
+        raise StoreError("the package holds no migrations", "install lark-store again")
+    return head
+
+
+@contextmanager
+def _migrating(path: Path) -> Iterator[Connection]:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=NullPool,
+        connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_S},
+    )
+
+    @event.listens_for(engine, "connect")
+    def _off(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA foreign_keys = OFF")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    with engine.begin() as connection:
+        yield connection
+        broken = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
+        if broken:
+            raise StoreError(f"the migration would break {len(broken)} references", "nothing was changed; report this")
+    engine.dispose()
+
+
+def create(location: Location) -> None:
+    """Build the catalog of a fresh store by the migrations alone."""
+    with _migrating(location.catalog) as connection:
+        command.upgrade(_config(connection), "head")
+        connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def version(location: Location) -> str:
+    """Return the schema version of the store at `location`, reading only.
+
+    Raises
+    ------
+    NotAStoreError
+        There is no catalog, or the file is not one of ours.
+    """
+    missing = NotAStoreError(
+        f"there is no lark-store at `{location.root}`",
+        "make one with `lark-store init`, or name yours with `--store PATH` or `LARK_STORE`",
+    )
+    if not location.catalog.is_file():
+        raise missing
+    try:
+        with closing(sqlite3.connect(f"{location.catalog.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+                raise missing
+            (found,) = db.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
+    except sqlite3.Error as error:
+        raise NotAStoreError(
+            f"`{location.catalog}` can't be read as a catalog: {error}",
+            "restore the file from a backup, or name another store with `--store PATH`",
+        ) from error
+    return str(found)
+
+
+def check(location: Location) -> None:
+    """Make sure that the store can be opened as it is.
+
+    Raises
+    ------
+    NotAStoreError, OlderSchemaError, NewerSchemaError
+    """
+    found, ours = version(location), newest()
+    if found == ours:
+        return
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if found in known:
+        raise OlderSchemaError(
+            f"the store `{location.root}` has schema {found}; this lark-store needs {ours}",
+            "upgrade it with `lark-store db upgrade` (a backup is made first)",
+        )
+    raise NewerSchemaError(
+        f"the store `{location.root}` has schema {found}, which this lark-store (schema {ours}) does not know",
+        "install a newer version with `pip install --upgrade lark-store`",
+    )
+
+
+def upgrade(location: Location) -> Path | None:
+    """Back the catalog up, then migrate it to the newest schema; returns the backup, or None if nothing was to do."""
+    found = version(location)
+    try:
+        check(location)
+    except OlderSchemaError:
+        backup = location.root / f"catalog-{found}.backup.sqlite"
+        with closing(sqlite3.connect(location.catalog)) as old, closing(sqlite3.connect(backup)) as copy:
+            old.backup(copy)
+        with _migrating(location.catalog) as connection:
+            command.upgrade(_config(connection), "head")
+        return backup
+    return None

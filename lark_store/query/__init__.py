@@ -1,0 +1,1 @@
+"""Sketches to influence to metrics, and SQL over all of it."""

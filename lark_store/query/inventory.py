@@ -1,0 +1,46 @@
+"""`show`: what a store holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lark_store.query.sql import connect, fetch
+from lark_store.schema.records import Inventory
+
+if TYPE_CHECKING:
+    from lark_store.schema.database import Database
+
+_FRAMES = {
+    "checkpoints": """
+        SELECT c.name, model, epoch, step, learning_rate, m.metrics, path, c.weights_sha256[:12] AS weights
+        FROM checkpoints c LEFT JOIN (
+            SELECT checkpoint, string_agg(name || ' ' || round(value, 4), ', ' ORDER BY name) AS metrics
+            FROM checkpoint_metrics GROUP BY ALL
+        ) m ON m.checkpoint = c.name ORDER BY epoch NULLS FIRST, c.created_at""",
+    "sources": """
+        SELECT s.name, stage, domain, coalesce(n, 0) AS samples, licence, uri
+        FROM sources s LEFT JOIN (SELECT source, count(*) AS n FROM samples GROUP BY ALL) x ON x.source = s.name
+        ORDER BY s.created_at""",
+    "variants": "SELECT name, template, targets, max_length FROM variants ORDER BY created_at",
+    "sketchers": "SELECT name, k, seed, dtype, parameters, exclude FROM sketchers ORDER BY created_at",
+    "sketches": """
+        WITH failed AS (
+            SELECT checkpoint, source, variant, ingest_run, count(*) AS n FROM failures GROUP BY ALL
+        )
+        SELECT r.sketcher, r.checkpoint, r.source, r.variant, sum(r.n_sketched)::BIGINT AS sketches,
+               coalesce(last(f.n ORDER BY r.ingest_run), 0) AS failed,
+               last(r.status ORDER BY r.ingest_run) AS status,
+               sum(r.n_sketched * k.k * CASE k.dtype WHEN 'float16' THEN 2 ELSE 4 END)::BIGINT AS bytes
+        FROM ingest_runs r JOIN sketchers k ON k.name = r.sketcher LEFT JOIN failed f USING (ingest_run)
+        GROUP BY ALL ORDER BY min(r.ingest_run)""",
+}
+
+
+def inventory(db: Database) -> Inventory:
+    """Count everything; see `Store.show`."""
+    connection = connect(db)
+    try:
+        frames = {name: fetch(connection, query) for name, query in _FRAMES.items()}
+    finally:
+        connection.close()
+    return Inventory(path=str(db.location.root), **frames)

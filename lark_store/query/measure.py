@@ -1,0 +1,48 @@
+"""`metrics`: read the committed source influences and hand them to the pure functions of `metrics`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lark_store.errors import InputError, NothingToScoreError
+from lark_store.query import metrics
+from lark_store.query.sql import connect, fetch
+from lark_store.schema.catalog import Checkpoint
+from lark_store.schema.database import Database, find
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import polars as pl
+
+_VIEWS: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
+    "all": lambda frame: frame,
+    "influence": metrics.influence_table,
+    "dominance": metrics.dominance_table,
+}
+_PHI = """
+    SELECT i.checkpoint, i.queries, i.query_id, i.source, s.stage, i.variant, i.max AS phi
+    FROM source_influence i JOIN sources s ON s.name = i.source JOIN checkpoints c ON c.name = i.checkpoint
+    WHERE i.method = ? AND i.sketcher = ? AND i.query_checkpoint = i.checkpoint AND (? IS NULL OR i.checkpoint = ?)
+    ORDER BY c.epoch NULLS FIRST, c.created_at, i.queries, i.score_run, i.query_id"""
+
+
+def measure(db: Database, checkpoint: str | None, view: str, method: str, sketcher: str) -> pl.DataFrame:
+    """Compute the metrics of what was scored; see `Store.metrics`."""
+    if view not in _VIEWS:
+        raise InputError(f"`{view}` is no view of the metrics", f"the views are {', '.join(f'`{v}`' for v in _VIEWS)}")
+    if checkpoint is not None:
+        with db.session() as session:
+            find(session, Checkpoint, checkpoint)
+    connection = connect(db)
+    try:
+        phi = fetch(connection, _PHI, [method, sketcher, checkpoint, checkpoint])
+    finally:
+        connection.close()
+    if phi.is_empty():
+        at = f" at checkpoint `{checkpoint}`" if checkpoint else ""
+        raise NothingToScoreError(
+            f"nothing is scored by `{method}` of `{sketcher}` sketches{at} yet",
+            f"score with `lark-store attribute --checkpoint {checkpoint or 'NAME'} --queries NAME`",
+        )
+    return _VIEWS[view](metrics.all_metrics(phi))

@@ -1,0 +1,237 @@
+"""The catalog: what people manage, as SQLAlchemy tables. It stays small.
+
+The tables are built by the migrations alone; `tests/test_migrations.py` holds the two against each other.
+Column types are those that SQLite's STRICT tables and PostgreSQL share.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import REAL, CheckConstraint, Double, ForeignKey, MetaData, Text, TypeDecorator
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+if TYPE_CHECKING:
+    from sqlalchemy import Dialect
+    from sqlalchemy.types import TypeEngine
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+STRICT = {"sqlite_strict": True}
+Real: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
+
+STAGES = ("finetune", "pretrain", "query")
+TARGET_RULES = ("response", "text", "predicted", "auto")
+RUN_STATUSES = ("running", "done", "interrupted", "failed", "superseded")
+
+
+def one_of(column: str, values: tuple[str, ...]) -> str:
+    """Return the SQL condition that a text column holds one of `values`."""
+    return f"{column} IN ({', '.join(repr(v) for v in values)})"
+
+
+class Json(TypeDecorator[dict[str, Any]]):
+    """A JSON object kept as text."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: dict[str, Any] | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Write the object as text with sorted keys."""
+        return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, Any] | None:  # noqa: ARG002
+        """Read the object back."""
+        return None if value is None else json.loads(value)
+
+
+class UtcTime(TypeDecorator[dt.datetime]):
+    """A point in time, kept as ISO 8601 text in UTC."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Write the time in UTC with microseconds, so that text order is time order."""
+        return None if value is None else value.astimezone(dt.UTC).isoformat(timespec="microseconds")
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> dt.datetime | None:  # noqa: ARG002
+        """Read the time back."""
+        return None if value is None else dt.datetime.fromisoformat(value)
+
+
+def now() -> dt.datetime:
+    """Return the time now, in UTC."""
+    return dt.datetime.now(dt.UTC)
+
+
+class Base(DeclarativeBase):
+    """Base of the catalog's tables."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {str: Text, float: Real, dict[str, Any]: Json, dt.datetime: UtcTime}  # noqa: RUF012
+
+
+class StoreMeta(Base):
+    """One row that tells one store from another."""
+
+    __tablename__ = "store_meta"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"), STRICT)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    store_uuid: Mapped[str]
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+    created_with: Mapped[str]
+
+
+class Named(Base):
+    """What is managed by name: the columns that those tables share."""
+
+    __abstract__ = True
+
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
+    name: Mapped[str] = mapped_column(unique=True, sort_order=-1)
+    created_at: Mapped[dt.datetime] = mapped_column(default=now, sort_order=1)
+
+
+class Checkpoint(Named):
+    """A model's weights at one moment of its training."""
+
+    __tablename__ = "checkpoint"
+    __table_args__ = STRICT
+
+    model: Mapped[str]
+    path: Mapped[str]
+    revision: Mapped[str | None]
+    weights_sha256: Mapped[str]
+    tokenizer_sha256: Mapped[str]
+    epoch: Mapped[float | None]
+    step: Mapped[int | None]
+    learning_rate: Mapped[float | None]
+    metrics: Mapped[list[CheckpointMetric]] = relationship(cascade="all, delete-orphan")
+
+
+class CheckpointMetric(Base):
+    """One figure that was measured at a checkpoint, such as its accuracy."""
+
+    __tablename__ = "checkpoint_metric"
+    __table_args__ = STRICT
+
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]
+
+
+class Source(Named):
+    """A named set of samples; a query is a sample of a source whose stage is `query`."""
+
+    __tablename__ = "source"
+    __table_args__ = (CheckConstraint(one_of("stage", STAGES), name="stage"), STRICT)
+
+    stage: Mapped[str]
+    domain: Mapped[str | None]
+    uri: Mapped[str]
+    licence: Mapped[str | None]
+    columns: Mapped[dict[str, Any]]
+
+
+class FormatVariant(Named):
+    """How a sample becomes text, and which of its tokens are targets."""
+
+    __tablename__ = "format_variant"
+    __table_args__ = (
+        CheckConstraint(one_of("targets", TARGET_RULES), name="targets"),
+        CheckConstraint("max_length > 1", name="max_length"),
+        STRICT,
+    )
+
+    template: Mapped[str]
+    template_text: Mapped[str]
+    targets: Mapped[str]
+    max_length: Mapped[int]
+    sha256: Mapped[str]
+
+
+class Sketcher(Named):
+    """What is sketched and how: the part of a sketch's identity that is chosen before a model is met."""
+
+    __tablename__ = "sketcher"
+    __table_args__ = (CheckConstraint(one_of("dtype", ("float16", "float32")), name="dtype"), STRICT)
+
+    k: Mapped[int]
+    seed: Mapped[int]
+    map_version: Mapped[int]
+    dtype: Mapped[str]
+    parameters: Mapped[str | None]
+    exclude: Mapped[str | None]
+    correction: Mapped[str]
+    positions: Mapped[str]
+
+
+class Run:
+    """The columns that both kinds of run share."""
+
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
+    status: Mapped[str] = mapped_column(sort_order=-1)
+    fingerprint: Mapped[str] = mapped_column(sort_order=1)
+    recipe: Mapped[dict[str, Any]] = mapped_column(sort_order=1)
+    versions: Mapped[dict[str, Any]] = mapped_column(sort_order=1)
+    device: Mapped[str] = mapped_column(sort_order=1)
+    lance_version: Mapped[int | None] = mapped_column(sort_order=1)
+    started_at: Mapped[dt.datetime] = mapped_column(default=now, sort_order=1)
+    finished_at: Mapped[dt.datetime | None] = mapped_column(sort_order=1)
+    error: Mapped[str | None] = mapped_column(sort_order=1)
+
+
+class IngestRun(Run, Base):
+    """The sketching of one source, in one variant, at one checkpoint, by one sketcher."""
+
+    __tablename__ = "ingest_run"
+    __table_args__ = (CheckConstraint(one_of("status", RUN_STATUSES), name="status"), STRICT)
+
+    sketcher_id: Mapped[int] = mapped_column(ForeignKey("sketcher.id"))
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"), index=True)
+    source_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
+    variant_id: Mapped[int] = mapped_column(ForeignKey("format_variant.id"))
+    n_existing: Mapped[int] = mapped_column(default=0)
+    n_sketched: Mapped[int] = mapped_column(default=0)
+    n_failed: Mapped[int] = mapped_column(default=0)
+    seconds: Mapped[float | None]
+
+    sketcher: Mapped[Sketcher] = relationship()
+    checkpoint: Mapped[Checkpoint] = relationship()
+    source: Mapped[Source] = relationship()
+    variant: Mapped[FormatVariant] = relationship()
+
+
+class ScoreRun(Run, Base):
+    """The scoring of one group (source and variant) of sketches against one set of queries."""
+
+    __tablename__ = "score_run"
+    __table_args__ = (CheckConstraint(one_of("status", RUN_STATUSES), name="status"), STRICT)
+
+    method: Mapped[str]
+    sketcher_id: Mapped[int] = mapped_column(ForeignKey("sketcher.id"))
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"), index=True)
+    query_checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"))
+    queries_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
+    query_variant_id: Mapped[int] = mapped_column(ForeignKey("format_variant.id"))
+    source_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
+    variant_id: Mapped[int] = mapped_column(ForeignKey("format_variant.id"))
+    n_queries: Mapped[int] = mapped_column(default=0)
+    n_samples: Mapped[int] = mapped_column(default=0)
+
+    sketcher: Mapped[Sketcher] = relationship()
+    checkpoint: Mapped[Checkpoint] = relationship(foreign_keys=[checkpoint_id])
+    query_checkpoint: Mapped[Checkpoint] = relationship(foreign_keys=[query_checkpoint_id])
+    queries: Mapped[Source] = relationship(foreign_keys=[queries_id])
+    query_variant: Mapped[FormatVariant] = relationship(foreign_keys=[query_variant_id])
+    source: Mapped[Source] = relationship(foreign_keys=[source_id])
+    variant: Mapped[FormatVariant] = relationship(foreign_keys=[variant_id])

@@ -1,0 +1,126 @@
+"""The open database: the SQLAlchemy engine of the catalog and the connection to the vectors."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy.orm import Session
+
+from lark_store.errors import NameTakenError, NameUnknownError
+from lark_store.schema.catalog import Checkpoint, FormatVariant, Named, Sketcher, Source
+from lark_store.schema.names import check_name
+from lark_store.schema.vectors import VectorStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+APPLICATION_ID = 0x4C41524B  # "LARK" in the header of the SQLite file
+BUSY_TIMEOUT_S = 30
+N = TypeVar("N", bound=Named)
+
+_KINDS: dict[type[Named], tuple[str, str]] = {
+    Checkpoint: ("checkpoint", "add it with `lark-store checkpoint add`"),
+    Source: ("source", "add it with `lark-store source add`"),
+    FormatVariant: ("variant", "add it with `lark-store variant add`"),
+    Sketcher: ("sketcher", "add it with `lark-store sketcher add`"),
+}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a store's parts are: a folder that holds the catalog file, the vector tables and the locks."""
+
+    root: Path
+
+    @property
+    def catalog(self) -> Path:
+        """The SQLite file of the catalog."""
+        return self.root / "catalog.sqlite"
+
+    @property
+    def vectors(self) -> Path:
+        """The folder of the Lance tables."""
+        return self.root / "vectors"
+
+    @property
+    def locks(self) -> Path:
+        """The folder of the lock files of running work."""
+        return self.root / "locks"
+
+
+def _configure(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    for pragma in ("foreign_keys = ON", "journal_mode = WAL", f"busy_timeout = {BUSY_TIMEOUT_S * 1000}"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+class Database:
+    """A store that is open: `session()` for the catalog, `vectors` for the Lance tables."""
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.engine: Engine = create_engine(f"sqlite:///{location.catalog}")
+        event.listen(self.engine, "connect", _configure)
+        self.vectors = VectorStore(str(location.vectors))
+
+    def close(self) -> None:
+        """Let go of the catalog."""
+        self.engine.dispose()
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Open a transaction on the catalog: committed at the end, rolled back on an error."""
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+
+def find(session: Session, kind: type[N], name: str) -> N:
+    """Return the row with this name.
+
+    Raises
+    ------
+    NameUnknownError
+        With the nearest name as its hint.
+    """
+    row = session.scalar(select(kind).where(kind.name == name))
+    if row is None:
+        label, how = _KINDS[kind]
+        raise NameUnknownError.of(label, name, session.scalars(select(kind.name)), how)
+    return row
+
+
+def known_as(session: Session, row: N, same: tuple[str, ...]) -> N | None:
+    """Return the stored row of this name, or None; its columns in `same` must hold what `row` says.
+
+    Raises
+    ------
+    NameInvalidError, NameTakenError
+    """
+    check_name(row.name)
+    kind = type(row)
+    known = session.scalar(select(kind).where(kind.name == row.name))
+    if known is None:
+        return None
+    differs = [c for c in same if getattr(known, c) != getattr(row, c)]
+    if differs:
+        label, _ = _KINDS[kind]
+        facts = ", ".join(f"{c} `{getattr(known, c)}`, not `{getattr(row, c)}`" for c in differs)
+        raise NameTakenError(
+            f"{label} `{row.name}` is in the store already with {facts}",
+            "a name never changes its meaning; choose another name",
+        )
+    return known
+
+
+def add_named(session: Session, row: N, same: tuple[str, ...]) -> N:
+    """Add a row, or return the stored one that says the same: adding is idempotent."""
+    known = known_as(session, row, same)
+    if known is None:
+        session.add(row)
+        session.flush()
+    return known or row

@@ -1,0 +1,177 @@
+"""What the API returns besides polars frames: frozen dataclasses that say what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What adding a source did with its rows. `examples` names up to three of each kind that was not added."""
+
+    name: str
+    n_read: int
+    n_added: int
+    n_existing: int
+    n_duplicate: int
+    n_empty: int
+    n_changed: int
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint as it was added."""
+
+    name: str
+    model: str
+    path: str
+    revision: str | None
+    weights_sha256: str
+    tokenizer_sha256: str
+    epoch: float | None
+    step: int | None
+    learning_rate: float | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """A format variant."""
+
+    name: str
+    template: str
+    targets: str
+    max_length: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SketcherInfo:
+    """A sketcher: what is sketched and how."""
+
+    name: str
+    k: int
+    seed: int
+    dtype: str
+    parameters: str | None
+    exclude: str | None
+    map_version: int
+
+
+@dataclass(frozen=True)
+class RenderedSample:
+    """A sample as a model sees it: its tokens as text pieces, and which of them are targets."""
+
+    source: str
+    sample_id: str
+    variant: str
+    rule: str
+    pieces: list[str]
+    is_target: list[bool]
+    n_cut: int
+
+    @property
+    def marked(self) -> str:
+        """The text with its targets between ⟦ and ⟧."""
+        out, inside = [], False
+        for piece, target in zip(self.pieces, self.is_target, strict=True):
+            if target != inside:
+                out.append("⟦" if target else "⟧")
+                inside = target
+            out.append(piece)
+        return "".join(out) + ("⟧" if inside else "")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a piece of work is. `label` changes when the next piece begins."""
+
+    label: str
+    done: int
+    total: int
+    failed: int = 0
+
+
+OnProgress: TypeAlias = "Callable[[Progress], None]"
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest did, one row per checkpoint × source × variant.
+
+    `units` has the columns checkpoint, source, variant, n_samples, n_existing, n_sketched, n_failed, run, seconds and
+    bytes (for a dry run, those that it would take); `failures` has checkpoint, source, variant, sample_id,
+    reason.
+    """
+
+    units: pl.DataFrame
+    failures: pl.DataFrame
+    dry_run: bool = False
+
+    @property
+    def n_failed(self) -> int:
+        """How many samples could not be sketched."""
+        return int(self.units["n_failed"].sum())
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The answer to `top`, and how it was made.
+
+    `frame` has the columns rank, score, source, stage, variant, sample_id, loss, text. Offers the Arrow stream
+    interface, so polars, pandas and DuckDB take it as it is.
+    """
+
+    frame: pl.DataFrame
+    query_id: str
+    checkpoint: str
+    query_checkpoint: str
+    query_variant: str
+    method: str
+    n_searched: int
+    ingest_runs: list[int]
+    exact: bool = True
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.frame.__arrow_c_stream__(requested_schema)
+
+    def _repr_html_(self) -> str:
+        return self.frame._repr_html_()
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def how(self) -> str:
+        """One line: exact or approximate, what was searched, from which runs."""
+        kind = "exact" if self.exact else "approximate"
+        at = "" if self.query_checkpoint == self.checkpoint else f", query at `{self.query_checkpoint}`"
+        runs = ", ".join(map(str, self.ingest_runs))
+        return (
+            f"{kind} {self.method} over {self.n_searched} sketches at `{self.checkpoint}`{at}, "
+            f"query as `{self.query_variant}`; ingest runs {runs}"
+        )
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a store holds, a frame per kind; `sketches` has one row per sketcher × checkpoint × source × variant."""
+
+    path: str
+    checkpoints: pl.DataFrame
+    sources: pl.DataFrame
+    variants: pl.DataFrame
+    sketchers: pl.DataFrame
+    sketches: pl.DataFrame
+
+    def frames(self) -> dict[str, Any]:
+        """Return the frames by name, in reading order."""
+        names = ("checkpoints", "sources", "variants", "sketchers", "sketches")
+        return {name: getattr(self, name) for name in names}

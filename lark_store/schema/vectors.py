@@ -1,0 +1,251 @@
+"""The vector store: the Arrow schemas of the Lance tables, and the one place where they are opened.
+
+Batch and file sizes, and which columns are indexed, follow measurements: without the scalar indices a search of one
+group reads every vector; scans at Lance's default batch size hold gigabytes; batches of 64 rows write fastest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import polars as pl
+
+ROWS_PER_BATCH = 64
+ROWS_PER_TEXT_BATCH = 4096
+
+
+def _field(name: str, kind: pa.DataType, *, null: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=null)
+
+
+SAMPLES = pa.schema(
+    [
+        _field("source", pa.string()),
+        _field("sample_id", pa.string()),
+        _field("prompt", pa.string(), null=True),
+        _field("response", pa.string(), null=True),
+        _field("text", pa.string(), null=True),
+        _field("label", pa.string(), null=True),
+        _field("meta", pa.string()),
+        _field("content_sha256", pa.string()),
+    ]
+)
+FAILURES = pa.schema(
+    [
+        _field("ingest_run", pa.int64()),
+        _field("checkpoint", pa.string()),
+        _field("source", pa.string()),
+        _field("variant", pa.string()),
+        _field("sample_id", pa.string()),
+        _field("reason", pa.string()),
+    ]
+)
+INFLUENCE = pa.schema(
+    [
+        _field("score_run", pa.int64()),
+        _field("checkpoint", pa.string()),
+        _field("query_id", pa.string()),
+        _field("source", pa.string()),
+        _field("variant", pa.string()),
+        _field("sample_id", pa.string()),
+        _field("score", pa.float32()),
+        _field("rank", pa.int32()),
+    ]
+)
+SOURCE_INFLUENCE = pa.schema(
+    [
+        _field("score_run", pa.int64()),
+        _field("checkpoint", pa.string()),
+        _field("query_id", pa.string()),
+        _field("source", pa.string()),
+        _field("variant", pa.string()),
+        _field("max", pa.float32()),
+        _field("argmax", pa.string()),
+        _field("mean", pa.float32()),
+        _field("std", pa.float32()),
+        _field("n", pa.int64()),
+    ]
+)
+TABLES = {
+    "samples": SAMPLES,
+    "failures": FAILURES,
+    "influence": INFLUENCE,
+    "source_influence": SOURCE_INFLUENCE,
+}
+# Which columns carry a scalar index: few distinct values take a bitmap, many a B-tree.
+INDICES = {
+    "samples": {"source": "bitmap", "sample_id": "btree"},
+    "failures": {"ingest_run": "bitmap"},
+    "influence": {"score_run": "bitmap", "query_id": "btree"},
+    "source_influence": {"score_run": "bitmap"},
+    "sketches": {
+        "checkpoint": "bitmap",
+        "source": "bitmap",
+        "variant": "bitmap",
+        "ingest_run": "bitmap",
+        "row_key": "btree",
+    },
+}
+SKETCH_PREFIX = "sketches_"
+SKETCH_COLUMNS = (
+    "row_key",
+    "checkpoint",
+    "source",
+    "variant",
+    "sample_id",
+    "ingest_run",
+    "n_tokens",
+    "n_loss_tokens",
+    "loss",
+    "grad_norm",
+)
+
+
+def sketch_schema(k: int, dtype: str) -> pa.Schema:
+    """Return the schema of a sketch table: the columns of `SKETCH_COLUMNS` and `vector`, (k,) of `dtype`.
+
+    `vector` is the sketch scaled to norm √k (so that float16's range is well used); `grad_norm` is the sketch's own
+    norm, the estimate of ‖∇L‖ that turns cosines back into unbiased dot products; `loss` is in nats per target token.
+    """
+    value = pa.float16() if dtype == "float16" else pa.float32()
+    kinds: dict[str, pa.DataType] = {
+        "ingest_run": pa.int64(),
+        "n_tokens": pa.int32(),
+        "n_loss_tokens": pa.int32(),
+        "loss": pa.float32(),
+        "grad_norm": pa.float32(),
+    }
+    scalars = [_field(name, kinds.get(name, pa.string())) for name in SKETCH_COLUMNS]
+    return pa.schema([*scalars, _field("vector", pa.list_(value, k))])
+
+
+def row_key(checkpoint: str, source: str, variant: str, sample_id: str) -> str:
+    """Return a sketch's key within its table; slugs hold no `/`, so it is unambiguous.
+
+    >>> row_key("epoch-2", "pubmed", "raw", "21645374")
+    'epoch-2/pubmed/raw/21645374'
+    """
+    return f"{checkpoint}/{source}/{variant}/{sample_id}"
+
+
+def quoted(value: str) -> str:
+    """Return a text as a literal of Lance's filter language.
+
+    >>> quoted("it's")
+    "'it''s'"
+    """
+    return "'" + value.replace("'", "''") + "'"
+
+
+def where(**equal: str | int | Iterable[str] | Iterable[int]) -> str:
+    """Return a Lance filter: each column equal to its value, or to one of its values.
+
+    >>> where(source="pubmed", ingest_run=[3, 4])
+    "source = 'pubmed' AND ingest_run IN (3, 4)"
+    """
+
+    def literal(value: str | int) -> str:
+        return quoted(value) if isinstance(value, str) else str(value)
+
+    terms = []
+    for column, value in equal.items():
+        if isinstance(value, str | int):
+            terms.append(f"{column} = {literal(value)}")
+        else:
+            values = [literal(v) for v in value]
+            terms.append(f"{column} IN ({', '.join(values)})" if values else "false")
+    return " AND ".join(terms)
+
+
+class VectorStore:
+    """The LanceDB database at `uri`; every read and write of a Lance table goes through here."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._connection: Any = None
+
+    @property
+    def connection(self) -> Any:
+        """The LanceDB connection, made when first needed: importing lancedb takes seconds."""
+        if self._connection is None:
+            import lancedb
+
+            self._connection = lancedb.connect(self.uri)
+        return self._connection
+
+    def create(self) -> None:
+        """Make the empty tables of a fresh store."""
+        for name, schema in TABLES.items():
+            self.connection.create_table(name, schema=schema)
+
+    def table_names(self) -> list[str]:
+        """Return the names of all tables."""
+        return list(self.connection.list_tables(limit=10_000).tables)
+
+    def table(self, name: str) -> Any:
+        """Open a table at its newest version."""
+        return self.connection.open_table(name)
+
+    def has(self, name: str) -> bool:
+        """Tell whether a table is there."""
+        return name in self.table_names()
+
+    def sketches(self, fingerprint: str, *, k: int, dtype: str) -> Any:
+        """Open the table of a sketcher's sketches, made if it is not there."""
+        name = sketch_table(fingerprint)
+        return self.connection.create_table(name, schema=sketch_schema(k, dtype), exist_ok=True)
+
+    def append(self, table: Any, rows: pa.Table) -> int:
+        """Add rows in one commit: all or nothing. Returns the version that holds them."""
+        return int(table.add(rows).version)
+
+    def refresh_indices(self, table: Any) -> None:
+        """Bring the scalar indices of a table up to all of its rows, building those that are missing."""
+        from lancedb.index import Bitmap, BTree
+
+        kind = "sketches" if table.name.startswith(SKETCH_PREFIX) else table.name
+        if table.count_rows() == 0:
+            return
+        indexed = {column for index in table.list_indices() for column in index.columns}
+        for column, index in INDICES[kind].items():
+            if column not in indexed:
+                table.create_index(column, config=Bitmap() if index == "bitmap" else BTree())
+        table.to_lance().optimize.optimize_indices()
+        table.checkout_latest()
+
+    def scan(
+        self,
+        table: str,
+        columns: Iterable[str],
+        filter_: str | None = None,
+        batch_rows: int = ROWS_PER_TEXT_BATCH,
+    ) -> Iterator[pa.RecordBatch]:
+        """Stream a table's columns in record batches of at most `batch_rows` rows."""
+        dataset = self.table(table).to_lance()
+        scanner = dataset.scanner(columns=list(columns), filter=filter_, batch_size=batch_rows)
+        yield from scanner.to_batches()
+
+    def read(self, table: str, columns: Iterable[str], filter_: str | None = None) -> pl.DataFrame:
+        """Read a table's columns whole, as a polars frame: for small answers."""
+        import polars as pl
+
+        schema = self.table(table).schema
+        wanted = pa.schema([schema.field(name) for name in columns])
+        data = pa.Table.from_batches(self.scan(table, columns, filter_), schema=wanted)
+        frame = pl.from_arrow(data)
+        assert isinstance(frame, pl.DataFrame)
+        return frame
+
+
+def sketch_table(fingerprint: str) -> str:
+    """Return the name of the table that holds a sketcher's sketches.
+
+    >>> sketch_table("0123456789abcdef")
+    'sketches_01234567'
+    """
+    return SKETCH_PREFIX + fingerprint[:8]

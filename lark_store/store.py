@@ -1,0 +1,446 @@
+"""`Store`, the public face: make, open and close a store, and one method for each command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from lark_store import migrations
+from lark_store.errors import InputError, StoreError, StoreExistsError
+from lark_store.schema.catalog import Sketcher, StoreMeta
+from lark_store.schema.database import Database, Location, add_named
+from lark_store.schema.records import CheckpointInfo, SketcherInfo, VariantInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    import polars as pl
+
+    from lark_store.schema.records import (
+        Hits,
+        IngestReport,
+        Inventory,
+        OnProgress,
+        RenderedSample,
+        SourceReport,
+    )
+
+Info = TypeVar("Info", CheckpointInfo, VariantInfo, SketcherInfo)
+DEFAULT_PATH = "lark.store"
+ENVIRONMENT = "LARK_STORE"
+DEFAULT_SKETCHER = "lark"
+
+
+class Store:
+    """An open store. Make one with `Store.create`, open one with `Store.open`; use it as a context manager.
+
+    Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Every method raises a `LarkStoreError` with a hint for a foreseeable
+    fault, and then has changed nothing.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    # --- open and close -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path | None = None) -> Self:
+        """Make a fresh store with the variants `raw` and `chatml` and the sketcher `lark`, and open it.
+
+        `path` is a folder that does not exist yet (default: `LARK_STORE` or `./lark.store`).
+
+        Raises
+        ------
+        StoreExistsError
+            There is something at `path` already.
+        """
+        location = _location(path)
+        if location.root.exists():
+            is_store = location.catalog.is_file()
+            raise StoreExistsError(
+                f"there is {'a store' if is_store else 'something'} at `{location.root}` already",
+                "use it as it is" if is_store else "name another path with `--store PATH`",
+            )
+        try:
+            location.root.parent.mkdir(parents=True, exist_ok=True)
+            draft = Location(Path(tempfile.mkdtemp(prefix=f".{location.root.name}.", dir=location.root.parent)))
+        except OSError as error:
+            raise StoreError(f"a store can't be made at `{location.root}`: {error.strerror}") from error
+        try:
+            _build(draft)
+            draft.root.chmod(0o755)
+            draft.root.rename(location.root)
+        finally:
+            shutil.rmtree(draft.root, ignore_errors=True)
+        return cls.open(location.root)
+
+    @classmethod
+    def open(cls, path: str | Path | None = None) -> Self:
+        """Open a store; never changes its schema.
+
+        Raises
+        ------
+        NotAStoreError, OlderSchemaError, NewerSchemaError
+        """
+        location = _location(path)
+        migrations.check(location)
+        return cls(Database(location))
+
+    def close(self) -> None:
+        """Let go of the store's files."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._db.location.root
+
+    # --- what people manage ---------------------------------------------------------------------------------------
+
+    def checkpoint_add(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        revision: str | None = None,
+        epoch: float | None = None,
+        step: int | None = None,
+        learning_rate: float | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> CheckpointInfo:
+        """Add a checkpoint: a folder made by `save_pretrained`, or a hub name with an optional `revision`.
+
+        Its weights and tokenizer are hashed; the files stay where they are. Adding the same checkpoint again is
+        harmless and sets the metrics given.
+
+        Raises
+        ------
+        CheckpointError, NameTakenError, NameInvalidError
+        """
+        from lark_store.ingest.checkpoints import add_checkpoint
+
+        row = add_checkpoint(
+            self._db,
+            name,
+            str(path),
+            model=model,
+            revision=revision,
+            epoch=epoch,
+            step=step,
+            learning_rate=learning_rate,
+            metrics=metrics or {},
+        )
+        return _info(CheckpointInfo, row, metrics={m.name: m.value for m in row.metrics})
+
+    def source_add(
+        self,
+        name: str,
+        uri: str | Path,
+        *,
+        stage: str,
+        domain: str | None = None,
+        licence: str | None = None,
+        columns: dict[str, str] | None = None,
+        config: str | None = None,
+        split: str | None = None,
+    ) -> SourceReport:
+        """Add a source from a .jsonl, .parquet, .csv or .tsv file, a dataset folder or a Hugging Face dataset name.
+
+        Rows have `prompt` and `response`, or `question`, `answer` and maybe `context`, or `text`; `columns` maps these
+        names, `sample_id` and `label` to others (`{"text": "abstract", "context": "context.contexts"}`). The id is the
+        column `sample_id` or `id`, else it is made from the content. Adding a source again adds its new samples only;
+        a row whose id is there with other content is reported and not taken.
+
+        Raises
+        ------
+        InputError, NameTakenError, NameInvalidError
+        """
+        from lark_store.ingest.sources import add_source
+
+        options: dict[str, Any] = {"stage": stage, "domain": domain, "licence": licence, "columns": columns}
+        return add_source(self._db, name, str(uri), **options, config=config, split=split)
+
+    def variant_add(
+        self, name: str, *, template: str | Path, targets: str = "auto", max_length: int = 1024
+    ) -> VariantInfo:
+        """Add a format variant: a template (`raw`, `chatml` or a Jinja file), a target rule and a length in tokens.
+
+        Target rules: `response` (the loss on the response's tokens), `text` (on all tokens), `predicted` (on all, with
+        the model's own most likely tokens as labels), `auto` (`response` where a sample has one, else `predicted`).
+
+        Raises
+        ------
+        InputError, NameTakenError, NameInvalidError
+        """
+        from lark_store.ingest.variants import make_variant
+
+        variant = make_variant(name, str(template), targets, max_length)
+        with self._db.session() as session:
+            row = add_named(session, variant, ("template", "template_text", "targets", "max_length"))
+        return _info(VariantInfo, row)
+
+    def variant_show(
+        self, name: str, *, sample: str, source: str | None = None, checkpoint: str | None = None
+    ) -> RenderedSample:
+        """Render one sample as a model sees it, with its targets marked.
+
+        `checkpoint` gives the tokenizer (default: the one added last); `source` is needed if several have the sample.
+
+        Raises
+        ------
+        NameUnknownError, InputError
+        """
+        from lark_store.ingest.preview import preview
+
+        return preview(self._db, name, sample, source, checkpoint)
+
+    def sketcher_add(
+        self,
+        name: str,
+        *,
+        k: int = 65_536,
+        seed: int = 0,
+        dtype: str = "float16",
+        parameters: str | None = None,
+        exclude: str | None = None,
+    ) -> SketcherInfo:
+        r"""Add a sketcher: OPORP with `k` bins (a power of two, 256 to 1,048,576), stored as float16 or float32.
+
+        `parameters` is a regular expression searched for in the names of a model's parameters (default: all are
+        sketched), `exclude` one that takes some out again.
+
+        Raises
+        ------
+        InputError, NameTakenError, NameInvalidError
+        """
+        with self._db.session() as session:
+            wanted = _sketcher(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
+            row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude"))
+        return _info(SketcherInfo, row)
+
+    # --- the main job ---------------------------------------------------------------------------------------------
+
+    def ingest(
+        self,
+        checkpoints: Sequence[str],
+        sources: Sequence[str],
+        variants: Sequence[str],
+        *,
+        sketcher: str = DEFAULT_SKETCHER,
+        limit: int | None = None,
+        dry_run: bool = False,
+        device: str = "auto",
+        precision: str = "auto",
+        on_progress: OnProgress | None = None,
+    ) -> IngestReport:
+        """Sketch the loss gradient of every sample that is not sketched yet.
+
+        Idempotent and resumable: killed at any moment and run again, it goes on where it stopped. `limit` takes the
+        first samples of each source; `dry_run` only counts and times; `precision` is the model's
+        (`auto`: as saved on a GPU, float32 elsewhere).
+
+        Raises
+        ------
+        NameUnknownError, CheckpointChangedError, CheckpointError, StoreBusyError, InputError
+        """
+        from lark_store.ingest.run import Request, ingest
+
+        request = Request(list(checkpoints), list(sources), list(variants), sketcher, limit, dry_run, device, precision)
+        return ingest(self._db, request, on_progress)
+
+    def attribute(
+        self,
+        checkpoints: Sequence[str],
+        *,
+        queries: str | None = None,
+        sources: Sequence[str] = (),
+        query_checkpoint: str | None = None,
+        query_variant: str | None = None,
+        sketcher: str = DEFAULT_SKETCHER,
+        method: str | None = None,
+        hits: int = 100,
+        on_progress: OnProgress | None = None,
+    ) -> pl.DataFrame:
+        """Score queries against sources, group by group, where sketches were added since the last time.
+
+        Writes the tables `influence` (the best `hits` samples per query and group) and `source_influence`. Influence is
+        signed: above 0, training on the sample lowers the query's loss. `method` is `cosine` or `dot`; `dot` is the
+        default when the queries' sketches come from another checkpoint, the two-stage dot product of the multi-stage
+        literature. Returns a row per group: scored, or current already.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError
+        """
+        from lark_store.query.attribute import attribute
+        from lark_store.query.groups import ask
+
+        questions = [
+            question
+            for checkpoint in checkpoints
+            for question in ask(
+                self._db,
+                checkpoint=checkpoint,
+                queries=queries,
+                sources=sources,
+                query_checkpoint=query_checkpoint,
+                query_variant=query_variant,
+                sketcher=sketcher,
+                method=method,
+            )
+        ]
+        return attribute(self._db, questions, hits=hits, on_progress=on_progress)
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    def top(
+        self,
+        query: str,
+        *,
+        checkpoint: str,
+        k: int = 10,
+        sources: Sequence[str] = (),
+        variants: Sequence[str] = (),
+        opponents: bool = False,
+        queries: str | None = None,
+        query_checkpoint: str | None = None,
+        query_variant: str | None = None,
+        sketcher: str = DEFAULT_SKETCHER,
+        method: str | None = None,
+    ) -> Hits:
+        """Return the `k` samples with the highest (`opponents`: the lowest) influence on a query, with their text.
+
+        Exact, from the sketches themselves; `attribute` need not have run.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError
+        """
+        from lark_store.query.groups import ask
+        from lark_store.query.top import top
+
+        questions = ask(
+            self._db,
+            checkpoint=checkpoint,
+            queries=queries,
+            sources=sources,
+            variants=variants,
+            query_checkpoint=query_checkpoint,
+            query_variant=query_variant,
+            sketcher=sketcher,
+            method=method,
+        )
+        return top(self._db, query, questions, k=k, opponents=opponents)
+
+    def metrics(
+        self,
+        *,
+        checkpoint: str | None = None,
+        view: str = "all",
+        method: str = "cosine",
+        sketcher: str = DEFAULT_SKETCHER,
+    ) -> pl.DataFrame:
+        """Return metrics of what `attribute` scored, with 95% bootstrap intervals over queries.
+
+        `view` is `all` (a row per figure: mean_max_influence, ft_pt_ratio, ft_wins, pt_dominance, format_effect),
+        `influence` (the paper's Table I) or `dominance` (Table II). Definitions: `lark_store.query.metrics`.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError
+        """
+        from lark_store.query.measure import measure
+
+        return measure(self._db, checkpoint, view, method, sketcher)
+
+    def sql(self, query: str) -> pl.DataFrame:
+        """Run one SELECT (DuckDB's SQL) over the store's views, read-only.
+
+        Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, samples, sketches (without vectors),
+        ingest_runs, failures, score_runs, influence, source_influence.
+
+        Raises
+        ------
+        QueryError
+        """
+        from lark_store.query.sql import run
+
+        return run(self._db, query)
+
+    def show(self) -> Inventory:
+        """Return what the store holds."""
+        from lark_store.query.inventory import inventory
+
+        return inventory(self._db)
+
+
+def _location(path: str | Path | None) -> Location:
+    return Location(Path(path if path is not None else os.environ.get(ENVIRONMENT) or DEFAULT_PATH))
+
+
+def _build(location: Location) -> None:
+    """Build a fresh store: the catalog by the migrations, the empty tables, the built-in variants and sketcher."""
+    from lark_store.ingest.variants import BUILT_IN, DEFAULT_MAX_LENGTH, make_variant
+
+    migrations.create(location)
+    database = Database(location)
+    database.vectors.create()
+    with database.session() as session:
+        session.add(StoreMeta(id=1, store_uuid=str(uuid.uuid4()), created_with=version("lark-store")))
+        session.add_all(make_variant(name, name, "auto", DEFAULT_MAX_LENGTH) for name in BUILT_IN)
+        session.add(_sketcher(DEFAULT_SKETCHER))
+    database.close()
+
+
+def _sketcher(
+    name: str,
+    *,
+    k: int = 65_536,
+    seed: int = 0,
+    dtype: str = "float16",
+    parameters: str | None = None,
+    exclude: str | None = None,
+) -> Sketcher:
+    from lark_store.ingest.gradients import compile_pattern
+    from lark_store.ingest.oporp import MAP_VERSION, check_k
+
+    if dtype not in ("float16", "float32"):
+        raise InputError(f"sketches can't be stored as `{dtype}`", "`float16` or `float32`")
+    compile_pattern(parameters)
+    compile_pattern(exclude)
+    return Sketcher(
+        name=name,
+        k=check_k(k),
+        seed=seed,
+        map_version=MAP_VERSION,
+        dtype=dtype,
+        parameters=parameters,
+        exclude=exclude,
+        correction="none",
+        positions="all",
+    )
+
+
+def _info(kind: type[Info], row: object, **more: Any) -> Info:
+    names = {field.name for field in fields(kind)} - more.keys()
+    values: dict[str, Any] = {name: getattr(row, name) for name in names}
+    return kind(**values, **more)

@@ -93,6 +93,16 @@ class Store:
         migrations.check(location)
         return cls(Database(location))
 
+    @staticmethod
+    def db_status(path: str | Path | None = None) -> tuple[str, str]:
+        """Return the schema version of the store at `path` and that of this lark-store."""
+        return migrations.version(_location(path)), migrations.newest()
+
+    @staticmethod
+    def db_upgrade(path: str | Path | None = None) -> Path | None:
+        """Bring an older store up to date; returns the backup of its catalog, None if there was nothing to do."""
+        return migrations.upgrade(_location(path))
+
     def close(self) -> None:
         """Let go of the store's files."""
         self._db.close()

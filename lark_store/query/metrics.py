@@ -181,19 +181,22 @@ def influence_table(metrics: pl.DataFrame) -> pl.DataFrame:
 
 
 def dominance_table(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Arrange metrics as the paper's Table II: a row per checkpoint and pair of groups, FT and PT side by side."""
+    """Arrange metrics as the paper's Table II: a row per checkpoint and pair of groups, FT and PT side by side.
+
+    `low` and `high` bound `ratio`, the mean over the `n_ratio` queries on which it is defined.
+    """
     pair = ["checkpoint", "queries", "source", "variant", "against_source", "against_variant"]
     mean = metrics.filter(pl.col("metric") == "mean_max_influence")
     left = mean.select("checkpoint", "queries", "source", "variant", ft="value")
     right = mean.select("checkpoint", "queries", against_source="source", against_variant="variant", pt="value")
-    table = metrics.filter(pl.col("metric") == "ft_pt_ratio").select(*pair, ratio="value", low="low", high="high")
+    table = metrics.filter(pl.col("metric") == "ft_pt_ratio").select(
+        *pair, ratio="value", low="low", high="high", n_ratio="n_queries"
+    )
     for name in ("ft_wins", "pt_dominance"):
-        table = table.join(
-            metrics.filter(pl.col("metric") == name).select(*pair, value="value").rename({"value": name}),
-            on=pair,
-        )
+        share = metrics.filter(pl.col("metric") == name).select(*pair, pl.col("value").alias(name))
+        table = table.join(share, on=pair, maintain_order="left")
     return (
         table.join(left, on=pair[:4], maintain_order="left")
         .join(right, on=[*pair[:2], *pair[4:]], maintain_order="left")
-        .select(*pair, "ft", "pt", "ratio", "low", "high", "ft_wins", "pt_dominance")
+        .select(*pair, "ft", "pt", "ratio", "low", "high", "n_ratio", "ft_wins", "pt_dominance")
     )

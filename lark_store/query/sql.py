@@ -133,7 +133,7 @@ def fetch(
     connection: duckdb.DuckDBPyConnection, query: str | duckdb.Statement, parameters: list[Any] | None = None
 ) -> pl.DataFrame:
     """Run a query and return its rows."""
-    frame = pl.from_arrow(connection.execute(query, parameters).to_arrow_table())
+    frame = pl.from_arrow(connection.sql(query, params=parameters).to_arrow_table())
     assert isinstance(frame, pl.DataFrame)
     return frame
 

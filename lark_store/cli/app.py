@@ -1,0 +1,55 @@
+"""The command tree and its entry point."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lark_store.cli import ask, manage, work
+from lark_store.cli.output import say
+from lark_store.errors import LarkStoreError
+
+app = typer.Typer(
+    name="lark-store",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""
+Which training samples drive a model's answer, at which checkpoint, and did they come from fine-tuning or pretraining?
+
+The way of the data: `init` a store, add `checkpoint`s and `source`s, `ingest` (sketch every sample's loss gradient),
+`attribute` (score queries against sources), then ask: `top`, `metrics`, `sql`, `show`.
+
+Every command takes `--store PATH` (default `./lark.store`, environment `LARK_STORE`). Exit status: 0 done, 1 an error
+or samples that failed, 2 wrong usage, 130 interrupted.
+""",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    *, version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True)
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("lark-store"))
+        raise typer.Exit
+
+
+manage.register(app)
+work.register(app)
+ask.register(app)
+
+
+def main() -> None:
+    """Run the command line; a foreseeable fault ends in one clear message, never in a traceback."""
+    try:
+        app()
+    except LarkStoreError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted\n\nhint: what was written is kept; run the command again to go on")
+        sys.exit(130)

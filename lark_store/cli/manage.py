@@ -1,0 +1,215 @@
+"""Commands for what people manage: the store, checkpoints, sources, variants, sketchers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lark_store.cli.options import Format, FormatOption, StoreOption, open_store
+from lark_store.cli.output import emit_frames, say
+from lark_store.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _pairs(values: list[str] | None, option: str, example: str) -> dict[str, str]:
+    """Parse NAME=VALUE options."""
+    pairs = {}
+    for value in values or []:
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest):
+            raise InputError(f"`{option} {value}` is not NAME=VALUE", f"for example `{option} {example}`")
+        pairs[name] = rest
+    return pairs
+
+
+def _number(option: str, name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise InputError(f"`{option} {name}={value}`: the value is no number", f"for example `{name}=0.74`") from error
+
+
+def init(store: StoreOption = None) -> None:
+    """Make a fresh store, with the variants `raw` and `chatml` and the paper's sketcher `lark`."""
+    from lark_store.store import Store
+
+    with Store.create(store) as made:
+        say(f"made the store `{made.path}`")
+
+
+def show(store: StoreOption = None, form: FormatOption = Format.table) -> None:
+    """Show what the store holds: checkpoints, sources, variants, sketchers, and sketches with their bytes."""
+    with open_store(store) as opened:
+        emit_frames(opened.show().frames(), form)
+
+
+def checkpoint_add(
+    name: Annotated[str, typer.Argument(help="What to call it, for example `epoch-2`.")],
+    path: Annotated[str, typer.Argument(help="A folder made by `save_pretrained`, or a hub name like `org/model`.")],
+    epoch: Annotated[float | None, typer.Option(help="Epochs trained.")] = None,
+    step: Annotated[int | None, typer.Option(help="Optimizer steps trained.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The learning rate at this point.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A figure measured here, as `accuracy=0.74`; may be repeated."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name, if the config does not say it.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The revision of a hub name.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Add a checkpoint. Its files are hashed and stay where they are; adding it again sets the metrics given.
+
+    Example: `lark-store checkpoint add epoch-2 ./ckpt/epoch-2 --epoch 2 --learning-rate 2e-4 --metric accuracy=0.74`
+    """
+    metrics = {n: _number("--metric", n, v) for n, v in _pairs(metric, "--metric", "accuracy=0.74").items()}
+    with open_store(store) as opened:
+        info = opened.checkpoint_add(
+            name,
+            path,
+            epoch=epoch,
+            step=step,
+            learning_rate=learning_rate,
+            metrics=metrics,
+            model=model,
+            revision=revision,
+        )
+    say(f"checkpoint `{info.name}`: {info.model}, weights {info.weights_sha256[:12]}")
+
+
+def source_add(
+    name: Annotated[str, typer.Argument(help="What to call it, for example `pubmed`.")],
+    path: Annotated[
+        str, typer.Argument(help="A .jsonl, .parquet, .csv or .tsv file, a dataset folder, or a hub name.")
+    ],
+    stage: Annotated[str, typer.Option(help="`finetune`, `pretrain` or `query`.")],
+    domain: Annotated[str | None, typer.Option(help="What it is about, for example `medical`.")] = None,
+    licence: Annotated[str | None, typer.Option(help="The text's licence.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="FIELD=COLUMN", help="Take a field from another column; may be repeated."),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="A Hugging Face dataset's configuration.")] = None,
+    split: Annotated[str | None, typer.Option(help="A Hugging Face dataset's split.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Add a source of samples, or the new samples of one that is there.
+
+    Rows have `prompt` and `response`, or `question`, `answer` and maybe `context`, or `text`. The id is the column
+    `sample_id` or `id`, else it is made from the content. All other columns are kept as metadata.
+
+    Example: `lark-store source add test qiaojin/PubMedQA --config pqa_labeled --split train --stage query --map
+    sample_id=pubid --map answer=final_decision --map context=context.contexts`
+    """
+    with open_store(store) as opened:
+        report = opened.source_add(
+            name,
+            path,
+            stage=stage,
+            domain=domain,
+            licence=licence,
+            columns=_pairs(columns, "--map", "text=abstract"),
+            config=config,
+            split=split,
+        )
+    say(f"source `{name}`: {report.n_added} samples added, {report.n_existing} there already")
+    for kind in ("duplicate", "empty", "changed"):
+        count = getattr(report, f"n_{kind}")
+        if count:
+            what = {"duplicate": "duplicates left out", "empty": "empty rows left out"}.get(
+                kind, "with an id that is there with other content, not taken"
+            )
+            say(f"  {count} {what}: {', '.join(report.examples[kind])}{', …' if count > 3 else ''}")
+    if report.n_changed:
+        say("\nhint: give changed rows new ids, or map another column with `--map sample_id=COLUMN`")
+        raise typer.Exit(1)
+
+
+def variant_add(
+    name: Annotated[str, typer.Argument(help="What to call it, for example `short-chatml`.")],
+    template: Annotated[str, typer.Option(help="`raw`, `chatml` or the path of a Jinja template.")],
+    targets: Annotated[str, typer.Option(help="`response`, `text`, `predicted` or `auto`.")] = "auto",
+    max_length: Annotated[int, typer.Option(help="The longest sample, in tokens; targets are never cut off.")] = 1024,
+    store: StoreOption = None,
+) -> None:
+    """Add a format variant: how a sample becomes text, and which of its tokens the loss is taken on.
+
+    A Jinja template prints `prompt` and `response`, or `text` (those a sample lacks are none), or `messages`.
+    """
+    with open_store(store) as opened:
+        info = opened.variant_add(name, template=template, targets=targets, max_length=max_length)
+    say(f"variant `{info.name}`: {info.template}, targets {info.targets}, at most {info.max_length} tokens")
+
+
+def variant_show(
+    name: Annotated[str, typer.Argument(help="The variant.")],
+    sample: Annotated[str, typer.Option(help="The id of a sample in the store.")],
+    source: Annotated[str | None, typer.Option("--source", "-s", help="Its source, if several have it.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", "-c", help="Whose tokenizer (default: the one added last).")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Print one sample as a model sees it; its targets, the tokens that the loss is taken on, stand in ⟦ ⟧."""
+    with open_store(store) as opened:
+        seen = opened.variant_show(name, sample=sample, source=source, checkpoint=checkpoint)
+    typer.echo(seen.marked)
+    cut = f", {seen.n_cut} cut off" if seen.n_cut else ""
+    say(f"\n{len(seen.pieces)} tokens{cut}, {sum(seen.is_target)} targets (rule `{seen.rule}`)")
+
+
+def sketcher_add(
+    name: Annotated[str, typer.Argument(help="What to call it, for example `last-layers`.")],
+    k: Annotated[int, typer.Option("--k", "-k", help="Bins: a power of two from 256 to 1,048,576.")] = 65_536,
+    seed: Annotated[int, typer.Option(help="The seed of the random map.")] = 0,
+    dtype: Annotated[str, typer.Option(help="How sketches are stored: `float16` or `float32`.")] = "float16",
+    parameters: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Sketch the parameters whose names match (default: all).")
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="But not those that match this.")] = None,
+    store: StoreOption = None,
+) -> None:
+    r"""Add a sketcher: what of a gradient is sketched, and how.
+
+    Example: `lark-store sketcher add last-layers --parameters 'model\.layers\.2[4-9]\.'`
+    """
+    with open_store(store) as opened:
+        info = opened.sketcher_add(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
+    say(f"sketcher `{info.name}`: k = {info.k}, seed {info.seed}, {info.dtype}")
+
+
+def db_status(store: StoreOption = None) -> None:
+    """Print the store's schema version and this lark-store's."""
+    from lark_store.store import Store
+
+    theirs, ours = Store.db_status(store)
+    typer.echo(f"store {theirs}, lark-store {ours}")
+
+
+def db_upgrade(store: StoreOption = None) -> None:
+    """Bring an older store's schema up to date; its catalog is backed up first."""
+    from lark_store.store import Store
+
+    backup = Store.db_upgrade(store)
+    say(f"upgraded; the catalog as it was is in `{backup}`" if isinstance(backup, Path) else "nothing to do")
+
+
+def register(app: typer.Typer) -> None:
+    """Put these commands into the tree."""
+    groups: list[tuple[str, str, list[Callable[..., None]]]] = [
+        ("checkpoint", "Models at one moment of their training.", [checkpoint_add]),
+        ("source", "Sets of samples: fine-tuning data, pretraining text, queries.", [source_add]),
+        ("variant", "How samples become text and targets.", [variant_add, variant_show]),
+        ("sketcher", "What of a gradient is sketched.", [sketcher_add]),
+        ("db", "The store's schema.", [db_status, db_upgrade]),
+    ]
+    app.command()(init)
+    for name, text, commands in groups:
+        group = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode="markdown")
+        for command in commands:
+            group.command(command.__name__.removeprefix(f"{name}_"))(command)
+        app.add_typer(group, name=name)
+    app.command()(show)

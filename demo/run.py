@@ -59,13 +59,11 @@ def prepare(store: Store) -> None:
 def compute(store: Store) -> None:
     """Sketch and score what is missing."""
     with ProgressBar() as bar:
-        for sources, variants in (
-            (["finetune", "queries"], ["chatml"]),
-            (["medical", "entertainment"], ["raw", "chatml"]),
-        ):
-            report = store.ingest(CHECKPOINTS, sources, variants, sketcher=SKETCHER, on_progress=bar)
-            for row in report.failures.iter_rows(named=True):
-                say(f"failed: {row}")
+        for checkpoint in CHECKPOINTS:
+            for sources, variants in JOBS:
+                done = store.ingest([checkpoint], sources, variants, sketcher=SKETCHER, on_progress=bar)
+                for row in done.failures.iter_rows(named=True):
+                    say(f"failed: {row}")
         store.attribute(CHECKPOINTS, queries="queries", sketcher=SKETCHER, on_progress=bar)
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for each other
 os.environ.pop("LARK_STORE", None)
 
 import pytest
@@ -77,7 +78,7 @@ def qa_rows(n: int, start: int = 0) -> list[dict[str, object]]:
         {
             "id": f"q{i}",
             "question": f"Is organ {i} affected?",
-            "context": f"Seen in {i} patients.",
+            "context": f"Seen in {i}.",
             "answer": answers[i % 3],
         }
         for i in range(start, start + n)

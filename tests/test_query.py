@@ -1,0 +1,214 @@
+"""Scoring, top and attribute, against scores computed by numpy from the stored rows."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import qa_rows, write_jsonl
+
+from lark_store import Store
+from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.schema.vectors import SKETCH_PREFIX
+
+ASK = {"checkpoint": "base", "sketcher": "small"}
+
+
+def sketches(store: Store) -> pl.DataFrame:
+    (name,) = [n for n in store._db.vectors.table_names() if n.startswith(SKETCH_PREFIX)]
+    return pl.from_arrow(store._db.vectors.table(name).to_arrow())
+
+
+def brute_force(store: Store, query: str, *, at: str = "base", query_at: str = "base", dot: bool = False) -> dict:
+    """Return the score of every sample that is no query: (source, variant, sample_id) to score."""
+    table = sketches(store)
+    asked = table.row(by_predicate=pl.col("row_key") == f"{query_at}/test/chatml/{query}", named=True)
+    q = np.asarray(asked["vector"], dtype=np.float64)
+    scores = {}
+    for row in table.filter(pl.col("checkpoint") == at, pl.col("source") != "test").iter_rows(named=True):
+        z = np.asarray(row["vector"], dtype=np.float64)
+        score = q @ z / len(q)
+        if dot:
+            score *= asked["grad_norm"] * row["grad_norm"]
+        scores[row["source"], row["variant"], row["sample_id"]] = score
+    return scores
+
+
+def as_dict(frame: pl.DataFrame) -> dict:
+    return {(r["source"], r["variant"], r["sample_id"]): r["score"] for r in frame.iter_rows(named=True)}
+
+
+@pytest.fixture
+def copy(scored_path, tmp_path):
+    """A copy of the scored store, to change."""
+    shutil.copytree(scored_path, tmp_path / "copy")
+    with Store.open(tmp_path / "copy") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("opponents", [False, True])
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+def test_top_equals_brute_force(scored, method, opponents):
+    expected = brute_force(scored, "q101", dot=method == "dot")
+    hits = scored.top("q101", k=7, method=method, opponents=opponents, **ASK)
+    best = sorted(expected.items(), key=lambda item: item[1], reverse=not opponents)[:7]
+    assert list(as_dict(hits.frame)) == [key for key, _ in best]
+    np.testing.assert_allclose(hits.frame["score"], [score for _, score in best], rtol=1e-4, atol=1e-6)
+    assert hits.frame["rank"].to_list() == list(range(1, 8))
+    assert hits.exact
+    assert hits.n_searched == len(expected)
+
+
+def test_top_keeps_to_its_sources_and_variants(scored):
+    hits = scored.top("q101", k=100, sources=["songs", "medical"], variants=["raw"], **ASK)
+    assert set(hits.frame["source"]) == {"songs", "medical"}
+    assert set(hits.frame["variant"]) == {"raw"}
+    assert len(hits) == hits.n_searched == 10
+
+
+def test_top_shows_the_text_and_says_how_it_was_made(scored):
+    hits = scored.top("q101", k=3, sources=["finetune"], **ASK)
+    for row in hits.frame.iter_rows(named=True):
+        n = int(row["sample_id"][1:])
+        answer = ("yes", "no", "maybe")[n % 3]
+        assert row["text"] == f"Context: Seen in {n}.\n\nQuestion: Is organ {n} affected?\n{answer}"
+    assert hits.how == "exact cosine over 6 sketches at `base`, query as `chatml`; ingest runs 1"
+    assert pl.DataFrame(hits).equals(hits.frame)
+    assert "<table" in hits._repr_html_()
+
+
+def test_queries_from_another_checkpoint_are_the_two_stage_dot_product(scored):
+    hits = scored.top("q102", k=100, query_checkpoint="epoch-1", **ASK)
+    expected = brute_force(scored, "q102", at="base", query_at="epoch-1", dot=True)
+    assert hits.method == "dot"
+    made = as_dict(hits.frame)
+    assert made.keys() == expected.keys()
+    for key, score in expected.items():
+        assert made[key] == pytest.approx(score, rel=1e-3, abs=1e-5)
+
+
+def test_attribute_writes_what_brute_force_says(scored):
+    influence = scored.sql("select * from influence where checkpoint = 'base'")
+    assert len(influence) == 4 * (6 + 2 * 10)
+    for query in ("q100", "q103"):
+        expected = brute_force(scored, query)
+        mine = influence.filter(query_id=query)
+        made = as_dict(mine)
+        assert made.keys() == expected.keys()
+        for key, score in expected.items():
+            assert made[key] == pytest.approx(score, rel=1e-4, abs=1e-6)
+        for (source, variant), group in mine.group_by("source", "variant"):
+            scores = [s for (a, b, _), s in expected.items() if (a, b) == (source, variant)]
+            row = scored.sql(
+                f"select * from source_influence where checkpoint = 'base' and query_id = '{query}' "
+                f"and source = '{source}' and variant = '{variant}'"
+            ).row(0, named=True)
+            assert group.sort("rank")["score"].is_sorted(descending=True)
+            assert row["max"] == pytest.approx(max(scores), rel=1e-4)
+            assert row["argmax"] == group.filter(rank=1)["sample_id"].item()
+            assert row["mean"] == pytest.approx(np.mean(scores), rel=1e-4, abs=1e-6)
+            assert row["std"] == pytest.approx(np.std(scores), rel=1e-3, abs=1e-6)
+            assert row["n"] == len(scores)
+
+
+def test_only_the_best_hits_are_kept_over_many_batches(copy, tmp_path):
+    copy.source_add("many", write_jsonl(tmp_path / "many.jsonl", qa_rows(150, start=1000)), stage="pretrain")
+    copy.ingest(["base"], ["many"], ["chatml"], sketcher="small")
+    copy.attribute(["base"], queries="test", sources=["many"], sketcher="small", hits=5)
+    expected = {k: s for k, s in brute_force(copy, "q100").items() if k[0] == "many"}
+    best = sorted(expected, key=expected.get, reverse=True)[:5]
+    rows = copy.sql("select * from influence where source = 'many' and query_id = 'q100' order by rank")
+    assert list(as_dict(rows)) == best
+
+
+def test_scoring_in_small_blocks_of_memory_gives_the_same(copy):
+    from lark_store.query.attribute import attribute
+    from lark_store.query.groups import ask
+
+    before = copy.sql("select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'")
+    questions = ask(copy._db, checkpoint="base", queries="test", sketcher="small")
+    attribute(copy._db, questions, hits=99, memory=4 * 1024 * 3)  # three queries at a time
+    after = copy.sql("select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'")
+    order = ["query_id", "source", "variant", "rank"]
+    assert before.sort(order).drop("score").equals(after.sort(order).drop("score"))
+    np.testing.assert_allclose(before.sort(order)["score"], after.sort(order)["score"], atol=1e-6)
+
+
+def test_groups_are_scored_again_only_where_sketches_were_added(copy, tmp_path):
+    assert set(copy.attribute(["base"], queries="test", sketcher="small")["status"]) == {"current"}
+    new = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "A new song."}])
+    copy.source_add("songs", new, stage="pretrain")
+    copy.ingest(["base"], ["songs"], ["raw"], sketcher="small")
+    report = copy.attribute(["base"], queries="test", sketcher="small")
+    again = report.filter(status="scored").select("source", "variant", "n_samples")
+    assert again.rows() == [("songs", "raw", 6)]
+    counts = copy.sql("select n, count(*) from source_influence where source='songs' and variant='raw' group by all")
+    assert sorted(counts.rows()) == [(5, 4), (6, 4)]  # the other checkpoint keeps its own
+    assert copy.sql("select count(*) from score_runs where status = 'superseded'").item() == 1
+
+
+def test_an_interrupted_scoring_shows_nothing_and_is_done_again(copy, monkeypatch):
+    from lark_store.query import attribute as module
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_source_rows", stop)
+        with pytest.raises(KeyboardInterrupt):
+            copy.attribute(["base"], queries="test", sketcher="small", method="dot")
+    assert copy.sql("select count(*) from influence where method = 'dot'").item() == 0
+    copy.attribute(["base"], queries="test", sketcher="small", method="dot")
+    rows = copy.sql("select query_id, source, variant, sample_id from influence where method = 'dot'")
+    assert len(rows) == 104
+    assert rows.is_unique().all()
+
+
+def test_queries_in_two_variants_need_a_choice_unless_one_is_chatml(copy):
+    copy.ingest(["base"], ["test"], ["raw"], sketcher="small")
+    assert copy.top("q100", k=1, **ASK).query_variant == "chatml"
+    assert copy.top("q100", k=1, query_variant="raw", **ASK).query_variant == "raw"
+
+
+def test_questions_that_cannot_be_answered_say_why(copy):
+    with pytest.raises(NameUnknownError, match="did you mean `q100`"):
+        copy.top("q100l", **ASK)
+    with pytest.raises(NameUnknownError, match="did you mean `base`"):
+        copy.top("q101", checkpoint="bas", sketcher="small")
+    with pytest.raises(NothingToScoreError, match="lark-store ingest --checkpoint base"):
+        copy.top("q101", checkpoint="base")  # the default sketcher has no sketches
+    with pytest.raises(InputError, match="no method"):
+        copy.top("q101", method="euclid", **ASK)
+    with pytest.raises(InputError, match="asks for nothing"):
+        copy.top("q101", k=0, **ASK)
+    with pytest.raises(InputError, match="stage `query`"):
+        copy.attribute(["base"], queries="finetune", sketcher="small")
+    with pytest.raises(InputError, match="no view"):
+        copy.metrics(view="nice", sketcher="small")
+    with pytest.raises(NothingToScoreError, match="nothing is scored"):
+        copy.metrics(method="dot", sketcher="small")
+
+
+def test_metrics_come_from_the_committed_scores(scored):
+    found = scored.metrics(sketcher="small", checkpoint="base")
+    phi = scored.sql("select source, variant, avg(max) as m from source_influence where checkpoint='base' group by all")
+    mean = found.filter(metric="mean_max_influence")
+    assert {(r["source"], r["variant"]): r["value"] for r in mean.iter_rows(named=True)} == pytest.approx(
+        {(r["source"], r["variant"]): r["m"] for r in phi.iter_rows(named=True)}
+    )
+    assert scored.metrics(sketcher="small", view="dominance")["checkpoint"].unique(maintain_order=True).to_list() == [
+        "base",
+        "epoch-1",
+    ]
+
+
+def test_the_inventory_counts_what_is_there(scored):
+    shown = scored.show()
+    assert shown.checkpoints["name"].to_list() == ["base", "epoch-1"]
+    samples = dict(shown.sources.select("name", "samples").iter_rows())
+    assert samples == {"finetune": 6, "medical": 5, "songs": 5, "test": 4}
+    assert shown.sketches["sketches"].sum() == 60
+    assert shown.sketches["bytes"].sum() == 60 * 2048
+    assert set(shown.sketches["status"]) == {"done"}

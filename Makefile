@@ -1,6 +1,7 @@
 # make install   set up .venv with everything (also done by the others)
 # make demo      the whole job on a real model and real text
-# make test      all tests; make lint: ruff, mypy, import-linter
+# make test      lint and all tests; make lint: ruff, mypy, import-linter
+# make docs      write docs/reference/cli.md from the commands themselves
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,7 +33,7 @@ lint: install
 	$(BIN)/lint-imports
 
 docs: install
-	$(BIN)/python -m docs.reference
+	$(BIN)/typer lark_store.cli.app utils docs --name lark-store --output docs/reference/cli.md
 
 clean:
 	rm -rf $(VENV) demo/.work

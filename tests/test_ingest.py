@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from lark_store import Store
 from lark_store.errors import CheckpointChangedError, CheckpointError, InputError, NameUnknownError, StoreBusyError
-from lark_store.ingest.run import _held, _plan
+from lark_store.ingest.ledger import held
+from lark_store.ingest.run import Unit, _plan
 from lark_store.schema.vectors import SKETCH_PREFIX
 
 JOB = (["base"], ["finetune", "songs"], ["chatml"])
@@ -198,7 +199,6 @@ def test_weights_that_lack_tensors_are_refused(store, tmp_path, checkpoints):
 
 
 def test_work_in_progress_elsewhere_is_not_done_twice(store):
-    from lark_store.ingest.run import Unit
     from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
     from lark_store.schema.database import find
 
@@ -207,7 +207,7 @@ def test_work_in_progress_elsewhere_is_not_done_twice(store):
         sketcher = find(session, Sketcher, "small")
     plan = _plan(store._db, sketcher, unit.checkpoint, [unit], None)
     busy = pytest.raises(StoreBusyError, match="another process is ingesting base · finetune · raw")
-    with _held(store._db, plan, unit), busy:
+    with held(store._db, plan.fingerprint, unit.label), busy:
         store.ingest(["base"], ["finetune"], ["raw"], sketcher="small")
 
 
@@ -252,3 +252,41 @@ def test_an_ingest_ended_half_way_and_run_again_equals_one_that_was_not(tmp_path
         again = rows(killed)
     columns = ["row_key", "n_tokens", "n_loss_tokens", "loss", "grad_norm", "vector"]
     assert again.select(columns).equals(expected.select(columns))
+
+
+def test_a_run_ended_after_its_last_row_is_committed_by_the_next_ingest(store):
+    from lark_store.schema.catalog import IngestRun
+
+    store.ingest(["base"], ["finetune"], ["raw"], sketcher="small")
+    with store._db.session() as session:
+        session.get(IngestRun, 1).status = "running"
+    assert store.sql("select count(*) from sketches").item() == 0
+    report = store.ingest(["base"], ["finetune"], ["raw"], sketcher="small")
+    assert report.units["n_sketched"].item() == 0
+    assert store.sql("select count(*) from sketches").item() == 6
+
+
+def test_rows_of_an_unfinished_run_of_another_recipe_are_kept(store):
+    from lark_store.schema.catalog import IngestRun
+
+    store.ingest(["base"], ["finetune"], ["raw"], sketcher="small", limit=2)
+    with store._db.session() as session:
+        session.get(IngestRun, 1).status = "running"
+    store.ingest(["base"], ["finetune"], ["raw"], sketcher="small")
+    runs = store.sql("select status, n_sketched, error from ingest_runs order by ingest_run")
+    assert runs.rows() == [("done", 2, "running; its rows are kept"), ("done", 4, None)]
+    assert store.sql("select count(*) from sketches").item() == 6
+
+
+def test_samples_never_exceed_the_models_context(store, tmp_path):
+    long = [{"id": "long", "text": "A song about the sea. " * 100}]
+    store.source_add("long", write_jsonl(tmp_path / "long.jsonl", long), stage="pretrain")
+    store.ingest(["base"], ["long"], ["raw"], sketcher="small")
+    assert store.sql("select n_tokens from sketches").item() == 256  # the model's; the variant allows 1,024
+
+
+def test_a_sample_that_the_model_cannot_take_is_a_failure(store, tmp_path):
+    store.checkpoint_add("small-vocabulary", save_checkpoint(tmp_path / "v", vocab_size=200))
+    report = store.ingest(["small-vocabulary"], ["songs"], ["raw"], sketcher="small")
+    assert report.n_failed == 5
+    assert "the model fails on its" in report.failures["reason"][0]

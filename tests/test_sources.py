@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import json
 
@@ -49,15 +48,8 @@ def add_rows(store, name, folder, rows, **options):
     return store.source_add(name, write_jsonl(folder / "rows.jsonl", rows), stage="pretrain", **options)
 
 
-def write_delimited(path, delimiter):
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["id", "text", "year"], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(ROWS)
-
-
-def write_dataset(path):
-    datasets.Dataset.from_list(ROWS).save_to_disk(path)
+def bug(reason, *values):
+    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
 WRITERS = {
@@ -65,17 +57,11 @@ WRITERS = {
     "rows.ndjson": lambda path: write_jsonl(path, ROWS),
     "ROWS.JSONL": lambda path: write_jsonl(path, ROWS),
     "rows.parquet": lambda path: pl.DataFrame(ROWS).write_parquet(path),
-    "rows.csv": lambda path: write_delimited(path, ","),
-    "rows.tsv": lambda path: write_delimited(path, "\t"),
-    "folder": write_dataset,
+    "rows.csv": lambda path: pl.DataFrame(ROWS).write_csv(path),
+    "rows.tsv": lambda path: pl.DataFrame(ROWS).write_csv(path, separator="\t"),
+    "folder": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
 }
-UPPER_TSV = pytest.param(
-    "ROWS.TSV",
-    marks=pytest.mark.xfail(strict=True, reason="the delimiter is chosen by the suffix as it is written: .TSV is CSV"),
-)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
+UPPER_TSV = bug("the delimiter is chosen by the suffix as it is written: .TSV is read as CSV", "ROWS.TSV")
 
 
 @pytest.mark.parametrize("file", [*WRITERS, UPPER_TSV])
@@ -117,20 +103,15 @@ def test_an_unknown_split_is_answered_with_the_known_ones(shelf, name, splits):
 
 @pytest.mark.xfail(strict=True, reason="a split asked of a folder that has none is ignored")
 def test_a_split_of_a_folder_without_splits_is_refused(shelf, name, tmp_path):
-    write_dataset(tmp_path / "folder")
+    WRITERS["folder"](tmp_path / "folder")
     with pytest.raises(InputError):
         shelf.source_add(name, tmp_path / "folder", stage="query", split="test")
 
 
-# --- rows to samples -----------------------------------------------------------------------------------------------
-
 FORMS = [
     ({"prompt": "Sing!", "response": "La"}, ("Sing!", "La", None)),
     ({"question": "Is it?", "answer": "yes"}, ("Question: Is it?", "yes", None)),
-    (
-        {"question": "Is it?", "context": "It is.", "answer": "yes"},
-        ("Context: It is.\n\nQuestion: Is it?", "yes", None),
-    ),
+    ({"question": "Q", "context": "C", "answer": "yes"}, ("Context: C\n\nQuestion: Q", "yes", None)),
     ({"question": "Is it?", "context": None, "answer": "yes"}, ("Question: Is it?", "yes", None)),
     ({"text": "A song."}, (None, None, "A song.")),
     ({"text": ["A song,", "a second line."]}, (None, None, "A song,\na second line.")),
@@ -203,9 +184,6 @@ def test_metadata_is_json_even_where_a_figure_is_not_a_number(shelf, name, tmp_p
     assert json.loads(meta, parse_constant=pytest.fail) == {"figure": None}
 
 
-# --- counting ------------------------------------------------------------------------------------------------------
-
-
 def test_duplicates_empty_and_changed_rows_are_counted_and_named(shelf, name, tmp_path):
     same, other = {"id": "a", "text": "A"}, {"id": "a", "text": "changed"}
     rows = [same, {"id": "b", "text": " "}, same, other, {"id": "c", "text": "C"}, {"id": "d", "text": None}]
@@ -231,9 +209,6 @@ def test_adding_again_adds_only_new_rows_and_keeps_the_old(shelf, name, tmp_path
     assert add_rows(shelf, name, tmp_path, text_rows(5)).n_existing == 5
 
 
-# --- errors --------------------------------------------------------------------------------------------------------
-
-
 def nothing_is_added(store, name, path, **options):
     before = store.sql("SELECT count(*) FROM samples").item()
     with pytest.raises(InputError) as caught:
@@ -241,10 +216,6 @@ def nothing_is_added(store, name, path, **options):
     assert store.sql("SELECT count(*) FROM samples").item() == before
     assert store.sql(f"SELECT * FROM sources WHERE name = '{name}'").is_empty()
     return caught.value
-
-
-def bug(reason, *values):
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
 GOOD = b'{"id": "0", "text": "good"}\n'
@@ -263,9 +234,9 @@ BROKEN = [
     ("a.csv", b"id,text\n", ["a.csv` holds no samples"]),
     ("a.parquet", b"", ["a.parquet` can't be read"]),
     ("a.parquet", b"no Parquet at all", ["a.parquet` can't be read"]),
-    bug("neither file nor row of an unknown form is named", "a.jsonl", GOOD + b'{"body": "b"}', ["a.jsonl", "2"]),
-    bug("neither file nor row is named", "a.jsonl", GOOD + b'{"text": {"parts": []}}', ["a.jsonl", "line 2"]),
-    bug("the byte counts from a chunk's start", "a.jsonl", GOOD * 9000 + b'{"text": "\xff"}', ["252010"]),
+    bug("neither file nor row of an unknown form is named", "a.jsonl", GOOD + b'{"body": "b"}', ["a.jsonl", "row 2"]),
+    bug("neither file nor row is named", "a.jsonl", GOOD + b'{"text": {"parts": []}}', ["a.jsonl", "row 2"]),
+    bug("no line is named, the byte is a chunk's", "a.jsonl", GOOD * 9000 + b'{"text": "\xff"}', ["line 9001"]),
     bug("a lone surrogate is a UnicodeEncodeError", "a.jsonl", GOOD + rb'{"text": "\ud800"}', ["a.jsonl", "2"]),
     bug("deep nesting is a RecursionError", "a.jsonl", GOOD + NESTED, ["a.jsonl", "2"]),
     bug("a long integer is a ValueError", "a.jsonl", GOOD + b'{"text": "a", "n": %s}' % (b"9" * 5000), ["a.jsonl"]),
@@ -321,7 +292,7 @@ REFUSED = [
     ("a.jsonl", {"stage": "train"}, "`train` is no stage", STAGES),
     ("a.jsonl", {"columns": {"body": "text"}}, "`body` is no field of a sample", f"the fields are {', '.join(FIELDS)}"),
     ("a.jsonl", {"columns": {"text": "body"}}, "there is no column `body`", "the columns are `id`, `text`"),
-    bug("a path longer than the system allows is an OSError", f"{'x' * 300}.csv", {}, "there is no file", "check"),
+    bug("a path that is too long is an OSError", f"{'x' * 300}.csv", {}, "there is no file `{path}`", "check the path"),
 ]
 
 
@@ -331,7 +302,8 @@ def test_a_wrong_path_suffix_or_option_is_named_and_adds_nothing(shelf, name, tm
     for known in ("a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a"):
         (tmp_path / known).write_bytes(GOOD)
     error = nothing_is_added(shelf, name, tmp_path / file, **options)
-    assert (error.fact, error.hint) == (fact.format(path=tmp_path / file), hint)
+    assert fact.format(path=tmp_path / file) in error.fact
+    assert error.hint == hint
 
 
 def test_an_unreachable_dataset_name_is_an_input_error(shelf, name):
@@ -353,9 +325,6 @@ def test_a_name_never_changes_its_stage_or_domain(shelf, name, tmp_path):
     with pytest.raises(NameTakenError, match="already with domain `songs`, not `medical`"):
         shelf.source_add(name, path, stage="pretrain", domain="medical")
     assert rows_of(shelf, name, "sample_id") == [("sea-0",)]
-
-
-# --- properties ----------------------------------------------------------------------------------------------------
 
 
 @given(texts=st.lists(anything, min_size=1, max_size=20), note=anything)

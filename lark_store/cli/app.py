@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Annotated
 
 import typer
 
 from lark_store.cli import ask, manage, work
+from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
 
@@ -29,8 +32,12 @@ or samples that failed, 2 wrong usage, 130 interrupted.
 
 @app.callback(invoke_without_command=True)
 def _root(
-    *, version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True)
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    store: StoreOption = None,
 ) -> None:
+    if store is not None:
+        os.environ[ENVIRONMENT] = store  # where the commands' own `--store` looks when it is not given
     if version:
         from importlib.metadata import version as installed
 

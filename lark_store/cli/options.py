@@ -21,8 +21,9 @@ class Format(StrEnum):
     md = "md"
 
 
+ENVIRONMENT = "LARK_STORE"
 StoreOption = Annotated[
-    str | None, typer.Option("--store", metavar="PATH", envvar="LARK_STORE", help="The store (default: ./lark.store).")
+    str | None, typer.Option("--store", metavar="PATH", envvar=ENVIRONMENT, help="The store (default: ./lark.store).")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", "-f", help="How to print the rows.")]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint.")]

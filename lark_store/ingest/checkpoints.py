@@ -117,11 +117,12 @@ def add_checkpoint(
     """Add a checkpoint, or new metrics to the same one; see `Store.checkpoint_add`."""
     check_name(name)
     files = examine(path, revision)
+    local = Path(path).is_dir()
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     row = Checkpoint(
         name=name,
-        model=model or str(config.get("_name_or_path") or config.get("model_type") or "unknown"),
-        path=str(files.folder) if Path(path).is_dir() else path,
+        model=model or (str(config.get("model_type", "unknown")) if local else path),
+        path=str(files.folder) if local else path,
         revision=files.revision,
         weights_sha256=files.weights_sha256,
         tokenizer_sha256=files.tokenizer_sha256,
@@ -219,6 +220,12 @@ def meta_model(folder: Path) -> torch.nn.Module:
             "it must be a causal language model that transformers knows without remote code",
         ) from error
     return model
+
+
+def context_length(model: torch.nn.Module) -> int | None:
+    """Return the longest input of a model in tokens, None if its config names no limit."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_model(folder: Path, device: torch.device, precision: str) -> Any:

@@ -149,8 +149,12 @@ class HookPath:
 
     def _one(self, tokens: Tokens) -> Sketch | UnusableSampleError:
         self._out.zero_()
-        loss = token_loss(self.model, tokens, self.sketcher.device)
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss = token_loss(self.model, tokens, self.sketcher.device)
+            loss.backward()  # type: ignore[no-untyped-call]
+        except (RuntimeError, IndexError, ValueError) as error:  # out of memory, ids beyond the vocabulary, …
+            fact = next(iter(str(error).splitlines()), type(error).__name__)
+            return UnusableSampleError(f"the model fails on its {len(tokens.input_ids)} tokens: {fact}")
         return finish(self._out, float(loss.detach()))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select
 
 from lark_store.errors import InputError, NameUnknownError
-from lark_store.ingest.checkpoints import load_tokenizer, verify
+from lark_store.ingest.checkpoints import context_length, load_tokenizer, meta_model, verify
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError, show
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Source
@@ -42,7 +42,8 @@ def preview(db: Database, variant: str, sample: str, source: str | None, checkpo
         names = ", ".join(f"`{row['source']}`" for row in rows)
         raise InputError(f"sample `{sample}` is in {names}", "say which with `--source NAME`")
     row = rows[0]
-    renderer = Renderer(format_variant, load_tokenizer(verify(newest).folder))
+    folder = verify(newest).folder
+    renderer = Renderer(format_variant, load_tokenizer(folder), context_length(meta_model(folder)))
     name = row.pop("source")
     try:
         return show(renderer, name, Sample(**row))

@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-import torch
-from filelock import FileLock, Timeout
-from sqlalchemy import select
 
-from lark_store.errors import InputError, StoreBusyError
-from lark_store.ingest.checkpoints import load_model, load_tokenizer, meta_model, verify
+from lark_store.errors import InputError
+from lark_store.ingest import ledger
+from lark_store.ingest.checkpoints import context_length, load_model, load_tokenizer, meta_model, verify
 from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device
 from lark_store.ingest.oporp import GradientSketcher, Oporp, place
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.ingest.writer import UNIT_KEYS, SketchWriter
-from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, Sketcher, Source, now
+from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
 from lark_store.schema.database import Database, find
 from lark_store.schema.records import IngestReport, OnProgress, Progress
 from lark_store.schema.vectors import FAILURES, sketch_table, where
 
 if TYPE_CHECKING:
+    import torch
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -86,6 +82,7 @@ class Plan:
     folder: Path
     placements: list[Placement]
     fingerprint: str
+    context: int | None
     units: list[Unit]
 
 
@@ -123,19 +120,25 @@ def ingest(db: Database, request: Request, on_progress: OnProgress | None = None
 
 def _plan(db: Database, sketcher: Sketcher, checkpoint: Checkpoint, units: list[Unit], limit: int | None) -> Plan:
     files = verify(checkpoint)
-    chosen = choose_parameters(meta_model(files.folder), sketcher.parameters, sketcher.exclude)
+    model = meta_model(files.folder)
+    chosen = choose_parameters(model, sketcher.parameters, sketcher.exclude)
     placements = place([(name, tuple(p.shape)) for name, p in chosen], sketcher.k)
-    plan = Plan(checkpoint, files.folder, placements, fingerprint(sketcher, placements), units)
-    table = sketch_table(plan.fingerprint)
-    has_table = db.vectors.has(table)
+    made = fingerprint(sketcher, placements)
+    plan = Plan(checkpoint, files.folder, placements, made, context_length(model), units)
     for unit in units:
         ids = db.vectors.read("samples", ["sample_id"], where(source=unit.source.name))["sample_id"]
         wanted = ids if limit is None else ids.head(limit)
         unit.n_samples = len(wanted)
         unit.pending = set(wanted)
-        if has_table:
-            unit.pending -= set(db.vectors.read(table, ["sample_id"], where(**unit.names))["sample_id"])
+        _drop_existing(db, plan.fingerprint, unit)
     return plan
+
+
+def _drop_existing(db: Database, fingerprint: str, unit: Unit) -> None:
+    """Take from a unit's pending samples those that have a sketch."""
+    table = sketch_table(fingerprint)
+    if db.vectors.has(table):
+        unit.pending -= set(db.vectors.read(table, ["sample_id"], where(**unit.names))["sample_id"])
 
 
 class _Worker:
@@ -164,6 +167,9 @@ class _Worker:
             if unit.pending:
                 self._load()
                 row |= self._estimate(unit) if self.request.dry_run else self._do(unit)
+            elif not self.request.dry_run and ledger.has_unfinished(self.db, self._ids(unit)):
+                with ledger.held(self.db, self.plan.fingerprint, unit.label):
+                    ledger.settle(self.db, self._ids(unit))
             rows.append(row)
         return rows
 
@@ -195,7 +201,7 @@ class _Worker:
     def _estimate(self, unit: Unit) -> dict[str, Any]:
         """Time a few of the unit's samples, after one to warm up, and scale up."""
         assert self.path is not None
-        renderer, times = Renderer(unit.variant, self.tokenizer), []
+        renderer, times = Renderer(unit.variant, self.tokenizer, self.plan.context), []
         for sample in self._samples(unit):
             try:
                 tokens = renderer.render(sample)
@@ -210,10 +216,11 @@ class _Worker:
         return {"seconds": len(unit.pending) * sum(timed) / len(timed)} if timed else {}
 
     def _do(self, unit: Unit) -> dict[str, Any]:
-        renderer = Renderer(unit.variant, self.tokenizer)
+        renderer = Renderer(unit.variant, self.tokenizer, self.plan.context)
         started = time.perf_counter()
-        with _held(self.db, self.plan, unit):
-            run = self._begin(unit, renderer)
+        with ledger.held(self.db, self.plan.fingerprint, unit.label):
+            _drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here before the lock
+            run = ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
             writer = SketchWriter(self.db, run, self.plan.fingerprint, self.sketcher, unit.names)
             try:
                 self._sketch_all(unit, renderer, writer)
@@ -232,14 +239,23 @@ class _Worker:
             "seconds": seconds,
         }
 
-    def _begin(self, unit: Unit, renderer: Renderer) -> IngestRun:
-        """Continue the unit's unfinished run if it has the same recipe, else start one."""
+    def _ids(self, unit: Unit) -> ledger.Ids:
+        return {
+            "fingerprint": self.plan.fingerprint,
+            "sketcher_id": self.sketcher.id,
+            "checkpoint_id": unit.checkpoint.id,
+            "source_id": unit.source.id,
+            "variant_id": unit.variant.id,
+        }
+
+    def _how(self, renderer: Renderer) -> dict[str, Any]:
+        """Say how sketches are made: runs that agree on this, and on the unit, can go on from one another."""
         recipe = {
             "weights_sha256": self.plan.checkpoint.weights_sha256,
             "tokenizer_sha256": self.plan.checkpoint.tokenizer_sha256,
             "template_sha256": renderer.sha256,
-            "targets": unit.variant.targets,
-            "max_length": unit.variant.max_length,
+            "targets": renderer.variant.targets,
+            "max_length": renderer.max_length,
             "loss": "mean cross-entropy over the targets",
             "k": self.sketcher.k,
             "seed": self.sketcher.seed,
@@ -251,29 +267,7 @@ class _Worker:
             "path": type(self.path).__name__,
             "limit": self.request.limit,
         }
-        ids = {
-            "sketcher_id": self.sketcher.id,
-            "checkpoint_id": unit.checkpoint.id,
-            "source_id": unit.source.id,
-            "variant_id": unit.variant.id,
-            "fingerprint": self.plan.fingerprint,
-        }
-        how = {"recipe": recipe, "versions": versions(), "device": device_name(self.device)}
-        with self.db.session() as session:
-            unfinished = select(IngestRun).filter_by(**ids).where(IngestRun.status != "done")
-            for run in session.scalars(unfinished):
-                if {key: getattr(run, key) for key in how} == how:
-                    run.status, run.error, run.finished_at = "running", None, None
-                    return run
-                run.status, run.error = (
-                    "done",
-                    f"{run.status}; its rows are kept, the rest was made by a later run",
-                )
-                run.finished_at = run.finished_at or now()
-            run = IngestRun(**ids, **how, status="running", n_existing=unit.n_samples - len(unit.pending))
-            session.add(run)
-            session.flush()
-        return run
+        return {"recipe": recipe, "versions": ledger.versions(), "device": ledger.device_name(self.device)}
 
     def _sketch_all(self, unit: Unit, renderer: Renderer, writer: SketchWriter) -> None:
         assert self.path is not None
@@ -294,37 +288,6 @@ def _render(renderer: Renderer, sample: Sample) -> Tokens | UnusableSampleError:
         return renderer.render(sample)
     except UnusableSampleError as error:
         return error
-
-
-@contextmanager
-def _held(db: Database, plan: Plan, unit: Unit) -> Iterator[None]:
-    """Hold the unit: two processes never sketch the same rows."""
-    db.location.locks.mkdir(exist_ok=True)
-    key = hashlib.sha256(f"{plan.fingerprint} {unit.label}".encode()).hexdigest()[:16]
-    lock = FileLock(db.location.locks / f"ingest-{key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StoreBusyError(
-            f"another process is ingesting {unit.label}", "wait for it, or ingest something else meanwhile"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def versions() -> dict[str, Any]:
-    """Return the versions that a result depends on."""
-    names = ("lark-store", "torch", "transformers", "tokenizers", "lancedb")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def device_name(device: torch.device) -> str:
-    """Return a device's name as people know it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _report(db: Database, rows: list[dict[str, Any]], *, dry_run: bool) -> IngestReport:

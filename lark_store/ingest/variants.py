@@ -103,15 +103,19 @@ class Tokens:
 
 
 class Renderer:
-    """Renders samples in one variant with one checkpoint's tokenizer (a fast one of transformers)."""
+    """Renders samples in one variant with one checkpoint's tokenizer (a fast one of transformers).
 
-    def __init__(self, variant: FormatVariant, tokenizer: Any) -> None:
+    The longest sample is the variant's `max_length` or the model's `context`, whichever is shorter.
+    """
+
+    def __init__(self, variant: FormatVariant, tokenizer: Any, context: int | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 "the checkpoint's tokenizer can't tell which characters a token covers",
                 "save it as a fast tokenizer (tokenizer.json)",
             )
         self.variant = variant
+        self.max_length = min(variant.max_length, context or variant.max_length)
         self.tokenizer = tokenizer
         self.own_chat = variant.template == "chatml" and bool(tokenizer.chat_template)
         self._template = None if self.own_chat else _compile(variant.template_text)
@@ -194,13 +198,11 @@ class Renderer:
 
     def _keep(self, cuttable: list[bool], *, from_end: bool) -> list[int]:
         """Return the positions that stay when the cuttable ones, from one end, give way to the variant's length."""
-        n, longest = len(cuttable), self.variant.max_length
+        n, longest = len(cuttable), self.max_length
         where = [i for i in range(n) if cuttable[i]]
         excess = max(0, n - longest)
         if len(where) < excess:
-            raise UnusableSampleError(
-                f"{n - len(where)} of its {n} tokens can't be cut, and the variant's maximum is {longest}"
-            )
+            raise UnusableSampleError(f"{n - len(where)} of its {n} tokens can't be cut, and the longest is {longest}")
         dropped = set(where[len(where) - excess :] if from_end else where[:excess])
         return [i for i in range(n) if i not in dropped]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from lark_store import migrations
-from lark_store.errors import InputError, StoreError, StoreExistsError
-from lark_store.schema.catalog import Sketcher, StoreMeta
+from lark_store.errors import StoreError, StoreExistsError
+from lark_store.schema.catalog import StoreMeta
 from lark_store.schema.database import Database, Location, add_named
 from lark_store.schema.records import CheckpointInfo, SketcherInfo, VariantInfo
 
@@ -242,8 +242,10 @@ class Store:
         ------
         InputError, NameTakenError, NameInvalidError
         """
+        from lark_store.ingest.sketchers import make_sketcher
+
+        wanted = make_sketcher(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
         with self._db.session() as session:
-            wanted = _sketcher(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
             row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude"))
         return _info(SketcherInfo, row)
 
@@ -409,6 +411,7 @@ def _location(path: str | Path | None) -> Location:
 
 def _build(location: Location) -> None:
     """Build a fresh store: the catalog by the migrations, the empty tables, the built-in variants and sketcher."""
+    from lark_store.ingest.sketchers import make_sketcher
     from lark_store.ingest.variants import BUILT_IN, DEFAULT_MAX_LENGTH, make_variant
 
     migrations.create(location)
@@ -417,37 +420,8 @@ def _build(location: Location) -> None:
     with database.session() as session:
         session.add(StoreMeta(id=1, store_uuid=str(uuid.uuid4()), created_with=version("lark-store")))
         session.add_all(make_variant(name, name, "auto", DEFAULT_MAX_LENGTH) for name in BUILT_IN)
-        session.add(_sketcher(DEFAULT_SKETCHER))
+        session.add(make_sketcher(DEFAULT_SKETCHER))
     database.close()
-
-
-def _sketcher(
-    name: str,
-    *,
-    k: int = 65_536,
-    seed: int = 0,
-    dtype: str = "float16",
-    parameters: str | None = None,
-    exclude: str | None = None,
-) -> Sketcher:
-    from lark_store.ingest.gradients import compile_pattern
-    from lark_store.ingest.oporp import MAP_VERSION, check_k
-
-    if dtype not in ("float16", "float32"):
-        raise InputError(f"sketches can't be stored as `{dtype}`", "`float16` or `float32`")
-    compile_pattern(parameters)
-    compile_pattern(exclude)
-    return Sketcher(
-        name=name,
-        k=check_k(k),
-        seed=seed,
-        map_version=MAP_VERSION,
-        dtype=dtype,
-        parameters=parameters,
-        exclude=exclude,
-        correction="none",
-        positions="all",
-    )
 
 
 def _info(kind: type[Info], row: object, **more: Any) -> Info:

@@ -7,8 +7,6 @@ by the next ingest of the same recipe; what is in the table already is never ske
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from lark_store.ingest import ledger
 from lark_store.ingest.checkpoints import context_length, load_model, load_tokenizer, meta_model, verify
 from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device
 from lark_store.ingest.oporp import GradientSketcher, Oporp, place
+from lark_store.ingest.sketchers import fingerprint
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.ingest.writer import UNIT_KEYS, SketchWriter
@@ -29,9 +28,10 @@ from lark_store.schema.records import IngestReport, OnProgress, Progress
 from lark_store.schema.vectors import FAILURES, sketch_table, where
 
 if TYPE_CHECKING:
-    import torch
     from collections.abc import Iterator
     from pathlib import Path
+
+    import torch
 
     from lark_store.ingest.gradients import SketchPath
     from lark_store.ingest.oporp import Placement
@@ -84,20 +84,6 @@ class Plan:
     fingerprint: str
     context: int | None
     units: list[Unit]
-
-
-def fingerprint(sketcher: Sketcher, placements: list[Placement]) -> str:
-    """Return what tells comparable sketches: the map, what is sketched, and the parameters' layout."""
-    identity = {
-        "k": sketcher.k,
-        "seed": sketcher.seed,
-        "map_version": sketcher.map_version,
-        "dtype": sketcher.dtype,
-        "correction": sketcher.correction,
-        "positions": sketcher.positions,
-        "layout": [(p.name, p.shape, p.first_chunk) for p in placements],
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def ingest(db: Database, request: Request, on_progress: OnProgress | None = None) -> IngestReport:

@@ -110,9 +110,13 @@ def _pairs(phi: pl.DataFrame, left: pl.Expr, right: pl.Expr, on: list[str]) -> P
     return [(dict(zip(names, key, strict=True)), group) for key, group in both.group_by(keys, maintain_order=True)]
 
 
-def _finetune_against_pretrain(phi: pl.DataFrame) -> Pairs:
+def _finetune_against_pretrain(
+    metric: str, phi: pl.DataFrame, figures: Callable[[pl.DataFrame], pl.Series]
+) -> pl.DataFrame:
+    """Average `figures` of each pair of a fine-tuning (`phi`) and a pretraining group (`phi_right`) over queries."""
     stage = pl.col("stage")
-    return _pairs(phi, stage == "finetune", stage == "pretrain", ["checkpoint", "queries", "query_id"])
+    pairs = _pairs(phi, stage == "finetune", stage == "pretrain", ["checkpoint", "queries", "query_id"])
+    return _frame([_row(metric, names, _mean, figures(pair).cast(pl.Float64).to_numpy()) for names, pair in pairs])
 
 
 def ft_pt_ratio(phi: pl.DataFrame) -> pl.DataFrame:
@@ -121,30 +125,22 @@ def ft_pt_ratio(phi: pl.DataFrame) -> pl.DataFrame:
     Above 1, fine-tuning dominates. R is undefined where Φ(pt, q) ≤ 0; such queries are left out, so that `n_queries`
     says how many went in.
     """
-    rows = []
-    for names, pair in _finetune_against_pretrain(phi):
+
+    def ratios(pair: pl.DataFrame) -> pl.Series:
         usable = pair.filter(pl.col("phi_right") > 0)
-        ratio = (usable["phi"] / usable["phi_right"]).to_numpy()
-        rows.append(_row("ft_pt_ratio", names, _mean, ratio))
-    return _frame(rows)
+        return usable["phi"] / usable["phi_right"]
+
+    return _finetune_against_pretrain("ft_pt_ratio", phi, ratios)
 
 
 def ft_wins(phi: pl.DataFrame) -> pl.DataFrame:
     """Return the share of queries, in [0, 1], with Φ(ft, q) > Φ(pt, q) (Tables I and IV)."""
-    rows = []
-    for names, pair in _finetune_against_pretrain(phi):
-        wins = (pair["phi"] > pair["phi_right"]).cast(pl.Float64).to_numpy()
-        rows.append(_row("ft_wins", names, _mean, wins))
-    return _frame(rows)
+    return _finetune_against_pretrain("ft_wins", phi, lambda pair: pair["phi"] > pair["phi_right"])
 
 
 def pt_dominance(phi: pl.DataFrame) -> pl.DataFrame:
     """Return PT-Dom, the share of queries, in [0, 1], with Φ(pt, q) > Φ(ft, q) (Table II). A tie is nobody's."""
-    rows = []
-    for names, pair in _finetune_against_pretrain(phi):
-        wins = (pair["phi_right"] > pair["phi"]).cast(pl.Float64).to_numpy()
-        rows.append(_row("pt_dominance", names, _mean, wins))
-    return _frame(rows)
+    return _finetune_against_pretrain("pt_dominance", phi, lambda pair: pair["phi_right"] > pair["phi"])
 
 
 def format_effect(phi: pl.DataFrame, formatted: str = "chatml", plain: str = "raw") -> pl.DataFrame:

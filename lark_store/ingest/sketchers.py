@@ -1,0 +1,62 @@
+"""What of a gradient is sketched, and how: the sketcher's row, and the fingerprint that it gets with a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+from lark_store.errors import InputError
+from lark_store.ingest.gradients import compile_pattern
+from lark_store.ingest.oporp import MAP_VERSION, check_k
+from lark_store.schema.catalog import Sketcher
+
+if TYPE_CHECKING:
+    from lark_store.ingest.oporp import Placement
+
+
+def make_sketcher(
+    name: str,
+    *,
+    k: int = 65_536,
+    seed: int = 0,
+    dtype: str = "float16",
+    parameters: str | None = None,
+    exclude: str | None = None,
+) -> Sketcher:
+    """Build a sketcher; the defaults are the paper's.
+
+    Raises
+    ------
+    InputError
+        k, the storage type or an expression is unusable.
+    """
+    if dtype not in {"float16", "float32"}:
+        raise InputError(f"sketches can't be stored as `{dtype}`", "`float16` or `float32`")
+    compile_pattern(parameters)
+    compile_pattern(exclude)
+    return Sketcher(
+        name=name,
+        k=check_k(k),
+        seed=seed,
+        map_version=MAP_VERSION,
+        dtype=dtype,
+        parameters=parameters,
+        exclude=exclude,
+        correction="none",
+        positions="all",
+    )
+
+
+def fingerprint(sketcher: Sketcher, placements: list[Placement]) -> str:
+    """Return what tells comparable sketches: the map, what is sketched, and the parameters' layout."""
+    identity = {
+        "k": sketcher.k,
+        "seed": sketcher.seed,
+        "map_version": sketcher.map_version,
+        "dtype": sketcher.dtype,
+        "correction": sketcher.correction,
+        "positions": sketcher.positions,
+        "layout": [(p.name, p.shape, p.first_chunk) for p in placements],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from lark_store.cli.output import ProgressBar, print_table, say
 WORK = Path(__file__).parent / ".work"
 CHECKPOINTS = ("base", "epoch-1", "epoch-2")
 SKETCHER = "last-layers"
-SIZES = {"finetune": 24, "queries": 12, "medical": 16, "entertainment": 16}
+SIZES = {"finetune": 20, "queries": 10, "medical": 12, "entertainment": 12}
 JOBS = ((["finetune", "queries"], ["chatml"]), (["medical", "entertainment"], ["raw", "chatml"]))
 SQL = """
 select q.checkpoint, round(avg(q.loss), 3) as query_loss, round(avg(i.max), 4) as mean_max_from_finetune

@@ -347,6 +347,7 @@ cells = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from([*FIELDS, "id", "other"]), cells))
+@settings(deadline=None)
 def test_any_row_is_a_whole_sample_or_none_or_an_input_error(row):
     with contextlib.suppress(InputError):
         sample = make_sample(row, {})

@@ -41,6 +41,10 @@ class SketchPath(Protocol):
         """Return one sketch per sample, or the reason why there is none."""
         ...
 
+    def close(self) -> None:
+        """Let go of the model."""
+        ...
+
 
 def pick_device(name: str) -> torch.device:
     """Return the device of this name; `auto` takes CUDA, then MPS, then the CPU.

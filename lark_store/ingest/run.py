@@ -7,6 +7,7 @@ by the next ingest of the same recipe; what is in the table already is never ske
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -147,17 +148,19 @@ class _Worker:
 
     def run(self) -> list[dict[str, Any]]:
         """Do, or for a dry run only estimate, each unit; returns one row of the report each."""
-        rows = []
-        for unit in self.plan.units:
-            row = self._row(unit)
-            if unit.pending:
-                self._load()
-                row |= self._estimate(unit) if self.request.dry_run else self._do(unit)
-            elif not self.request.dry_run and ledger.has_unfinished(self.db, self._ids(unit)):
-                with ledger.held(self.db, self.plan.fingerprint, unit.label):
-                    ledger.settle(self.db, self._ids(unit))
-            rows.append(row)
-        return rows
+        try:
+            return [self._row(unit) | self._result(unit) for unit in self.plan.units]
+        finally:
+            self._unload()
+
+    def _result(self, unit: Unit) -> dict[str, Any]:
+        if unit.pending:
+            self._load()
+            return self._estimate(unit) if self.request.dry_run else self._do(unit)
+        if not self.request.dry_run and ledger.has_unfinished(self.db, self._ids(unit)):
+            with ledger.held(self.db, self.plan.fingerprint, unit.label):
+                ledger.settle(self.db, self._ids(unit))
+        return {}
 
     def _row(self, unit: Unit) -> dict[str, Any]:
         width = 2 if self.sketcher.dtype == "float16" else 4
@@ -176,6 +179,13 @@ class _Worker:
         chosen = choose_parameters(model, self.sketcher.parameters, self.sketcher.exclude)
         oporp = Oporp(self.sketcher.k, self.sketcher.seed)
         self.path = HookPath(model, chosen, GradientSketcher(oporp, self.plan.placements, self.device))
+
+    def _unload(self) -> None:
+        """Free the model before the next is loaded: its hooks and parameters refer to each other."""
+        if self.path is not None:
+            self.path.close()
+            self.path = None
+            gc.collect()
 
     def _samples(self, unit: Unit) -> Iterator[Sample]:
         columns = ["sample_id", "prompt", "response", "text"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from lark_store import migrations
 from lark_store.errors import StoreError, StoreExistsError
 from lark_store.schema.catalog import StoreMeta
-from lark_store.schema.database import Database, Location, add_named
+from lark_store.schema.database import Database, Location, add_named, exists, is_file
 from lark_store.schema.records import CheckpointInfo, SketcherInfo, VariantInfo
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Store:
             There is something at `path` already.
         """
         location = _location(path)
-        if location.root.exists():
-            is_store = location.catalog.is_file()
+        if exists(location.root):
+            is_store = is_file(location.catalog)
             raise StoreExistsError(
                 f"there is {'a store' if is_store else 'something'} at `{location.root}` already",
                 "use it as it is" if is_store else "name another path with `--store PATH`",
@@ -72,7 +72,9 @@ class Store:
             location.root.parent.mkdir(parents=True, exist_ok=True)
             draft = Location(Path(tempfile.mkdtemp(prefix=f".{location.root.name}.", dir=location.root.parent)))
         except OSError as error:
-            raise StoreError(f"a store can't be made at `{location.root}`: {error.strerror}") from error
+            raise StoreError(
+                f"a store can't be made at `{location.root}`: {error.strerror}", "name another path with `--store PATH`"
+            ) from error
         try:
             _build(draft)
             draft.root.chmod(0o755)
@@ -406,7 +408,7 @@ class Store:
 
 
 def _location(path: str | Path | None) -> Location:
-    return Location(Path(path if path is not None else os.environ.get(ENVIRONMENT) or DEFAULT_PATH))
+    return Location(Path(path or os.environ.get(ENVIRONMENT) or DEFAULT_PATH))
 
 
 def _build(location: Location) -> None:

@@ -220,12 +220,7 @@ def test_the_database_of_another_program_is_no_store(tmp_path):
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
 
 
-TAIL = pytest.param(
-    -1000, marks=pytest.mark.xfail(strict=True, reason="SQLite reads a last page that is cut as if it ended in zeros")
-)
-
-
-@pytest.mark.parametrize("end", [50, 1000, 4096, 50_000, -5000, TAIL])
+@pytest.mark.parametrize("end", [50, 1000, 4096, 50_000, -5000, -1000])
 def test_a_truncated_catalog_is_no_store(path, catalog, end):
     catalog.write_bytes(catalog.read_bytes()[:end])
     is_no_store(path)
@@ -236,13 +231,11 @@ def test_a_catalog_without_a_schema_version_is_no_store(path, catalog):
     assert "can't be read as a catalog: no such table" in is_no_store(path).fact
 
 
-@pytest.mark.xfail(strict=True, reason="an empty version table is a TypeError: fetchone() gives None")
 def test_a_catalog_with_an_empty_version_table_is_no_store(path, catalog):
     execute(catalog, f"DELETE FROM {migrations.VERSION_TABLE}")
     is_no_store(path)
 
 
-@pytest.mark.xfail(strict=True, reason="the catalog alone is looked at; reading then ends in a ValueError of lancedb")
 def test_a_store_that_lost_its_vectors_is_refused_as_a_store(path):
     shutil.rmtree(path / "vectors")
     with pytest.raises(StoreError), Store.open(path) as opened:
@@ -268,7 +261,6 @@ def test_a_store_that_cant_be_made_is_a_store_error_and_leaves_nothing(tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.xfail(strict=True, reason="Path.exists() raises OSError where the name is too long for the system")
 @pytest.mark.parametrize("make", [Store.create, Store.open])
 def test_a_name_that_is_too_long_is_a_store_error(tmp_path, make):
     with pytest.raises(StoreError):

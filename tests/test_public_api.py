@@ -49,12 +49,10 @@ def test_an_unknown_name_is_an_attribute_error_that_says_it():
         _ = lark_store.Stores
 
 
-@pytest.mark.xfail(strict=True, reason="names that are imported late are not in dir(lark_store) until they are used")
 def test_dir_lists_the_public_names():
     assert set(lark_store.__all__) <= set(dir(lark_store))
 
 
-@pytest.mark.xfail(strict=True, reason="the package has no py.typed, so type checkers ignore its annotations")
 def test_the_package_says_that_it_is_typed():
     assert (ROOT / "py.typed").is_file()
 

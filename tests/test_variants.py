@@ -146,7 +146,7 @@ def test_a_template_can_reach_nothing_of_python(tokenizer, tmp_path):
     ("template", "targets", "length", "message"),
     [
         ("raw", "all", 10, "no target rule"),
-        ("raw", "auto", 1, "nothing to predict"),
+        ("raw", "auto", 1, "from 2 to 1 tokens"),
         ("nowhere.jinja", "auto", 10, "neither a built-in template nor a file"),
     ],
 )

@@ -13,6 +13,8 @@ from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="lark-store",
     no_args_is_help=True,
@@ -57,6 +59,7 @@ def main() -> None:
     except LarkStoreError as error:
         say(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted\n\nhint: what was written is kept; run the command again to go on")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer's answer to Ctrl-C
+            say("interrupted\n\nhint: what was written is kept; run the command again to go on")
+        raise

@@ -158,7 +158,7 @@ def variant_show(
         seen = opened.variant_show(name, sample=sample, source=source, checkpoint=checkpoint)
     typer.echo(seen.marked)
     cut = f", {seen.n_cut} cut off" if seen.n_cut else ""
-    say(f"\n{len(seen.pieces)} tokens{cut}, {sum(seen.is_target)} targets (rule `{seen.rule}`)")
+    say(f"\n{len(seen.pieces)} tokens{cut}, {sum(seen.is_target)} of them targets (rule `{seen.rule}`)")
 
 
 def sketcher_add(

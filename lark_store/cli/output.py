@@ -50,7 +50,10 @@ def print_table(frame: pl.DataFrame, title: str | None = None, *, markdown: bool
         box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold"
     )
     for name, kind in frame.schema.items():
-        table.add_column(name, justify="right" if kind.is_numeric() else "left", no_wrap=kind.is_numeric() or markdown)
+        header = Text(name.replace("|", "\\|") if markdown else name)
+        table.add_column(
+            header, justify="right" if kind.is_numeric() else "left", no_wrap=kind.is_numeric() or markdown
+        )
     integral = [c.dtype.is_numeric() and all(v is None or float(v).is_integer() for v in c) for c in frame]
     for row in frame.iter_rows():
         cells = [_cell(value, integral=i, whole=markdown) for value, i in zip(row, integral, strict=True)]
@@ -72,11 +75,35 @@ def emit(frame: pl.DataFrame, form: str) -> None:
     if form in {"table", "md"}:
         print_table(frame, markdown=form == "md")
     elif form == "json":
-        print(frame.write_json())  # noqa: T201
+        print(_writable(frame, nested=True).write_json())  # noqa: T201
     elif form == "jsonl":
-        print(frame.write_ndjson(), end="")  # noqa: T201
+        print(_writable(frame, nested=True).write_ndjson(), end="")  # noqa: T201
     else:
-        print(frame.write_csv(), end="")  # noqa: T201
+        print(_writable(frame, nested=False).write_csv(), end="")  # noqa: T201
+
+
+def _writable(frame: pl.DataFrame, *, nested: bool) -> pl.DataFrame:
+    """Turn what a format can't hold into text: bytes into hexadecimal digits, for CSV also nested values into JSON."""
+    import json
+
+    import polars as pl
+
+    def text(value: object) -> str | None:
+        return None if value is None else json.dumps(value, ensure_ascii=False, default=_hex)
+
+    columns = []
+    for column in frame:
+        if column.dtype == pl.Binary:
+            columns.append(column.bin.encode("hex"))
+        elif column.dtype.is_nested() and (not nested or "Binary" in str(column.dtype)):
+            columns.append(pl.Series(column.name, [text(value) for value in column.to_list()], dtype=pl.String))
+        else:
+            columns.append(column)
+    return pl.DataFrame(columns)
+
+
+def _hex(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def emit_frames(frames: dict[str, pl.DataFrame], form: str) -> None:

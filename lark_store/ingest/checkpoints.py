@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,11 @@ def add_checkpoint(
 ) -> Checkpoint:
     """Add a checkpoint, or new metrics to the same one; see `Store.checkpoint_add`."""
     check_name(name)
+    for what, figure in {"epoch": epoch, "learning rate": learning_rate, **metrics}.items():
+        if figure is not None and not math.isfinite(figure):
+            raise InputError(f"{what} is {figure}, not a finite number", "leave it out if it is not known")
+    if step is not None and not 0 <= step < 1 << 31:
+        raise InputError(f"step {step} is out of range", "a step counts optimizer steps from 0")
     files = examine(path, revision)
     local = Path(path).is_dir()
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))

@@ -33,6 +33,8 @@ def make_sketcher(
     """
     if dtype not in {"float16", "float32"}:
         raise InputError(f"sketches can't be stored as `{dtype}`", "`float16` or `float32`")
+    if not 0 <= seed < 1 << 31:
+        raise InputError(f"seed {seed} is not from 0 to 2^31 − 1", "the paper's sketcher has seed 0")
     compile_pattern(parameters)
     compile_pattern(exclude)
     return Sketcher(

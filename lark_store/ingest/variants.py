@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
 from lark_store.schema.catalog import TARGET_RULES, FormatVariant
+from lark_store.schema.database import is_file
 from lark_store.schema.records import RenderedSample
 
 if TYPE_CHECKING:
@@ -52,18 +53,21 @@ def make_variant(name: str, template: str, targets: str, max_length: int) -> For
     if targets not in TARGET_RULES:
         rules = ", ".join(f"`{r}`" for r in TARGET_RULES)
         raise InputError(f"`{targets}` is no target rule", f"the rules are {rules}")
-    if max_length < 2:
-        raise InputError(f"a maximum length of {max_length} leaves nothing to predict", "try `--max-length 1024`")
+    if not 2 <= max_length < 1 << 31:
+        raise InputError(f"no sample has from 2 to {max_length} tokens to predict", "try `--max-length 1024`")
     if template in BUILT_IN:
         text = BUILT_IN[template]
     else:
         path = Path(template)
-        if not path.is_file():
+        if not is_file(path):
             raise InputError(
                 f"`{template}` is neither a built-in template nor a file",
                 "use `raw`, `chatml` or the path of a Jinja template that prints `prompt`, `response` and `text`",
             )
-        template, text = "jinja", path.read_text(encoding="utf-8")
+        try:
+            template, text = "jinja", path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise InputError(f"`{path}` can't be read as text: {error}", "save it as UTF-8") from error
         _compile(text)
     identity = json.dumps([template, text, targets, max_length])
     digest = hashlib.sha256(identity.encode()).hexdigest()

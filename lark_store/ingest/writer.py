@@ -31,7 +31,8 @@ class SketchWriter:
         self.numpy_dtype = np.dtype(sketcher.dtype)
         self.table = db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype)
         self.failures = db.vectors.table("failures")
-        self.n_sketched = int(self.table.count_rows(where(ingest_run=run.id)))
+        self.n_before = int(self.table.count_rows(where(ingest_run=run.id)))
+        self.n_sketched = 0
         self.n_failed = 0
         self._rows: list[dict[str, Any]] = []
         self._vectors: list[np.ndarray[Any, Any]] = []
@@ -89,6 +90,6 @@ class SketchWriter:
         self._record()
 
     def _record(self) -> None:
-        self.run.n_sketched, self.run.n_failed = self.n_sketched, self.n_failed
+        self.run.n_sketched, self.run.n_failed = self.n_before + self.n_sketched, self.n_failed
         with self.db.session() as session:
             session.merge(self.run)

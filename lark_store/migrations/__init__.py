@@ -17,7 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool, create_engine, event, text
 
 from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError
-from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location
+from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location, is_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,19 +85,30 @@ def version(location: Location) -> str:
         f"there is no lark-store at `{location.root}`",
         "make one with `lark-store init`, or name yours with `--store PATH` or `LARK_STORE`",
     )
-    if not location.catalog.is_file():
+    if not is_file(location.catalog):
         raise missing
     try:
         with closing(sqlite3.connect(f"{location.catalog.resolve().as_uri()}?mode=ro", uri=True)) as db:
             if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
                 raise missing
-            (found,) = db.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
+            size = db.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[0]
+            found = db.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
     except sqlite3.Error as error:
-        raise NotAStoreError(
-            f"`{location.catalog}` can't be read as a catalog: {error}",
-            "restore the file from a backup, or name another store with `--store PATH`",
-        ) from error
-    return str(found)
+        raise _unreadable(location, str(error)) from error
+    # With something in the write-ahead log beside it, the file may rightly be shorter than the database.
+    log = location.catalog.with_name("catalog.sqlite-wal")
+    cut = location.catalog.stat().st_size < size and not (is_file(log) and log.stat().st_size)
+    if cut or found is None or not location.vectors.is_dir():
+        what = "it is cut short" if cut else "it has no schema version" if found is None else "`vectors` is missing"
+        raise _unreadable(location, what)
+    return str(found[0])
+
+
+def _unreadable(location: Location, why: str) -> NotAStoreError:
+    return NotAStoreError(
+        f"`{location.catalog}` can't be read as a catalog: {why}",
+        "restore the store from a backup, or name another with `--store PATH`",
+    )
 
 
 def check(location: Location) -> None:

@@ -95,7 +95,7 @@ def attribute(
         current = _current(db, job)
         run = current or _score(db, job, memory)
         names = (job.group.checkpoint.name, job.question.queries.source.name, job.group.source.name)
-        status = "current" if current else "scored"
+        status = "empty" if run.n_samples == 0 else "current" if current else "scored"
         facts = (job.group.variant.name, run.method, run.n_queries, run.n_samples, status, run.id)
         rows.append((*names, *facts))
     if any(row[7] == "scored" for row in rows):

@@ -57,6 +57,13 @@ class Question:
     method: str
 
 
+def check_method(method: str) -> str:
+    """Return `method` if there is such a score."""
+    if method in METHODS:
+        return method
+    raise InputError(f"`{method}` is no method", f"the methods are {', '.join(f'`{m}`' for m in METHODS)}")
+
+
 def committed_groups(session: Session, sketcher: Sketcher, checkpoint: Checkpoint) -> list[Group]:
     """Return all groups at a checkpoint, in the order they were first ingested. Unfinished runs don't count."""
     runs = session.scalars(
@@ -91,9 +98,7 @@ def ask(
     ------
     NameUnknownError, NothingToScoreError, InputError
     """
-    method = method or ("dot" if query_checkpoint and query_checkpoint != checkpoint else "cosine")
-    if method not in METHODS:
-        raise InputError(f"`{method}` is no method", f"the methods are {', '.join(f'`{m}`' for m in METHODS)}")
+    method = check_method(method or ("dot" if query_checkpoint and query_checkpoint != checkpoint else "cosine"))
     with db.session() as session:
         by = find(session, Sketcher, sketcher)
         at = find(session, Checkpoint, checkpoint)
@@ -106,7 +111,7 @@ def ask(
         if query_variant is not None:
             find(session, FormatVariant, query_variant)
         here, there = committed_groups(session, by, at), committed_groups(session, by, query_at)
-    asked = _query_groups(there, queries, query_variant, query_at.name)
+    asked = _query_groups(there, queries, query_variant, query_at.name, sketcher)
     wanted = [
         g
         for g in here
@@ -116,13 +121,16 @@ def ask(
     if not wanted:
         what = " and ".join(f"`{name}`" for name in (*sources, *variants)) or "any source"
         raise NothingToScoreError(
-            f"there are no committed sketches of {what} at checkpoint `{checkpoint}`",
-            f"make them with `lark-store ingest --checkpoint {checkpoint} --source NAME --variant NAME`",
+            f"there are no committed `{sketcher}` sketches of {what} at checkpoint `{checkpoint}`",
+            f"make them with `lark-store ingest --checkpoint {checkpoint} --source NAME --variant NAME --sketcher "
+            f"{sketcher}`, or name the sketcher that you used; `lark-store show` lists what is there",
         )
     return [Question(q, _comparable(q, wanted), method) for q in asked]
 
 
-def _query_groups(groups: list[Group], queries: str | None, variant: str | None, checkpoint: str) -> list[Group]:
+def _query_groups(
+    groups: list[Group], queries: str | None, variant: str | None, checkpoint: str, sketcher: str
+) -> list[Group]:
     """Return the query group of each query source; where several variants were sketched, `chatml` is taken."""
     found: dict[str, list[Group]] = {}
     for group in groups:
@@ -140,10 +148,11 @@ def _query_groups(groups: list[Group], queries: str | None, variant: str | None,
     if not chosen:
         name = queries or "NAME"
         raise NothingToScoreError(
-            f"there are no committed sketches of {f'`{queries}`' if queries else 'any queries'} at checkpoint "
-            f"`{checkpoint}`" + (f" as `{variant}`" if variant else ""),
-            f"make them with `lark-store ingest --checkpoint {checkpoint} --source {name} "
-            f"--variant {variant or 'chatml'}`",
+            f"there are no committed `{sketcher}` sketches of {f'`{queries}`' if queries else 'any queries'} at "
+            f"checkpoint `{checkpoint}`" + (f" as `{variant}`" if variant else ""),
+            f"make them with `lark-store ingest --checkpoint {checkpoint} --source {name} --variant "
+            f"{variant or 'chatml'} --sketcher {sketcher}`, or name the sketcher that you used; `lark-store show` "
+            "lists what is there",
         )
     return chosen
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.query import metrics
+from lark_store.query.groups import check_method
 from lark_store.query.sql import connect, fetch
-from lark_store.schema.catalog import Checkpoint
+from lark_store.schema.catalog import Checkpoint, Sketcher
 from lark_store.schema.database import Database, find
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ def measure(db: Database, checkpoint: str | None, view: str, method: str, sketch
     """Compute the metrics of what was scored; see `Store.metrics`."""
     if view not in _VIEWS:
         raise InputError(f"`{view}` is no view of the metrics", f"the views are {', '.join(f'`{v}`' for v in _VIEWS)}")
-    if checkpoint is not None:
-        with db.session() as session:
+    check_method(method)
+    with db.session() as session:
+        find(session, Sketcher, sketcher)
+        if checkpoint is not None:
             find(session, Checkpoint, checkpoint)
     connection = connect(db)
     try:

@@ -125,6 +125,7 @@ def connect(db: Database) -> duckdb.DuckDBPyConnection:
     connection.execute(f"CREATE TEMP VIEW _sketches AS {union}")
     for name, view in VIEWS.items():
         connection.execute(f"CREATE TEMP VIEW {name} AS {view}")
+    connection.execute("SET TimeZone = 'UTC'")
     connection.execute("SET lock_configuration = true")
     return connection
 
@@ -133,9 +134,32 @@ def fetch(
     connection: duckdb.DuckDBPyConnection, query: str | duckdb.Statement, parameters: list[Any] | None = None
 ) -> pl.DataFrame:
     """Run a query and return its rows."""
-    frame = pl.from_arrow(connection.sql(query, params=parameters).to_arrow_table())
+    table = connection.sql(query, params=parameters).to_arrow_table()
+    try:
+        frame = pl.from_arrow(table.rename_columns(_distinct(table.column_names)))
+    except pl.exceptions.PolarsError as error:
+        raise QueryError(
+            f"the result has a column of a type that has no table form: {error}", "cast it, as in `x::VARCHAR`"
+        ) from error
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    whole = pl.selectors.by_dtype(pl.Decimal(38, 0))
+    return frame.with_columns(whole.cast(pl.Int64, strict=False), (pl.selectors.decimal() - whole).cast(pl.Float64))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Tell repeated names, as in a self-join, from each other by numbers.
+
+    >>> _distinct(["a", "a", "a_1"])
+    ['a', 'a_2', 'a_1']
+    """
+    taken, out = set(names), []
+    for i, name in enumerate(names):
+        number, free = 1, name
+        while name in names[:i] and free in taken:
+            free, number = f"{name}_{number}", number + 1
+        taken.add(free)
+        out.append(free)
+    return out
 
 
 def run(db: Database, query: str) -> pl.DataFrame:
@@ -143,17 +167,24 @@ def run(db: Database, query: str) -> pl.DataFrame:
     connection = connect(db)
     try:
         statements = connection.extract_statements(query)
-        allowed = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-        if len(statements) != 1 or statements[0].type not in allowed:
-            kinds = ", ".join(s.type.name for s in statements) or "nothing"
+        kinds = [_kind(statement) for statement in statements]
+        if kinds not in (["SELECT"], ["EXPLAIN"]):
             raise QueryError(
-                f"one SELECT is allowed, this is {kinds}", "the store is changed by its commands, not by SQL"
+                f"one SELECT is allowed, this is {', '.join(kinds) or 'nothing'}",
+                "the store is changed by its commands, not by SQL",
             )
         return fetch(connection, statements[0])
     except duckdb.Error as error:
         raise QueryError(str(error).strip(), _hint(error)) from error
     finally:
         connection.close()
+
+
+def _kind(statement: duckdb.Statement) -> str:
+    try:
+        return statement.type.name
+    except ValueError:  # a kind that DuckDB's Python side has no name for
+        return "another statement"
 
 
 def _hint(error: Any) -> str | None:

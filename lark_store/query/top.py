@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lark_store.schema.database import Database
     from lark_store.schema.vectors import VectorStore
 
+_MOST_HITS = 1_000_000
 _COLUMNS = {
     "rank": pl.Int32,
     "score": pl.Float32,
@@ -29,8 +30,8 @@ _COLUMNS = {
 
 def top(db: Database, query_id: str, questions: list[Question], *, k: int, opponents: bool) -> Hits:
     """Rank all sketches of the question's groups for one query; see `Store.top`."""
-    if k < 1:
-        raise InputError(f"k = {k} asks for nothing", "try `-k 10`")
+    if not 1 <= k <= _MOST_HITS:
+        raise InputError(f"k = {k} is not from 1 to {_MOST_HITS}", "try `-k 10`")
     question = _find(db, query_id, questions)
     asked = question.queries
     query = load_queries(db.vectors, asked, [query_id])
@@ -43,6 +44,10 @@ def top(db: Database, query_id: str, questions: list[Question], *, k: int, oppon
                 group=pl.lit(number, pl.Int64)
             )
             kept = _best(pl.concat([kept, batch]), k, opponents=opponents)
+    if n_searched == 0:
+        raise NothingToScoreError(
+            "no sample of these groups has a sketch: all of them failed", "the SQL view `failures` has the reasons"
+        )
     frame = pl.DataFrame(
         {
             "rank": range(1, len(kept) + 1),

@@ -30,6 +30,19 @@ _KINDS: dict[type[Named], tuple[str, str]] = {
 }
 
 
+def exists(path: Path) -> bool:
+    """Tell whether there is something at `path`; a name that no file can have is nowhere."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether there is a file at `path`; a name that no file can have is none."""
+    return exists(path) and path.is_file()
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a store's parts are: a folder that holds the catalog file, the vector tables and the locks."""

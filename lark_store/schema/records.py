@@ -125,7 +125,7 @@ class IngestReport:
 class Hits:
     """The answer to `top`, and how it was made.
 
-    `frame` has the columns rank, score, source, stage, variant, sample_id, loss, text. Offers the Arrow stream
+    `frame` has the columns rank, score, source, stage, variant, sample_id, text. Offers the Arrow stream
     interface, so polars, pandas and DuckDB take it as it is.
     """
 

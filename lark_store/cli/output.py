@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _WIDTH_WITHOUT_TERMINAL = 160
 _LONGEST_CELL = 60
+_END_OF_CELL = 12  # a response stands at the end of its text
 _SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -37,11 +38,13 @@ def _cell(value: object, *, integral: bool, whole: bool) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return _number(value, integral=integral)
     text = " ".join(str(value).split())
-    return text if whole or len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
+    if whole or len(text) <= _LONGEST_CELL:
+        return text
+    return f"{text[: _LONGEST_CELL - _END_OF_CELL - 3]} … {text[-_END_OF_CELL:]}"
 
 
 def print_table(frame: pl.DataFrame, title: str | None = None, *, markdown: bool = False) -> None:
-    """Print a frame as a table for people; numbers are rounded, long texts cut (not in Markdown)."""
+    """Print a frame as a table for people; numbers are rounded, long texts cut in the middle (not in Markdown)."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

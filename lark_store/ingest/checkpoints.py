@@ -7,6 +7,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +76,16 @@ def _first_line(error: Exception) -> str:
 def _digest(paths: list[Path]) -> str:
     total = hashlib.sha256()
     for path in sorted(paths):
-        with path.open("rb") as data:
-            total.update(f"{path.name} {hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
+        stat = path.stat()
+        total.update(f"{path.name} {_file_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)}\n".encode())
     return total.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: Path, *_state: int) -> str:
+    """Hash a file; within one process, one that has the same size, time and inode is not read again."""
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def examine(path: str, revision: str | None = None) -> Files:

@@ -36,6 +36,8 @@ DEFAULT_MAX_LENGTH = 1024
 # Stand-ins for a sample's parts while its template runs, from Unicode's private use area: where they come out is
 # where the parts are, whatever the parts say.
 _MARKS = {"prompt": "\ue0f0prompt\ue0f1", "response": "\ue0f0response\ue0f1", "text": "\ue0f0text\ue0f1"}
+# Some chat templates (Llama 3's) print today's date unless they are given one; the same sample must stay the same text.
+_DATE = "26 Jul 2024"
 
 
 class UnusableSampleError(Exception):
@@ -143,7 +145,7 @@ class Renderer:
             ]
         try:
             if self._template is None:
-                return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE))
             return self._template.render(messages=messages, **parts)
         except TemplateError as error:
             raise UnusableSampleError(f"the template fails: {error}") from error

@@ -177,8 +177,10 @@ def test_questions_that_cannot_be_answered_say_why(copy):
         copy.top("q100l", **ASK)
     with pytest.raises(NameUnknownError, match="did you mean `base`"):
         copy.top("q101", checkpoint="bas", sketcher="small")
-    with pytest.raises(NothingToScoreError, match="lark-store ingest --checkpoint base"):
-        copy.top("q101", checkpoint="base")  # the default sketcher has no sketches
+    with pytest.raises(NothingToScoreError, match=r"no committed `lark` sketches .*\n\n.* sketches by `small`"):
+        copy.top("q101", checkpoint="base")
+    with pytest.raises(NothingToScoreError, match=r"of `finetune` and `raw` at checkpoint .*\n\n.*lark-store ingest"):
+        copy.top("q101", checkpoint="base", sources=["finetune"], variants=["raw"], sketcher="small")
     with pytest.raises(InputError, match="no method"):
         copy.top("q101", method="euclid", **ASK)
     with pytest.raises(InputError, match="k = 0 is not from 1"):

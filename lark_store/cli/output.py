@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from lark_store.schema.records import Progress
 
-_WIDTH_WITHOUT_TERMINAL = 160
 _LONGEST_CELL = 60
 _END_OF_CELL = 12  # a response stands at the end of its text
 _SECONDS_BETWEEN_LINES = 20.0
@@ -61,11 +60,7 @@ def print_table(frame: pl.DataFrame, title: str | None = None, *, markdown: bool
     for row in frame.iter_rows():
         cells = [_cell(value, integral=i, whole=markdown) for value, i in zip(row, integral, strict=True)]
         table.add_row(*[Text(cell.replace("|", "\\|") if markdown else cell) for cell in cells])
-    console = Console()
-    if markdown:
-        console.width = 100_000
-    elif not console.is_terminal:
-        console.width = max(console.width, _WIDTH_WITHOUT_TERMINAL)
+    console = Console(width=100_000)  # a narrow terminal wraps lines; no column is ever squeezed away
     with console.capture() as captured:
         console.print(table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))  # noqa: T201

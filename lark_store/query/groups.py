@@ -111,7 +111,10 @@ def ask(
         if query_variant is not None:
             find(session, FormatVariant, query_variant)
         here, there = committed_groups(session, by, at), committed_groups(session, by, query_at)
-    asked = _query_groups(there, queries, query_variant, query_at.name, sketcher)
+    asked = _query_groups(there, queries, query_variant)
+    if not asked:
+        what = (f"`{queries}`" if queries else "any queries") + (f" as `{query_variant}`" if query_variant else "")
+        raise _nothing(db, what, query_at, by)
     wanted = [
         g
         for g in here
@@ -120,17 +123,11 @@ def ask(
     ]
     if not wanted:
         what = " and ".join(f"`{name}`" for name in (*sources, *variants)) or "any source"
-        raise NothingToScoreError(
-            f"there are no committed `{sketcher}` sketches of {what} at checkpoint `{checkpoint}`",
-            f"make them with `lark-store ingest --checkpoint {checkpoint} --source NAME --variant NAME --sketcher "
-            f"{sketcher}`, or name the sketcher that you used; `lark-store show` lists what is there",
-        )
+        raise _nothing(db, what, at, by)
     return [Question(q, _comparable(q, wanted), method) for q in asked]
 
 
-def _query_groups(
-    groups: list[Group], queries: str | None, variant: str | None, checkpoint: str, sketcher: str
-) -> list[Group]:
+def _query_groups(groups: list[Group], queries: str | None, variant: str | None) -> list[Group]:
     """Return the query group of each query source; where several variants were sketched, `chatml` is taken."""
     found: dict[str, list[Group]] = {}
     for group in groups:
@@ -145,16 +142,22 @@ def _query_groups(
         elif variant is None:
             have = ", ".join(f"`{n}`" for n in by_name)
             raise InputError(f"the queries are sketched as {have}", "choose one with `--query-variant`")
-    if not chosen:
-        name = queries or "NAME"
-        raise NothingToScoreError(
-            f"there are no committed `{sketcher}` sketches of {f'`{queries}`' if queries else 'any queries'} at "
-            f"checkpoint `{checkpoint}`" + (f" as `{variant}`" if variant else ""),
-            f"make them with `lark-store ingest --checkpoint {checkpoint} --source {name} --variant "
-            f"{variant or 'chatml'} --sketcher {sketcher}`, or name the sketcher that you used; `lark-store show` "
-            "lists what is there",
-        )
     return chosen
+
+
+def _nothing(db: Database, what: str, checkpoint: Checkpoint, sketcher: Sketcher) -> NothingToScoreError:
+    """Say that sketches are missing, and whether another sketcher made some at this checkpoint."""
+    with db.session() as session:
+        runs = select(IngestRun).filter_by(checkpoint_id=checkpoint.id, status="done")
+        others = {run.sketcher.name for run in session.scalars(runs)} - {sketcher.name}
+    if others:
+        named = ", ".join(f"`{name}`" for name in sorted(others))
+        hint = f"this checkpoint has sketches by {named}: choose with `--sketcher NAME`"
+    else:
+        hint = f"make them with `lark-store ingest --checkpoint {checkpoint.name} --source NAME --variant NAME`"
+    return NothingToScoreError(
+        f"there are no committed `{sketcher.name}` sketches of {what} at checkpoint `{checkpoint.name}`", hint
+    )
 
 
 def _comparable(queries: Group, groups: list[Group]) -> list[Group]:

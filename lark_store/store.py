@@ -42,7 +42,7 @@ class Store:
     """An open store. Make one with `Store.create`, open one with `Store.open`; use it as a context manager.
 
     Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Every method raises a `LarkStoreError` with a hint for a foreseeable
-    fault, and then has changed nothing.
+    fault; a name or an input that is wrong changes nothing.
     """
 
     def __init__(self, database: Database) -> None:
@@ -372,6 +372,7 @@ class Store:
         view: str = "all",
         method: str = "cosine",
         sketcher: str = DEFAULT_SKETCHER,
+        query_variant: str | None = None,
     ) -> pl.DataFrame:
         """Return metrics of what `attribute` scored, with 95% bootstrap intervals over queries.
 
@@ -384,7 +385,7 @@ class Store:
         """
         from lark_store.query.measure import measure
 
-        return measure(self._db, checkpoint, view, method, sketcher)
+        return measure(self._db, checkpoint, view, method, sketcher, query_variant)
 
     def sql(self, query: str) -> pl.DataFrame:
         """Run one SELECT (DuckDB's SQL) over the store's views, read-only.

@@ -205,7 +205,7 @@ def test_work_in_progress_elsewhere_is_not_done_twice(store):
     with store._db.session() as session:
         unit = Unit(*(find(session, *x) for x in ((Checkpoint, "base"), (Source, "finetune"), (FormatVariant, "raw"))))
         sketcher = find(session, Sketcher, "small")
-    plan = _plan(store._db, sketcher, unit.checkpoint, [unit], None)
+    plan = _plan(sketcher, unit.checkpoint, [unit])
     busy = pytest.raises(StoreBusyError, match="another process is ingesting base · finetune · raw")
     with held(store._db, plan.fingerprint, unit.label), busy:
         store.ingest(["base"], ["finetune"], ["raw"], sketcher="small")
@@ -290,4 +290,4 @@ def test_a_sample_that_the_model_cannot_take_is_a_failure(store, tmp_path):
     store.checkpoint_add("small-vocabulary", save_checkpoint(tmp_path / "v", vocab_size=200))
     report = store.ingest(["small-vocabulary"], ["songs"], ["raw"], sketcher="small")
     assert report.n_failed == 5
-    assert "the model fails on its" in report.failures["reason"][0]
+    assert "the model has 200 tokens, not token" in report.failures["reason"][0]

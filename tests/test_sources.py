@@ -48,10 +48,6 @@ def add_rows(store, name, folder, rows, **options):
     return store.source_add(name, write_jsonl(folder / "rows.jsonl", rows), stage="pretrain", **options)
 
 
-def bug(reason, *values):
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 WRITERS = {
     "rows.jsonl": lambda path: write_jsonl(path, ROWS),
     "rows.ndjson": lambda path: write_jsonl(path, ROWS),
@@ -59,14 +55,14 @@ WRITERS = {
     "rows.parquet": lambda path: pl.DataFrame(ROWS).write_parquet(path),
     "rows.csv": lambda path: pl.DataFrame(ROWS).write_csv(path),
     "rows.tsv": lambda path: pl.DataFrame(ROWS).write_csv(path, separator="\t"),
+    "ROWS.TSV": lambda path: pl.DataFrame(ROWS).write_csv(path, separator="\t"),
     "folder": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
 }
-UPPER_TSV = bug("the delimiter is chosen by the suffix as it is written: .TSV is read as CSV", "ROWS.TSV")
 
 
-@pytest.mark.parametrize("file", [*WRITERS, UPPER_TSV])
+@pytest.mark.parametrize("file", WRITERS)
 def test_every_format_gives_the_same_samples_and_metadata(shelf, name, tmp_path, file):
-    WRITERS.get(file, WRITERS["rows.tsv"])(tmp_path / file)
+    WRITERS[file](tmp_path / file)
     report = shelf.source_add(name, tmp_path / file, stage="pretrain")
     assert (report.n_read, report.n_added, report.examples) == (3, 3, {})
     expected = [(row["id"], None, None, row["text"], json.dumps({"year": row["year"]})) for row in ROWS]
@@ -95,16 +91,16 @@ def test_a_folder_with_splits_needs_one_and_gives_that_one(shelf, name, splits):
     assert rows_of(shelf, name, "sample_id") == [("q50",), ("q51",)]
 
 
-@pytest.mark.xfail(strict=True, reason="the fact is the KeyError's text, `'nosuch'`, and the splits are not named")
 def test_an_unknown_split_is_answered_with_the_known_ones(shelf, name, splits):
     with pytest.raises(InputError, match="`train`"):
         shelf.source_add(name, splits, stage="query", split="nosuch")
+    with pytest.raises(InputError, match="is a saved dataset, without configurations"):
+        shelf.source_add(name, splits, stage="query", split="test", config="large")
 
 
-@pytest.mark.xfail(strict=True, reason="a split asked of a folder that has none is ignored")
 def test_a_split_of_a_folder_without_splits_is_refused(shelf, name, tmp_path):
     WRITERS["folder"](tmp_path / "folder")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="has no splits"):
         shelf.source_add(name, tmp_path / "folder", stage="query", split="test")
 
 
@@ -126,11 +122,12 @@ def test_each_form_of_row_becomes_its_sample(shelf, name, tmp_path):
     assert rows_of(shelf, name, "prompt, response, text") == [sample for _, sample in FORMS]
 
 
-@pytest.mark.xfail(strict=True, reason="a row whose prompt and response are null is empty, whatever its text says")
 def test_rows_of_several_forms_are_read_from_parquet_as_from_jsonl(shelf, name, tmp_path):
     rows = [{"id": "1", "text": "A song."}, {"id": "2", "prompt": "Sing!", "response": "La"}]
     pl.DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
+    pl.DataFrame(rows).write_csv(tmp_path / "rows.csv")
     assert shelf.source_add(name, tmp_path / "rows.parquet", stage="pretrain").n_added == 2
+    assert shelf.source_add(name, tmp_path / "rows.csv", stage="pretrain").n_existing == 2
 
 
 def test_columns_map_fields_and_reach_into_nested_lists(shelf, name, tmp_path):
@@ -143,8 +140,13 @@ def test_columns_map_fields_and_reach_into_nested_lists(shelf, name, tmp_path):
         "label": "final",
     }
     add_rows(shelf, name, tmp_path, [nested], columns=columns)
-    expected = ("7", "Context: One.\nTwo.\n\nQuestion: Is it?", "yes", "yes")
-    assert rows_of(shelf, name, "sample_id, prompt, response, label") == [expected]
+    expected = ("7", "Context: One.\nTwo.\n\nQuestion: Is it?", "yes", "yes", '{"context": {"labels": ["A"]}}')
+    assert rows_of(shelf, name, "sample_id, prompt, response, label, meta") == [expected]
+
+
+def test_a_field_within_a_null_column_is_null():
+    sample = make_sample({"question": "Is it?", "context": None, "answer": "yes"}, {"context": "context.contexts"})
+    assert (sample.prompt, sample.meta) == ("Question: Is it?", {})
 
 
 def test_a_mapping_is_remembered_for_the_next_time(shelf, name, tmp_path):
@@ -170,18 +172,17 @@ def test_other_columns_are_kept_as_json_metadata(shelf, name, tmp_path):
     assert rows_of(shelf, name, "meta->>'$.year'") == [("2020",)]
 
 
-@pytest.mark.xfail(strict=True, reason="`id` is left out of the metadata even where another column gives the id")
 def test_an_id_column_that_is_not_used_is_kept_as_metadata(shelf, name, tmp_path):
     add_rows(shelf, name, tmp_path, [{"id": "1", "pubid": "9", "text": "a"}], columns={"sample_id": "pubid"})
     assert rows_of(shelf, name, "meta") == [('{"id": "1"}',)]
 
 
-@pytest.mark.xfail(strict=True, reason="NaN is written as `NaN`, which is not JSON")
 def test_metadata_is_json_even_where_a_figure_is_not_a_number(shelf, name, tmp_path):
-    pl.DataFrame({"text": ["a"], "figure": [float("nan")]}).write_parquet(tmp_path / "rows.parquet")
+    figures = {"figure": [float("nan")], "more": [[1.5, float("inf")]]}
+    pl.DataFrame({"text": ["a"], **figures}).write_parquet(tmp_path / "rows.parquet")
     shelf.source_add(name, tmp_path / "rows.parquet", stage="pretrain")
     [(meta,)] = rows_of(shelf, name, "meta")
-    assert json.loads(meta, parse_constant=pytest.fail) == {"figure": None}
+    assert json.loads(meta, parse_constant=pytest.fail) == {"figure": None, "more": [1.5, None]}
 
 
 def test_duplicates_empty_and_changed_rows_are_counted_and_named(shelf, name, tmp_path):
@@ -220,27 +221,32 @@ def nothing_is_added(store, name, path, **options):
 
 GOOD = b'{"id": "0", "text": "good"}\n'
 NESTED = b'{"text": "a", "m": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+DEEP = b'{"text": "a", "m": ' + b"[" * 990 + b"]" * 990 + b"}"  # refused as JSON or as metadata, by Python's version
 BROKEN = [
     ("a.jsonl", GOOD + b'{"text":\n', ["a.jsonl`, line 2, is not JSON", "column 1"]),
     ("a.jsonl", GOOD + b"\n[1]\n", ["a.jsonl`, line 3, is not a JSON object"]),
     ("a.jsonl", GOOD + b'{"text": {"parts": ["a"]}}\n', ["column `text` holds dict"]),
     ("a.jsonl", GOOD + b'{"body": "b"}\n', ["`prompt` and `response`", "it has `body`"]),
     ("a.jsonl", GOOD + b'{"text": "\xff"}\n', ["a.jsonl` is not UTF-8"]),
-    ("a.jsonl", GOOD.decode().encode("utf-16"), ["a.jsonl` is not UTF-8"]),
-    ("a.csv", b"id,text\n1,\xff\n", ["a.csv` is not UTF-8"]),
+    ("a.jsonl", GOOD.decode().encode("utf-16"), ["a.jsonl` is not UTF-8: line 1, byte 1 of the file"]),
+    ("a.jsonl", b"\xef\xbb\xbf\xff", ["line 1, byte 4 of the file"]),
+    ("a.csv", b"id,text\n1,\xff\n", ["a.csv` is not UTF-8: line 2, byte 11 of the file"]),
     ("a.csv", b"id;text\n1;a\n", ["it has `id;text`"]),
     ("a.jsonl", b'{"text": ""}\n{"text": null}\n', ["a.jsonl` holds no samples", "2 empty rows"]),
     ("a.jsonl", b"", ["a.jsonl` holds no samples"]),
     ("a.csv", b"id,text\n", ["a.csv` holds no samples"]),
     ("a.parquet", b"", ["a.parquet` can't be read"]),
     ("a.parquet", b"no Parquet at all", ["a.parquet` can't be read"]),
-    bug("neither file nor row of an unknown form is named", "a.jsonl", GOOD + b'{"body": "b"}', ["a.jsonl", "row 2"]),
-    bug("neither file nor row is named", "a.jsonl", GOOD + b'{"text": {"parts": []}}', ["a.jsonl", "row 2"]),
-    bug("no line is named, the byte is a chunk's", "a.jsonl", GOOD * 9000 + b'{"text": "\xff"}', ["line 9001"]),
-    bug("a lone surrogate is a UnicodeEncodeError", "a.jsonl", GOOD + rb'{"text": "\ud800"}', ["a.jsonl", "2"]),
-    bug("deep nesting is a RecursionError", "a.jsonl", GOOD + NESTED, ["a.jsonl", "2"]),
-    bug("a long integer is a ValueError", "a.jsonl", GOOD + b'{"text": "a", "n": %s}' % (b"9" * 5000), ["a.jsonl"]),
-    bug("cells without a column are a TypeError", "a.csv", b"id,text,z\n1,a,b,c\n", ["a.csv", "line 2"]),
+    ("a.jsonl", GOOD + b'{"body": "b"}', ["a.jsonl", "row 2"]),
+    ("a.jsonl", GOOD + b'{"text": {"parts": []}}', ["a.jsonl", "row 2"]),
+    ("a.jsonl", GOOD * 9000 + b'{"text": "\xff"}', ["line 9001, byte 252011 of"]),
+    ("a.jsonl", GOOD + rb'{"text": "\ud800"}', ["a.jsonl", "2"]),
+    ("a.jsonl", GOOD + NESTED, ["a.jsonl", "2"]),
+    ("a.jsonl", GOOD + b'{"text": "a", "n": %s}' % (b"9" * 5000), ["a.jsonl"]),
+    ("a.csv", b"id,text,z\n1,a,b,c\n", ["a.csv", "line 2"]),
+    ("a.csv", b'id,text\n1,"a\nb"\n2,b,c\n', ["the row that ends at line 4 has more cells"]),
+    ("a.jsonl", GOOD + DEEP, ["a.jsonl`, ", " 2", "nested too deeply"]),
+    ("a.jsonl", GOOD + b'{"text": ["a", 1, null]}', ["row 2: column `text` holds list of NoneType and int and str"]),
 ]
 
 
@@ -278,21 +284,39 @@ def test_a_damaged_parquet_file_adds_nothing(shelf, name, tmp_path, damage):
     assert "rows.parquet` can't be read: " in nothing_is_added(shelf, name, path).fact
 
 
-@pytest.mark.xfail(strict=True, reason="bytes become the text `b'…'`")
 def test_a_column_of_bytes_is_no_text(shelf, name, tmp_path):
     pl.DataFrame({"text": [b"abc"]}).write_parquet(tmp_path / "rows.parquet")
-    nothing_is_added(shelf, name, tmp_path / "rows.parquet")
+    error = nothing_is_added(shelf, name, tmp_path / "rows.parquet")
+    assert error.fact.endswith("row 1: column `text` holds bytes, not text")
+
+
+NO_TEXT = [
+    ({"id": {"x": 1}, "text": "a"}, {}, "`--map sample_id=id.KEY`; its keys are `x`"),
+    ({"id": {}, "text": "a"}, {}, "`--map sample_id=COLUMN`"),
+    ({"text": {"parts": ["a"], "n": 1}}, {}, "`--map text=text.KEY`; its keys are `parts`, `n`"),
+    ({"body": {"parts": ["a"]}}, {"text": "body"}, "`--map text=body.KEY`; its keys are `parts`"),
+    ({"text": [{"content": "a"}]}, {}, "map another column with `--map text=COLUMN`"),
+]
+
+
+@pytest.mark.parametrize(("row", "columns", "hint"), NO_TEXT, ids=itertools.count())
+def test_a_column_without_text_is_answered_with_a_mapping_that_can_help(row, columns, hint):
+    with pytest.raises(InputError) as caught:
+        make_sample(row, columns)
+    assert hint in caught.value.hint
 
 
 KNOWN = "known are .jsonl, .ndjson, .parquet, .csv, .tsv and datasets"
+HUB = "check the path; hub names look like `org/name`, and others are tried with `--config` or `--split` only"
 STAGES = "a stage is one of `finetune`, `pretrain`, `query`"
 REFUSED = [
     *[(file, {}, "there is no file `{path}`", "check the path") for file in ("no.jsonl", "no.json", "no", "dir.csv")],
     *[(file, {}, "`{path}` has an unknown format", KNOWN) for file in ("a.json", "a.txt", "a.jsonl.gz", "a")],
+    ("a.jsonl", {"split": "train"}, "`{path}` is a file", "leave out `--config`, `--split`"),
     ("a.jsonl", {"stage": "train"}, "`train` is no stage", STAGES),
     ("a.jsonl", {"columns": {"body": "text"}}, "`body` is no field of a sample", f"the fields are {', '.join(FIELDS)}"),
     ("a.jsonl", {"columns": {"text": "body"}}, "there is no column `body`", "the columns are `id`, `text`"),
-    bug("a path that is too long is an OSError", f"{'x' * 300}.csv", {}, "there is no file `{path}`", "check the path"),
+    (f"{'x' * 300}.csv", {}, "there is no file `{path}`", "check the path"),
 ]
 
 
@@ -306,8 +330,27 @@ def test_a_wrong_path_suffix_or_option_is_named_and_adds_nothing(shelf, name, tm
     assert error.hint == hint
 
 
-def test_an_unreachable_dataset_name_is_an_input_error(shelf, name):
-    assert "`no-such-dataset` can't be read as a dataset" in nothing_is_added(shelf, name, "no-such-dataset").fact
+@pytest.mark.parametrize(("uri", "options"), [("no-org/no-such-dataset", {}), ("no-such-dataset", {"split": "train"})])
+def test_an_unreachable_dataset_name_is_an_input_error(shelf, name, uri, options):
+    assert f"`{uri}` can't be read as a dataset" in nothing_is_added(shelf, name, uri, **options).fact
+
+
+@pytest.mark.parametrize("uri", ["none", "none.tst", "tests/none", "a/b/c", "x" * 300, f"org/{'x' * 300}", "a\0b"])
+def test_a_wrong_relative_path_is_never_asked_of_the_hub(shelf, name, tmp_path, monkeypatch, uri):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
+    error = nothing_is_added(shelf, name, uri)
+    assert (error.fact, error.hint) == (f"there is no file or folder `{uri}`", HUB)
+
+
+def test_an_empty_path_is_an_input_error(shelf, name):
+    assert nothing_is_added(shelf, name, "").fact == "the path is empty"
+
+
+def test_a_folder_with_a_files_name_is_called_a_folder(shelf, name, tmp_path):
+    (tmp_path / "x.jsonl").mkdir()
+    assert nothing_is_added(shelf, name, tmp_path / "x.jsonl").fact.endswith("x.jsonl`: it is a folder")
 
 
 @pytest.mark.parametrize(("bad", "hint"), [("Pub Med", "try `pub-med`"), ("", "for example `epoch-2`")])

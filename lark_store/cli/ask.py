@@ -73,6 +73,7 @@ def metrics(
     ] = "all",
     method: Annotated[str, typer.Option(help="`cosine` or `dot`.")] = "cosine",
     sketcher: SketcherOption = DEFAULT_SKETCHER,
+    query_variant: QueryVariantOption = None,
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
@@ -81,7 +82,10 @@ def metrics(
     Intervals are bootstrapped over queries. `attribute` must have scored before.
     """
     with open_store(store) as opened:
-        emit(opened.metrics(checkpoint=checkpoint, view=view, method=method, sketcher=sketcher), form)
+        frame = opened.metrics(
+            checkpoint=checkpoint, view=view, method=method, sketcher=sketcher, query_variant=query_variant
+        )
+    emit(frame, form)
 
 
 def sql(

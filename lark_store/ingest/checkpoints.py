@@ -156,6 +156,7 @@ def add_checkpoint(
                 "add these under another name",
             )
         kept = known or row
+        kept.path, kept.revision = row.path, row.revision  # the same files may have moved
         have = {m.name: m for m in kept.metrics} if known else {}
         for metric, value in metrics.items():
             if metric in have:
@@ -258,7 +259,7 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Any:
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # transformers and safetensors raise many kinds for a broken file
         raise CheckpointError(

@@ -121,12 +121,11 @@ def token_loss(model: Any, tokens: Tokens, device: torch.device) -> torch.Tensor
 class HookPath:
     """Sketches one sample at a time through a hook on each parameter: right for any model."""
 
-    def __init__(
-        self, model: torch.nn.Module, chosen: list[tuple[str, torch.nn.Parameter]], sketcher: GradientSketcher
-    ) -> None:
+    def __init__(self, model: Any, chosen: list[tuple[str, torch.nn.Parameter]], sketcher: GradientSketcher) -> None:
         self.model = model
         self.sketcher = sketcher
         self._out = sketcher.new()
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         model.requires_grad_(False)
         self._hooks = []
         for name, parameter in chosen:
@@ -136,9 +135,9 @@ class HookPath:
 
     def _sink(self, name: str) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            self.sketcher.add(name, parameter.grad, self._out)
-            parameter.grad = None
+            gradient, parameter.grad = parameter.grad, None  # let go of first: nothing adds up if the next line fails
+            assert gradient is not None
+            self.sketcher.add(name, gradient, self._out)
 
         return take
 
@@ -153,10 +152,13 @@ class HookPath:
 
     def _one(self, tokens: Tokens) -> Sketch | UnusableSampleError:
         self._out.zero_()
+        if max(tokens.input_ids) >= self.vocabulary:  # on a GPU this would break every later sample too
+            return UnusableSampleError(f"the model has {self.vocabulary} tokens, not token {max(tokens.input_ids)}")
         try:
             loss = token_loss(self.model, tokens, self.sketcher.device)
             loss.backward()  # type: ignore[no-untyped-call]
-        except (RuntimeError, IndexError, ValueError) as error:  # out of memory, ids beyond the vocabulary, …
+        except (RuntimeError, IndexError, ValueError) as error:  # out of memory, a shape the model does not take, …
+            self.model.zero_grad(set_to_none=True)
             fact = next(iter(str(error).splitlines()), type(error).__name__)
             return UnusableSampleError(f"the model fails on its {len(tokens.input_ids)} tokens: {fact}")
         return finish(self._out, float(loss.detach()))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from lark_store.errors import InputError
+from lark_store.errors import CheckpointError, InputError
 from lark_store.ingest import ledger
 from lark_store.ingest.checkpoints import context_length, load_model, load_tokenizer, meta_model, verify
 from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from lark_store.ingest.oporp import Placement
 
 _PROBES = 3
+_COUNTS = ("n_samples", "n_existing", "n_sketched", "n_failed", "run")
+_UNITS = (
+    dict.fromkeys(UNIT_KEYS, pl.String) | dict.fromkeys(_COUNTS, pl.Int64) | {"seconds": pl.Float64, "bytes": pl.Int64}
+)
 
 
 @dataclass(frozen=True)
@@ -100,25 +104,27 @@ def ingest(db: Database, request: Request, on_progress: OnProgress | None = None
     report: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
         units = [Unit(checkpoint, s, v) for s in sources for v in variants]
-        plan = _plan(db, sketcher, checkpoint, units, request.limit)
+        plan = _plan(sketcher, checkpoint, units)
         report += _Worker(db, plan, sketcher, request, device, on_progress).run()
     return _report(db, report, dry_run=request.dry_run)
 
 
-def _plan(db: Database, sketcher: Sketcher, checkpoint: Checkpoint, units: list[Unit], limit: int | None) -> Plan:
+def _plan(sketcher: Sketcher, checkpoint: Checkpoint, units: list[Unit]) -> Plan:
     files = verify(checkpoint)
     model = meta_model(files.folder)
     chosen = choose_parameters(model, sketcher.parameters, sketcher.exclude)
     placements = place([(name, tuple(p.shape)) for name, p in chosen], sketcher.k)
     made = fingerprint(sketcher, placements)
-    plan = Plan(checkpoint, files.folder, placements, made, context_length(model), units)
-    for unit in units:
-        ids = db.vectors.read("samples", ["sample_id"], where(source=unit.source.name))["sample_id"]
-        wanted = ids if limit is None else ids.head(limit)
-        unit.n_samples = len(wanted)
-        unit.pending = set(wanted)
-        _drop_existing(db, plan.fingerprint, unit)
-    return plan
+    return Plan(checkpoint, files.folder, placements, made, context_length(model), units)
+
+
+def _fill(db: Database, fingerprint: str, unit: Unit, limit: int | None) -> None:
+    """Find which of a unit's samples have no sketch yet."""
+    ids = db.vectors.read("samples", ["sample_id"], where(source=unit.source.name))["sample_id"]
+    wanted = ids if limit is None else ids.head(limit)
+    unit.n_samples = len(wanted)
+    unit.pending = set(wanted)
+    _drop_existing(db, fingerprint, unit)
 
 
 def _drop_existing(db: Database, fingerprint: str, unit: Unit) -> None:
@@ -149,9 +155,15 @@ class _Worker:
     def run(self) -> list[dict[str, Any]]:
         """Do, or for a dry run only estimate, each unit; returns one row of the report each."""
         try:
-            return [self._row(unit) | self._result(unit) for unit in self.plan.units]
+            return [self._unit(unit) for unit in self.plan.units]
         finally:
             self._unload()
+
+    def _unit(self, unit: Unit) -> dict[str, Any]:
+        _fill(self.db, self.plan.fingerprint, unit, self.request.limit)
+        row = self._row(unit) | self._result(unit)
+        unit.pending = set()
+        return row
 
     def _result(self, unit: Unit) -> dict[str, Any]:
         if unit.pending:
@@ -177,6 +189,12 @@ class _Worker:
         model = load_model(self.plan.folder, self.device, self.request.precision)
         self.dtype = str(model.dtype).removeprefix("torch.")
         chosen = choose_parameters(model, self.sketcher.parameters, self.sketcher.exclude)
+        planned = [(p.name, p.shape) for p in self.plan.placements]
+        if [(name, tuple(p.shape)) for name, p in chosen] != planned:
+            raise CheckpointError(
+                f"the weights of checkpoint `{self.plan.checkpoint.name}` do not fit its config: other parameters",
+                "are its embeddings tied as config.json says? save it again with `save_pretrained`",
+            )
         oporp = Oporp(self.sketcher.k, self.sketcher.seed)
         self.path = HookPath(model, chosen, GradientSketcher(oporp, self.plan.placements, self.device))
 
@@ -287,7 +305,7 @@ def _render(renderer: Renderer, sample: Sample) -> Tokens | UnusableSampleError:
 
 
 def _report(db: Database, rows: list[dict[str, Any]], *, dry_run: bool) -> IngestReport:
-    units = pl.DataFrame(rows, schema_overrides={"run": pl.Int64, "seconds": pl.Float64}, infer_schema_length=None)
+    units = pl.DataFrame(rows, schema=_UNITS)
     runs = [r["run"] for r in rows if r["run"] is not None and r["n_failed"]]
     failures = db.vectors.read("failures", FAILURES.names, where(ingest_run=runs))
     return IngestReport(units, failures.select(*UNIT_KEYS, "sample_id", "reason"), dry_run)

@@ -53,6 +53,7 @@ def make_sketcher(
 def fingerprint(sketcher: Sketcher, placements: list[Placement]) -> str:
     """Return what tells comparable sketches: the map, what is sketched, and the parameters' layout."""
     identity = {
+        "name": sketcher.name,  # a table holds one sketcher's sketches
         "k": sketcher.k,
         "seed": sketcher.seed,
         "map_version": sketcher.map_version,

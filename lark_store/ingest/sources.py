@@ -1,18 +1,18 @@
-"""Text rows to samples: read a file, a folder or a Hugging Face dataset, and add what is new to a source."""
+"""Rows to samples: find the texts in them, and add what is new to a source."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from lark_store.errors import InputError
+from lark_store.ingest.readers import Row, read_rows
 from lark_store.schema.catalog import STAGES, Source
 from lark_store.schema.database import Database, add_named, known_as
 from lark_store.schema.names import check_name
@@ -20,11 +20,11 @@ from lark_store.schema.records import SourceReport
 from lark_store.schema.vectors import ROWS_PER_TEXT_BATCH, SAMPLES, where
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
-Row = dict[str, Any]
 FIELDS = ("sample_id", "prompt", "response", "question", "context", "answer", "text", "label")
-_FORMS = "`prompt` and `response`, or `question`, `answer` and maybe `context`, or `text`"
+_FORMS = ({"prompt", "response"}, {"question", "answer"}, {"text"})
+_NEEDED = "`prompt` and `response`, or `question`, `answer` and maybe `context`, or `text`"
 
 
 @dataclass(frozen=True)
@@ -49,132 +49,81 @@ def content_hash(*parts: str | None) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"`{path}`, line {number}, is not JSON: {error.msg} at column {error.colno}",
-                    "each line of a .jsonl file is one JSON object",
-                ) from error
-            if not isinstance(row, dict):
-                raise InputError(f"`{path}`, line {number}, is not a JSON object", 'for example {"text": "…"}')
-            yield row
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_PER_TEXT_BATCH):
-        yield from batch.to_pylist()
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(1 << 30)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        yield from csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-
-
-def _read_dataset(name: str, config: str | None, split: str | None) -> Iterator[Row]:
-    import datasets
-
-    try:
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(name)
-            data = data if split is None or isinstance(data, datasets.Dataset) else data[split]
-        else:
-            data = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the library raises many kinds: no network, no such name, no such config
-        fact = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"`{name}` can't be read as a dataset: {fact}",
-            "give a file (.jsonl, .parquet, .csv), a folder made by `save_to_disk`, or a Hugging Face name with "
-            "`--config` and `--split`",
-        ) from error
-    if not isinstance(data, datasets.Dataset):
-        raise InputError(f"`{name}` has splits {', '.join(f'`{s}`' for s in data)}", "choose one with `--split`")
-    yield from data
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-}
-
-
-def read_rows(uri: str, config: str | None = None, split: str | None = None) -> Iterator[Row]:
-    """Stream the rows of a .jsonl, .parquet, .csv or .tsv file, a folder, or a Hugging Face dataset.
-
-    Raises
-    ------
-    InputError
-        The path is wrong, the format unknown, or a row can't be read; it names the line where it can.
-    """
-    path = Path(uri)
-    reader = _READERS.get(path.suffix.lower())
-    if path.is_dir() or (reader is None and not path.exists()):
-        if (
-            reader
-            or path.suffix in {".json", ".txt", ".gz"}
-            or (uri.startswith(("/", "./", "../")) and not path.exists())
-        ):
-            raise InputError(f"there is no file `{uri}`", "check the path")
-        yield from _read_dataset(uri, config, split)
-        return
-    if reader is None:
-        raise InputError(f"`{uri}` has an unknown format", f"known are {', '.join(_READERS)} and datasets")
-    if not path.is_file():
-        raise InputError(f"there is no file `{uri}`", "check the path")
-    try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"`{uri}` is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from error
-    except (pa.ArrowException, csv.Error, OSError) as error:
-        raise InputError(
-            f"`{uri}` can't be read: {error}", "is the file whole, and of the format its name says?"
-        ) from error
-
-
 # --- rows to samples -----------------------------------------------------------------------------------------------
 
 
-def _column(row: Row, path: str) -> tuple[bool, Any]:
-    """Return whether `row` has the column, and its value; `a.b` reaches into a nested column."""
+def _parts(row: Row, column: str) -> list[str]:
+    """Split `a.b`, which reaches into a nested column, unless a column has this very name."""
+    return [column] if column in row else column.split(".")
+
+
+def _column(row: Row, column: str) -> tuple[bool, Any]:
+    """Return whether `row` has the column, and its value; what is within null is null."""
     value: Any = row
-    for part in [path] if path in row else path.split("."):
+    for part in _parts(row, column):
+        if value is None:
+            return True, None
         if not isinstance(value, dict) or part not in value:
             return False, None
         value = value[part]
     return True, value
 
 
-def _text(name: str, value: object) -> str:
+def _without(row: Row, parts: list[str]) -> Row:
+    """Copy `row` without a column; of a nested one, what stands beside it is kept."""
+    head, *inner = parts
+    rest = {key: value for key, value in row.items() if key != head}
+    if inner and isinstance(row.get(head), dict) and (beside := _without(row[head], inner)):
+        rest[head] = beside
+    return rest
+
+
+def _finite(value: Any) -> Any:
+    """Copy a value with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(field_name: str, column: str, value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return "\n".join(value).strip()
-    if isinstance(value, dict | list):
+    other = f"map another column with `--map {field_name}=COLUMN`"
+    if isinstance(value, dict) and value:
         raise InputError(
-            f"column `{name}` holds {type(value).__name__}, not text",
-            f"name the part that is text, for example `--map {name}={name}.contexts`",
+            f"column `{column}` holds dict, not text",
+            f"map what is text in it with `--map {field_name}={column}.KEY`; its keys are {_listed(value)}",
         )
+    if isinstance(value, list):
+        kinds = " and ".join(sorted({type(part).__name__ for part in value}))
+        raise InputError(f"column `{column}` holds list of {kinds}, not of text alone", other)
+    if isinstance(value, dict | bytes | bytearray | memoryview):
+        raise InputError(f"column `{column}` holds {type(value).__name__}, not text", other)
     return str(value).strip()
+
+
+def _found(row: Row, columns: dict[str, str]) -> dict[str, str]:
+    """Return the text of each field that the row has."""
+    found: dict[str, str] = {}
+    for name in FIELDS:
+        column = columns.get(name, name)
+        has, value = _column(row, column)
+        if has:
+            found[name] = _text(name, column, value)
+        elif name in columns:
+            raise InputError(f"there is no column `{column}`", f"the columns are {_listed(row)}")
+    return found
 
 
 def make_sample(row: Row, columns: dict[str, str]) -> Sample | None:
     r"""Turn a row into a sample; None if it is empty.
 
-    `question`, `context` and `answer` become the prompt "Context: …\n\nQuestion: …" and its response.
+    `question`, `context` and `answer` become the prompt "Context: …\n\nQuestion: …" and its response. A row with the
+    columns of several forms has the first form that is filled.
 
     >>> make_sample({"id": 7, "question": "Is it?", "context": "It is.", "answer": "yes"}, {}).prompt
     'Context: It is.\n\nQuestion: Is it?'
@@ -184,37 +133,33 @@ def make_sample(row: Row, columns: dict[str, str]) -> Sample | None:
     InputError
         The row has none of the known forms, or a column that holds no text.
     """
-    found: dict[str, str] = {}
-    for name in FIELDS:
-        has, value = _column(row, columns.get(name, name))
-        if has:
-            found[name] = _text(name, value)
-        elif name in columns:
-            raise InputError(f"there is no column `{columns[name]}`", f"the columns are {_listed(row)}")
-    prompt = response = text = None
-    if {"prompt", "response"} <= found.keys():
-        prompt, response = found["prompt"], found["response"]
-    elif {"question", "answer"} <= found.keys():
-        prompt, response = _question(found), found["answer"]
-    elif "text" in found:
-        text = found["text"]
-    else:
+    found = _found(row, columns)
+    forms = [form for form in _FORMS if form <= found.keys()]
+    if not forms:
         raise InputError(
-            f"a row needs {_FORMS}; it has {_listed(row)}",
-            "map columns with `--map text=abstract` and the like",
+            f"a row needs {_NEEDED}; it has {_listed(row)}", "map columns with `--map text=abstract` and the like"
         )
-    if not (text or (prompt and response)):
+    form = next((form for form in forms if all(found[name] for name in form)), None)
+    if form is None:
         return None
-    used = {columns.get(name, name).split(".")[0] for name in found} | {"id"}
-    meta = {key: value for key, value in row.items() if key not in used}
-    label = found.get("label") or None
-    sample_id = found.get("sample_id") or _text("id", row.get("id")) or content_hash(prompt, response, text)[:16]
-    return Sample(sample_id, prompt, response, text, label, meta)
+    prompt = response = text = None
+    if "text" in form:
+        text = found["text"]
+    elif "prompt" in form:
+        prompt, response = found["prompt"], found["response"]
+    else:
+        prompt, response = _question(found), found["answer"]
+    meta = row
+    for column in {columns.get(name, name) for name in found}:
+        meta = _without(meta, _parts(row, column))
+    sample_id = found.get("sample_id")
+    if not sample_id:
+        sample_id = _text("sample_id", "id", row.get("id")) or content_hash(prompt, response, text)[:16]
+        meta = _without(meta, ["id"])
+    return Sample(sample_id, prompt, response, text, found.get("label") or None, _finite(meta))
 
 
 def _question(found: dict[str, str]) -> str:
-    if not found["question"]:
-        return ""
     return (f"Context: {found['context']}\n\n" if found.get("context") else "") + f"Question: {found['question']}"
 
 
@@ -228,7 +173,8 @@ def _listed(row: Row) -> str:
 class _Sieve:
     """Lets new samples through and counts the others."""
 
-    def __init__(self, known: dict[str, str], columns: dict[str, str]) -> None:
+    def __init__(self, uri: str, known: dict[str, str], columns: dict[str, str]) -> None:
+        self.uri = uri
         self.known = known
         self.in_store = set(known)
         self.columns = columns
@@ -240,11 +186,22 @@ class _Sieve:
         if len(self.examples.setdefault(what, [])) < 3:
             self.examples[what].append(example)
 
+    def _sample(self, number: int, row: Row) -> Sample | None:
+        place = f"`{self.uri}`, row {number}:"
+        try:
+            return make_sample(row, self.columns)
+        except InputError as error:
+            raise InputError(f"{place} {error.fact}", error.hint) from error
+        except RecursionError as error:
+            raise InputError(
+                f"{place} its metadata is nested too deeply", "leave that part out, or write it as a string"
+            ) from error
+
     def new(self, rows: Iterable[Row]) -> Iterator[Sample]:
         """Yield the samples that the source does not hold."""
         for number, row in enumerate(rows, start=1):
             self.counts["read"] += 1
-            sample = make_sample(row, self.columns)
+            sample = self._sample(number, row)
             if sample is None:
                 self._count("empty", f"row {number}")
                 continue
@@ -269,7 +226,7 @@ def _batches(source: str, samples: Iterator[Sample]) -> Iterator[pa.RecordBatch]
                 "response": s.response,
                 "text": s.text,
                 "label": s.label,
-                "meta": json.dumps(s.meta, ensure_ascii=False, default=str, sort_keys=True),
+                "meta": json.dumps(s.meta, ensure_ascii=False, default=str, sort_keys=True, allow_nan=False),
                 "content_sha256": s.content_sha256,
             }
             for s in chunk
@@ -325,11 +282,11 @@ def add_source(
         source = known_as(session, wanted, given)
     mapping = columns or (source.columns if source else {})
     known = db.vectors.read("samples", ["sample_id", "content_sha256"], where(source=name))
-    sieve = _Sieve(dict(known.iter_rows()), mapping)
+    sieve = _Sieve(uri, dict(known.iter_rows()), mapping)
     rows = read_rows(uri, config, split)
     _append_all_or_nothing(db, _batches(name, sieve.new(rows)))
     if sieve.counts["read"] == sieve.counts["empty"]:
-        raise InputError(f"`{uri}` holds no samples ({sieve.counts['empty']} empty rows)", f"a row needs {_FORMS}")
+        raise InputError(f"`{uri}` holds no samples ({sieve.counts['empty']} empty rows)", f"a row needs {_NEEDED}")
     with db.session() as session:
         add_named(session, wanted, given)
     return SourceReport(

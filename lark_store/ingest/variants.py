@@ -133,8 +133,6 @@ class Renderer:
         return hashlib.sha256(json.dumps([self.variant.sha256, text]).encode()).hexdigest()
 
     def _run(self, parts: dict[str, str | None]) -> str:
-        from jinja2 import TemplateError
-
         messages: list[dict[str, str | None]]
         if parts["text"] is not None:
             messages = [{"role": "user", "content": parts["text"]}]
@@ -147,7 +145,7 @@ class Renderer:
             if self._template is None:
                 return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE))
             return self._template.render(messages=messages, **parts)
-        except TemplateError as error:
+        except Exception as error:  # a template may raise anything that an expression can
             raise UnusableSampleError(f"the template fails: {error}") from error
 
     def _text(self, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:

@@ -64,30 +64,40 @@ class SketchWriter:
         """Take one sample that could not be sketched."""
         self.n_failed += 1
         self._failed.append({"ingest_run": self.run.id, **self.names, "sample_id": sample_id, "reason": reason})
+        if len(self._failed) >= ROWS_PER_BATCH:
+            self.commit()
 
     def commit(self) -> None:
-        """Write what was taken to Lance, then the counts to the catalog."""
-        if self._rows:
-            scalars = pa.Table.from_pylist(self._rows, schema=self.schema.remove(len(self.schema) - 1))
-            field = self.schema.field("vector")
-            values = pa.array(np.concatenate(self._vectors), type=field.type.value_type)
-            vectors = pa.FixedSizeListArray.from_arrays(values, type=field.type)
-            self.run.lance_version = self.db.vectors.append(self.table, scalars.append_column(field, vectors))
-            self.n_sketched += len(self._rows)
-        if self._failed:
-            self.db.vectors.append(self.failures, pa.Table.from_pylist(self._failed, schema=FAILURES))
+        """Write what was taken to Lance, then the counts to the catalog.
+
+        What is being written is let go of first: a write that breaks off may still land, so it is never tried again
+        here. The next ingest finds what is missing.
+        """
+        rows, vectors, failed = self._rows, self._vectors, self._failed
         self._rows, self._vectors, self._failed = [], [], []
         self._last_commit = time.monotonic()
+        if rows:
+            self.run.lance_version = self.db.vectors.append(self.table, self._arrow(rows, vectors))
+            self.n_sketched += len(rows)
+        if failed:
+            self.db.vectors.append(self.failures, pa.Table.from_pylist(failed, schema=FAILURES))
         self._record()
+
+    def _arrow(self, rows: list[dict[str, Any]], vectors: list[np.ndarray[Any, Any]]) -> pa.Table:
+        scalars = pa.Table.from_pylist(rows, schema=self.schema.remove(len(self.schema) - 1))
+        field = self.schema.field("vector")
+        values = pa.array(np.concatenate(vectors), type=field.type.value_type)
+        return scalars.append_column(field, pa.FixedSizeListArray.from_arrays(values, type=field.type))
 
     def finish(self, status: str, seconds: float, error: str | None = None) -> None:
         """Commit what is left and close the run."""
         self.commit()
-        self.db.vectors.refresh_indices(self.table)
+        self.n_before = int(self.table.count_rows(where(ingest_run=self.run.id))) - self.n_sketched
         self.run.status, self.run.error = status, error
         self.run.seconds = (self.run.seconds or 0.0) + seconds
         self.run.finished_at = now()
         self._record()
+        self.db.vectors.refresh_indices(self.table)
 
     def _record(self) -> None:
         self.run.n_sketched, self.run.n_failed = self.n_before + self.n_sketched, self.n_failed

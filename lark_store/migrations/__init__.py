@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, NullPool, create_engine, event, text
+from sqlalchemy import URL, Connection, NullPool, create_engine, event, text
 
 from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError
 from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location, is_file
@@ -45,7 +45,7 @@ def newest() -> str:
 @contextmanager
 def _migrating(path: Path) -> Iterator[Connection]:
     engine = create_engine(
-        f"sqlite:///{path}",
+        URL.create("sqlite", database=str(path)),
         poolclass=NullPool,
         connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_S},
     )

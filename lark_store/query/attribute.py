@@ -194,10 +194,12 @@ def _commit(db: Database, job: _Job, run: ScoreRun) -> None:
     """
     same = select(ScoreRun).filter_by(**job.ids)
     run.finished_at = now()
+    run.status = "done"
     with db.session() as session:
+        mine = session.merge(run)
+        session.flush()  # the write comes first and takes the lock: of two commits, the second sees the first
         newer = session.scalar(same.where(ScoreRun.id > run.id, ScoreRun.status == "done"))
-        run.status = "superseded" if newer else "done"
-        session.merge(run)
+        run.status = mine.status = "superseded" if newer else "done"
         old = [] if newer else list(session.scalars(same.where(ScoreRun.id < run.id, ScoreRun.status != "superseded")))
         for each in old:
             each.status = "superseded"

@@ -69,6 +69,7 @@ def committed_groups(session: Session, sketcher: Sketcher, checkpoint: Checkpoin
     runs = session.scalars(
         select(IngestRun)
         .filter_by(sketcher_id=sketcher.id, checkpoint_id=checkpoint.id, status="done")
+        .where(IngestRun.n_sketched > 0)
         .order_by(IngestRun.id)
     )
     found: dict[tuple[str, int, int], list[IngestRun]] = {}
@@ -121,8 +122,9 @@ def ask(
         if (g.source.name in sources if sources else g.source.stage != "query")
         and (not variants or g.variant.name in variants)
     ]
-    if not wanted:
-        what = " and ".join(f"`{name}`" for name in (*sources, *variants)) or "any source"
+    missing = set(sources) - {g.source.name for g in wanted}
+    if not wanted or missing:
+        what = " and ".join(f"`{name}`" for name in (*(sorted(missing) or sources), *variants)) or "any source"
         raise _nothing(db, what, at, by)
     return [Question(q, _comparable(q, wanted), method) for q in asked]
 

@@ -8,7 +8,7 @@ from lark_store.errors import InputError, NothingToScoreError
 from lark_store.query import metrics
 from lark_store.query.groups import check_method
 from lark_store.query.sql import connect, fetch
-from lark_store.schema.catalog import Checkpoint, Sketcher
+from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher
 from lark_store.schema.database import Database, find
 
 if TYPE_CHECKING:
@@ -22,13 +22,16 @@ _VIEWS: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
     "dominance": metrics.dominance_table,
 }
 _PHI = """
-    SELECT i.checkpoint, i.queries, i.query_id, i.source, s.stage, i.variant, i.max AS phi
+    SELECT i.query_variant, i.checkpoint, i.queries, i.query_id, i.source, s.stage, i.variant, i.max AS phi
     FROM source_influence i JOIN sources s ON s.name = i.source JOIN checkpoints c ON c.name = i.checkpoint
     WHERE i.method = ? AND i.sketcher = ? AND i.query_checkpoint = i.checkpoint AND (? IS NULL OR i.checkpoint = ?)
+      AND (? IS NULL OR i.query_variant = ?)
     ORDER BY c.epoch NULLS FIRST, c.created_at, i.queries, i.score_run, i.query_id"""
 
 
-def measure(db: Database, checkpoint: str | None, view: str, method: str, sketcher: str) -> pl.DataFrame:
+def measure(
+    db: Database, checkpoint: str | None, view: str, method: str, sketcher: str, query_variant: str | None
+) -> pl.DataFrame:
     """Compute the metrics of what was scored; see `Store.metrics`."""
     if view not in _VIEWS:
         raise InputError(f"`{view}` is no view of the metrics", f"the views are {', '.join(f'`{v}`' for v in _VIEWS)}")
@@ -37,9 +40,11 @@ def measure(db: Database, checkpoint: str | None, view: str, method: str, sketch
         find(session, Sketcher, sketcher)
         if checkpoint is not None:
             find(session, Checkpoint, checkpoint)
+        if query_variant is not None:
+            find(session, FormatVariant, query_variant)
     connection = connect(db)
     try:
-        phi = fetch(connection, _PHI, [method, sketcher, checkpoint, checkpoint])
+        phi = fetch(connection, _PHI, [method, sketcher, checkpoint, checkpoint, query_variant, query_variant])
     finally:
         connection.close()
     if phi.is_empty():
@@ -47,5 +52,10 @@ def measure(db: Database, checkpoint: str | None, view: str, method: str, sketch
         raise NothingToScoreError(
             f"nothing is scored by `{method}` of `{sketcher}` sketches{at} yet",
             f"score with `lark-store attribute --checkpoint {checkpoint or 'NAME'} --queries NAME`",
+        )
+    variants = phi["query_variant"].unique(maintain_order=True).to_list()
+    if len(variants) > 1:
+        raise InputError(
+            f"the queries are scored as {', '.join(f'`{v}`' for v in variants)}", "choose one with `--query-variant`"
         )
     return _VIEWS[view](metrics.all_metrics(phi))

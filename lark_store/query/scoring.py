@@ -36,7 +36,8 @@ class Queries:
 class GroupScores:
     """One group's scores against Q queries.
 
-    `top_ids`, `top_scores` (Q, H) hold the highest scores of each query, best first, ties by sample id;
+    `top_ids`, `top_scores` (Q, H) hold the highest scores of each query, best first, ties by sample id (which of
+    those that tie for the last place is kept is not said);
     `max_Q`, `mean_Q`, `std_Q` (the population's) and `argmax` are over all N samples.
     """
 
@@ -57,7 +58,8 @@ def vectors_of(batch: pa.RecordBatch) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
         stored = torch.from_numpy(flat).view(-1, k)
-    return stored.to(torch.float32).mul_(k**-0.5)
+    scaled: torch.Tensor = stored.float() * k**-0.5
+    return scaled
 
 
 def _norms(batch: pa.RecordBatch) -> torch.Tensor:
@@ -95,26 +97,24 @@ def score_batches(
 
 
 class _Top:
-    """The H best of each query over a stream; `order_QH` counts samples as they came."""
+    """The H best of each query over a stream."""
 
     def __init__(self, n_queries: int, hits: int) -> None:
         self.hits = hits
-        self.ids: list[str] = []
+        self.n = 0
         self.scores_QH = torch.empty(n_queries, 0)
-        self.order_QH = torch.empty(n_queries, 0, dtype=torch.int64)
+        self.ids_QH = np.empty((n_queries, 0), dtype=object)
 
     def take(self, ids: list[str], scores_QB: torch.Tensor) -> None:
-        order_B = torch.arange(len(self.ids), len(self.ids) + len(ids))
+        names = np.broadcast_to(np.array(ids, dtype=object), tuple(scores_QB.shape))
         scores = torch.cat([self.scores_QH, scores_QB], dim=1)
-        order = torch.cat([self.order_QH, order_B.expand_as(scores_QB)], dim=1)
         self.scores_QH, kept = scores.topk(min(self.hits, scores.shape[1]), dim=1)
-        self.order_QH = order.gather(1, kept)
-        self.ids += ids
+        self.ids_QH = np.take_along_axis(np.concatenate([self.ids_QH, names], axis=1), kept.numpy(), 1)
+        self.n += len(ids)
 
     def result(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return the ids and scores, (Q, ≤H), best first, ties in order of id."""
-        ids = np.array(self.ids, dtype=object)[self.order_QH.numpy()]
-        scores = self.scores_QH.numpy()
+        ids, scores = self.ids_QH, self.scores_QH.numpy()
         by_id = np.argsort(ids, axis=1)
         by_score = np.argsort(-np.take_along_axis(scores, by_id, 1), axis=1, kind="stable")
         order = np.take_along_axis(by_id, by_score, 1)
@@ -131,7 +131,7 @@ def score_group(vectors: VectorStore, group: Group, queries: Queries, method: st
         total_Q += exact.sum(dim=1)
         square_Q += exact.square().sum(dim=1)
         top.take(ids, scores_QB)
-    n = len(top.ids)
+    n = top.n
     if n == 0:
         return None
     top_ids, top_scores = top.result()

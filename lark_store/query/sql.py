@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lark_store.schema.database import Database
 
+_SNAPSHOT_ATTEMPTS = 10
 _CATALOG: dict[str, type[Base]] = {
     "_checkpoint": Checkpoint,
     "_metric": CheckpointMetric,
@@ -110,11 +111,7 @@ def connect(db: Database) -> duckdb.DuckDBPyConnection:
             "autoload_known_extensions": False,
         }
     )
-    with db.session() as session:
-        for name, kind in _CATALOG.items():
-            connection.register(name, _arrow(session, kind))
-    for name in ("samples", "failures", "influence", "source_influence"):
-        connection.register(f"_{name}", db.vectors.table(name).to_lance())
+    _register(db, connection)
     tables = [name for name in db.vectors.table_names() if name.startswith(SKETCH_PREFIX)]
     for name in tables:
         # Without the vector: DuckDB refuses a dataset that has a halffloat column anywhere.
@@ -130,6 +127,25 @@ def connect(db: Database) -> duckdb.DuckDBPyConnection:
     return connection
 
 
+def _register(db: Database, connection: duckdb.DuckDBPyConnection) -> None:
+    """Register catalog and tables as of one moment: again, if a run was committed or superseded in between."""
+    for _ in range(_SNAPSHOT_ATTEMPTS):
+        with db.session() as session:
+            before = _statuses(session)
+            for name, kind in _CATALOG.items():
+                connection.register(name, _arrow(session, kind))
+        for name in ("samples", "failures", "influence", "source_influence"):
+            connection.register(f"_{name}", db.vectors.table(name).to_lance())
+        with db.session() as session:
+            if _statuses(session) == before:
+                return
+
+
+def _statuses(session: Session) -> list[tuple[int, str]]:
+    rows = session.execute(select(ScoreRun.id, ScoreRun.status).order_by(ScoreRun.id))
+    return [(run, status) for run, status in rows]
+
+
 def fetch(
     connection: duckdb.DuckDBPyConnection, query: str | duckdb.Statement, parameters: list[Any] | None = None
 ) -> pl.DataFrame:
@@ -142,8 +158,16 @@ def fetch(
             f"the result has a column of a type that has no table form: {error}", "cast it, as in `x::VARCHAR`"
         ) from error
     assert isinstance(frame, pl.DataFrame)
-    whole = pl.selectors.by_dtype(pl.Decimal(38, 0))
-    return frame.with_columns(whole.cast(pl.Int64, strict=False), (pl.selectors.decimal() - whole).cast(pl.Float64))
+    return frame.with_columns(_number(column) for column in frame if column.dtype.is_decimal())
+
+
+def _number(column: pl.Series) -> pl.Series:
+    """Turn DuckDB's wide numbers, such as sums of integers, into those that every tool takes."""
+    if column.dtype == pl.Decimal(38, 0):
+        whole = column.cast(pl.Int64, strict=False)
+        if whole.null_count() == column.null_count():
+            return whole
+    return column.cast(pl.Float64)
 
 
 def _distinct(names: list[str]) -> list[str]:

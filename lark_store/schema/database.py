@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy import URL, Engine, create_engine, event, select
 from sqlalchemy.orm import Session
 
 from lark_store.errors import NameTakenError, NameUnknownError
@@ -77,7 +77,7 @@ class Database:
 
     def __init__(self, location: Location) -> None:
         self.location = location
-        self.engine: Engine = create_engine(f"sqlite:///{location.catalog}")
+        self.engine: Engine = create_engine(URL.create("sqlite", database=str(location.catalog)))
         event.listen(self.engine, "connect", _configure)
         self.vectors = VectorStore(str(location.vectors))
 

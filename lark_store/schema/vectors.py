@@ -6,6 +6,7 @@ group reads every vector; scans at Lance's default batch size hold gigabytes; ba
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 ROWS_PER_BATCH = 64
 ROWS_PER_TEXT_BATCH = 4096
+_INDEX_ATTEMPTS = 5
 
 
 def _field(name: str, kind: pa.DataType, *, null: bool = False) -> pa.Field:
@@ -205,14 +207,29 @@ class VectorStore:
         return int(table.add(rows).version)
 
     def refresh_indices(self, table: Any) -> None:
-        """Bring the scalar indices of a table up to all of its rows, building those that are missing."""
-        from lancedb.index import Bitmap, BTree
+        """Bring the scalar indices of a table up to all of its rows, building those that are missing.
 
+        Another process may be doing the same: after a few conflicts it is left to that one. An index is speed alone.
+        """
         kind = "sketches" if table.name.startswith(SKETCH_PREFIX) else table.name
         if table.count_rows() == 0:
             return
+        for attempt in range(_INDEX_ATTEMPTS):
+            try:
+                self._build_indices(table, INDICES[kind])
+            except (OSError, RuntimeError) as error:
+                if "conflict" not in str(error).lower():
+                    raise
+                time.sleep(0.1 * 2**attempt)
+                table.checkout_latest()
+            else:
+                return
+
+    def _build_indices(self, table: Any, wanted: dict[str, str]) -> None:
+        from lancedb.index import Bitmap, BTree
+
         indexed = {column for index in table.list_indices() for column in index.columns}
-        for column, index in INDICES[kind].items():
+        for column, index in wanted.items():
             if column not in indexed:
                 table.create_index(column, config=Bitmap() if index == "bitmap" else BTree())
         table.to_lance().optimize.optimize_indices()

@@ -1,0 +1,209 @@
+"""Files, folders and Hugging Face datasets to rows: each row a dict of columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+
+from lark_store.errors import InputError
+from lark_store.schema.vectors import ROWS_PER_TEXT_BATCH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Row = dict[str, Any]
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_HUB_NAME = re.compile(r"((?P<organisation>[\w.-]{1,96})/)?[\w.-]{1,96}", re.ASCII)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Decode a file line by line: the error of a file opened as text counts bytes from the last chunk it read."""
+    at = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"`{path}` is not UTF-8: line {number}, byte {at + error.start + 1} of the file ({error.reason})",
+                    "save it as UTF-8",
+                ) from error
+            at += len(line)
+            # the csv module wants each line with its own end, which may be "\r" alone
+            yield from io.StringIO(text.removeprefix("\ufeff") if number == 1 else text, newline="")
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield _json_object(line, f"`{path}`, line {number},")
+
+
+def _json_object(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+        if _HALF_PAIR.search(line):
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where} is not JSON: {error.msg} at column {error.colno}",
+            "each line of a .jsonl file is one JSON object",
+        ) from error
+    except UnicodeEncodeError as error:
+        raise InputError(
+            rf"{where} holds `\u{ord(error.object[error.start]):04x}`, half of a surrogate pair, which is no text",
+            r"write both halves, for example `\ud83d\ude42`, or leave it out",
+        ) from error
+    except RecursionError as error:
+        raise InputError(f"{where} is nested too deeply", "leave that part out, or write it as a string") from error
+    except ValueError as error:  # Python's guard against numbers that take long to convert
+        raise InputError(
+            f"{where} holds an integer of more than {sys.get_int_max_str_digits()} digits", "write it as a string"
+        ) from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not a JSON object", 'for example {"text": "…"}')
+    return row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_PER_TEXT_BATCH):
+        yield from batch.to_pylist()
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(1 << 30)
+    rows = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    for row in rows:
+        if None in row:
+            raise InputError(
+                f"`{path}`: the row that ends at line {rows.line_num} has more cells than the header has columns",
+                'put a cell that holds the delimiter in quotes: "…"',
+            )
+        yield row
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"`{path}` has an unknown format", f"known are {', '.join(_READERS)} and datasets")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"`{path}` can't be read: it holds text that is not UTF-8", "save it as UTF-8") from error
+    except (pa.ArrowException, csv.Error, OSError) as error:
+        raise InputError(
+            f"`{path}` can't be read: {error}", "is the file whole, and of the format its name says?"
+        ) from error
+
+
+# --- datasets ------------------------------------------------------------------------------------------------------
+
+
+def _read_dataset(name: str, config: str | None, split: str | None) -> Iterator[Row]:
+    import datasets
+
+    saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises many kinds: no network, no such name, no such config
+        fact = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"`{name}` can't be read as a dataset: {fact}",
+            "give a file (.jsonl, .parquet, .csv), a folder made by `save_to_disk`, or a Hugging Face name with "
+            "`--config` and `--split`",
+        ) from error
+    if saved:
+        data = _chosen(name, data, config, split)
+    if not isinstance(data, datasets.Dataset):
+        raise InputError(f"`{name}` has splits {_quoted(data)}", "choose one with `--split`")
+    yield from data
+
+
+def _chosen(name: str, data: Any, config: str | None, split: str | None) -> Any:
+    """Return the split of a saved dataset that was asked for, or `data` as it is."""
+    if config is not None:
+        raise InputError(f"`{name}` is a saved dataset, without configurations", "leave out `--config`")
+    if split is None:
+        return data
+    if not isinstance(data, dict):
+        raise InputError(f"`{name}` has no splits, so no `{split}`", "leave out `--split`")
+    if split not in data:
+        raise InputError(f"`{name}` has no split `{split}`; it has {_quoted(data)}", "choose one with `--split`")
+    return data[split]
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+# --- which of them -------------------------------------------------------------------------------------------------
+
+
+def _what_is_at(path: Path) -> Literal["file", "folder"] | None:
+    """Look at a path; None where nothing can be there, also for names that `Path.exists` raises an error for."""
+    try:
+        mode = path.stat().st_mode
+    except PermissionError as error:
+        raise InputError(f"`{path}` can't be read: {error.strerror}", "check its permissions") from error
+    except (OSError, ValueError):
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "file"
+
+
+def _check_hub_name(uri: str, *, options: bool) -> None:
+    """Refuse what is a wrong path rather than a name of the Hugging Face hub, which is slow to say no."""
+    if Path(uri).suffix.lower() in {*_READERS, ".json", ".txt", ".gz"} or uri.startswith(("/", "./", "../", "~")):
+        raise InputError(f"there is no file `{uri}`", "check the path")
+    name = _HUB_NAME.fullmatch(uri)
+    if not name or not (options or (name["organisation"] and not Path(name["organisation"]).is_dir())):
+        raise InputError(
+            f"there is no file or folder `{uri}`",
+            "check the path; hub names look like `org/name`, and others are tried with `--config` or `--split` only",
+        )
+
+
+def read_rows(uri: str, config: str | None = None, split: str | None = None) -> Iterator[Row]:
+    """Stream the rows of a .jsonl, .parquet, .csv or .tsv file, a folder, or a Hugging Face dataset.
+
+    Raises
+    ------
+    InputError
+        The path is wrong, the format unknown, or a row can't be read; it names the line where it can.
+    """
+    if not uri.strip():
+        raise InputError("the path is empty", "give a file, a folder or the name of a Hugging Face dataset")
+    path = Path(uri)
+    there = _what_is_at(path)
+    options = config is not None or split is not None
+    if there == "file":
+        if options:
+            raise InputError(f"`{uri}` is a file, without configurations or splits", "leave out `--config`, `--split`")
+        yield from _read_file(path)
+        return
+    if there == "folder" and path.suffix.lower() in _READERS:
+        raise InputError(f"there is no file `{uri}`: it is a folder", "check the path")
+    if there is None:
+        _check_hub_name(uri, options=options)
+    yield from _read_dataset(uri, config, split)

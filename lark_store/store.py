@@ -409,7 +409,10 @@ class Store:
 
 
 def _location(path: str | Path | None) -> Location:
-    return Location(Path(path or os.environ.get(ENVIRONMENT) or DEFAULT_PATH))
+    root = Path(path or os.environ.get(ENVIRONMENT) or DEFAULT_PATH)
+    if "?" in str(root.absolute()):
+        raise StoreError(f"a store can't be at `{root}`: LanceDB reads `?` as part of a URL", "name another path")
+    return Location(root)
 
 
 def _build(location: Location) -> None:

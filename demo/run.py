@@ -21,6 +21,7 @@ from lark_store.cli.output import ProgressBar, print_table, say
 WORK = Path(__file__).parent / ".work"
 CHECKPOINTS = ("base", "epoch-1", "epoch-2")
 SKETCHER = "last-layers"
+DEVICE = "cpu"  # the same way on every machine
 SIZES = {"finetune": 20, "queries": 10, "medical": 12, "entertainment": 12}
 JOBS = ((["finetune", "queries"], ["chatml"]), (["medical", "entertainment"], ["raw", "chatml"]))
 SQL = """
@@ -61,7 +62,7 @@ def compute(store: Store) -> None:
     with ProgressBar() as bar:
         for checkpoint in CHECKPOINTS:
             for sources, variants in JOBS:
-                done = store.ingest([checkpoint], sources, variants, sketcher=SKETCHER, on_progress=bar)
+                done = store.ingest([checkpoint], sources, variants, sketcher=SKETCHER, device=DEVICE, on_progress=bar)
                 for row in done.failures.iter_rows(named=True):
                     say(f"failed: {row}")
         store.attribute(CHECKPOINTS, queries="queries", sketcher=SKETCHER, on_progress=bar)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -145,4 +146,12 @@ def scored_path(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str,
 def scored(scored_path: Path) -> Store:
     """The scored store, open."""
     with Store.open(scored_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def scored_copy(scored_path: Path, tmp_path: Path) -> Store:
+    """A copy of the scored store, to change."""
+    shutil.copytree(scored_path, tmp_path / "copy")
+    with Store.open(tmp_path / "copy") as opened:
         yield opened

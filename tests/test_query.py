@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 import pytest
 from conftest import qa_rows, write_jsonl
 
-from lark_store import Store
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
 from lark_store.schema.vectors import SKETCH_PREFIX
+
+if TYPE_CHECKING:
+    from lark_store import Store
 
 ASK = {"checkpoint": "base", "sketcher": "small"}
 
@@ -38,14 +40,6 @@ def brute_force(store: Store, query: str, *, at: str = "base", query_at: str = "
 
 def as_dict(frame: pl.DataFrame) -> dict:
     return {(r["source"], r["variant"], r["sample_id"]): r["score"] for r in frame.iter_rows(named=True)}
-
-
-@pytest.fixture
-def copy(scored_path, tmp_path):
-    """A copy of the scored store, to change."""
-    shutil.copytree(scored_path, tmp_path / "copy")
-    with Store.open(tmp_path / "copy") as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("opponents", [False, True])
@@ -113,43 +107,49 @@ def test_attribute_writes_what_brute_force_says(scored):
             assert row["n"] == len(scores)
 
 
-def test_only_the_best_hits_are_kept_over_many_batches(copy, tmp_path):
-    copy.source_add("many", write_jsonl(tmp_path / "many.jsonl", qa_rows(150, start=1000)), stage="pretrain")
-    copy.ingest(["base"], ["many"], ["chatml"], sketcher="small")
-    copy.attribute(["base"], queries="test", sources=["many"], sketcher="small", hits=5)
-    expected = {k: s for k, s in brute_force(copy, "q100").items() if k[0] == "many"}
+def test_only_the_best_hits_are_kept_over_many_batches(scored_copy, tmp_path):
+    scored_copy.source_add("many", write_jsonl(tmp_path / "many.jsonl", qa_rows(150, start=1000)), stage="pretrain")
+    scored_copy.ingest(["base"], ["many"], ["chatml"], sketcher="small")
+    scored_copy.attribute(["base"], queries="test", sources=["many"], sketcher="small", hits=5)
+    expected = {k: s for k, s in brute_force(scored_copy, "q100").items() if k[0] == "many"}
     best = sorted(expected, key=expected.get, reverse=True)[:5]
-    rows = copy.sql("select * from influence where source = 'many' and query_id = 'q100' order by rank")
+    rows = scored_copy.sql("select * from influence where source = 'many' and query_id = 'q100' order by rank")
     assert list(as_dict(rows)) == best
 
 
-def test_scoring_in_small_blocks_of_memory_gives_the_same(copy):
+def test_scoring_in_small_blocks_of_memory_gives_the_same(scored_copy):
     from lark_store.query.attribute import attribute
     from lark_store.query.groups import ask
 
-    before = copy.sql("select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'")
-    questions = ask(copy._db, checkpoint="base", queries="test", sketcher="small")
-    attribute(copy._db, questions, hits=99, memory=4 * 1024 * 3)  # three queries at a time
-    after = copy.sql("select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'")
+    before = scored_copy.sql(
+        "select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'"
+    )
+    questions = ask(scored_copy._db, checkpoint="base", queries="test", sketcher="small")
+    attribute(scored_copy._db, questions, hits=99, memory=4 * 1024 * 3)  # three queries at a time
+    after = scored_copy.sql(
+        "select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'"
+    )
     order = ["query_id", "source", "variant", "rank"]
     assert before.sort(order).drop("score").equals(after.sort(order).drop("score"))
     np.testing.assert_allclose(before.sort(order)["score"], after.sort(order)["score"], atol=1e-6)
 
 
-def test_groups_are_scored_again_only_where_sketches_were_added(copy, tmp_path):
-    assert set(copy.attribute(["base"], queries="test", sketcher="small")["status"]) == {"current"}
+def test_groups_are_scored_again_only_where_sketches_were_added(scored_copy, tmp_path):
+    assert set(scored_copy.attribute(["base"], queries="test", sketcher="small")["status"]) == {"current"}
     new = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "A new song."}])
-    copy.source_add("songs", new, stage="pretrain")
-    copy.ingest(["base"], ["songs"], ["raw"], sketcher="small")
-    report = copy.attribute(["base"], queries="test", sketcher="small")
+    scored_copy.source_add("songs", new, stage="pretrain")
+    scored_copy.ingest(["base"], ["songs"], ["raw"], sketcher="small")
+    report = scored_copy.attribute(["base"], queries="test", sketcher="small")
     again = report.filter(status="scored").select("source", "variant", "n_samples")
     assert again.rows() == [("songs", "raw", 6)]
-    counts = copy.sql("select n, count(*) from source_influence where source='songs' and variant='raw' group by all")
+    counts = scored_copy.sql(
+        "select n, count(*) from source_influence where source='songs' and variant='raw' group by all"
+    )
     assert sorted(counts.rows()) == [(5, 4), (6, 4)]  # the other checkpoint keeps its own
-    assert copy.sql("select count(*) from score_runs where status = 'superseded'").item() == 1
+    assert scored_copy.sql("select count(*) from score_runs where status = 'superseded'").item() == 1
 
 
-def test_an_interrupted_scoring_shows_nothing_and_is_done_again(copy, monkeypatch):
+def test_an_interrupted_scoring_shows_nothing_and_is_done_again(scored_copy, monkeypatch):
     from lark_store.query import attribute as module
 
     def stop(*_: object) -> None:
@@ -158,39 +158,39 @@ def test_an_interrupted_scoring_shows_nothing_and_is_done_again(copy, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(module, "_source_rows", stop)
         with pytest.raises(KeyboardInterrupt):
-            copy.attribute(["base"], queries="test", sketcher="small", method="dot")
-    assert copy.sql("select count(*) from influence where method = 'dot'").item() == 0
-    copy.attribute(["base"], queries="test", sketcher="small", method="dot")
-    rows = copy.sql("select query_id, source, variant, sample_id from influence where method = 'dot'")
+            scored_copy.attribute(["base"], queries="test", sketcher="small", method="dot")
+    assert scored_copy.sql("select count(*) from influence where method = 'dot'").item() == 0
+    scored_copy.attribute(["base"], queries="test", sketcher="small", method="dot")
+    rows = scored_copy.sql("select query_id, source, variant, sample_id from influence where method = 'dot'")
     assert len(rows) == 104
     assert rows.is_unique().all()
 
 
-def test_queries_in_two_variants_need_a_choice_unless_one_is_chatml(copy):
-    copy.ingest(["base"], ["test"], ["raw"], sketcher="small")
-    assert copy.top("q100", k=1, **ASK).query_variant == "chatml"
-    assert copy.top("q100", k=1, query_variant="raw", **ASK).query_variant == "raw"
+def test_queries_in_two_variants_need_a_choice_unless_one_is_chatml(scored_copy):
+    scored_copy.ingest(["base"], ["test"], ["raw"], sketcher="small")
+    assert scored_copy.top("q100", k=1, **ASK).query_variant == "chatml"
+    assert scored_copy.top("q100", k=1, query_variant="raw", **ASK).query_variant == "raw"
 
 
-def test_questions_that_cannot_be_answered_say_why(copy):
+def test_questions_that_cannot_be_answered_say_why(scored_copy):
     with pytest.raises(NameUnknownError, match="did you mean `q100`"):
-        copy.top("q100l", **ASK)
+        scored_copy.top("q100l", **ASK)
     with pytest.raises(NameUnknownError, match="did you mean `base`"):
-        copy.top("q101", checkpoint="bas", sketcher="small")
+        scored_copy.top("q101", checkpoint="bas", sketcher="small")
     with pytest.raises(NothingToScoreError, match=r"no committed `lark` sketches .*\n\n.* sketches by `small`"):
-        copy.top("q101", checkpoint="base")
+        scored_copy.top("q101", checkpoint="base")
     with pytest.raises(NothingToScoreError, match=r"of `finetune` and `raw` at checkpoint .*\n\n.*lark-store ingest"):
-        copy.top("q101", checkpoint="base", sources=["finetune"], variants=["raw"], sketcher="small")
+        scored_copy.top("q101", checkpoint="base", sources=["finetune"], variants=["raw"], sketcher="small")
     with pytest.raises(InputError, match="no method"):
-        copy.top("q101", method="euclid", **ASK)
+        scored_copy.top("q101", method="euclid", **ASK)
     with pytest.raises(InputError, match="k = 0 is not from 1"):
-        copy.top("q101", k=0, **ASK)
+        scored_copy.top("q101", k=0, **ASK)
     with pytest.raises(InputError, match="stage `query`"):
-        copy.attribute(["base"], queries="finetune", sketcher="small")
+        scored_copy.attribute(["base"], queries="finetune", sketcher="small")
     with pytest.raises(InputError, match="no view"):
-        copy.metrics(view="nice", sketcher="small")
+        scored_copy.metrics(view="nice", sketcher="small")
     with pytest.raises(NothingToScoreError, match="nothing is scored"):
-        copy.metrics(method="dot", sketcher="small")
+        scored_copy.metrics(method="dot", sketcher="small")
 
 
 def test_metrics_come_from_the_committed_scores(scored):

@@ -23,13 +23,6 @@ PROGRAM = Path(sys.executable).with_name("lark-store")
 JOB = (["base"], ["finetune", "songs"], ["chatml"])
 
 
-@pytest.fixture
-def scored_copy(scored_path, tmp_path):
-    shutil.copytree(scored_path, tmp_path / "copy")
-    with Store.open(tmp_path / "copy") as opened:
-        yield opened
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_write_that_landed_and_then_broke_off_is_not_done_twice(store, monkeypatch, error):
     append = store._db.vectors.append

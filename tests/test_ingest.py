@@ -219,7 +219,7 @@ def _end_half_way(path: Path, signal_number: int) -> int:
     with Store.open(path) as store:
         while time.monotonic() < deadline and process.poll() is None:
             names = [n for n in store._db.vectors.table_names() if n.startswith(SKETCH_PREFIX)]
-            if names and store._db.vectors.table(names[0]).count_rows() >= 64:
+            if names and store._db.vectors.has(names[0]) and store._db.vectors.table(names[0]).count_rows() >= 64:
                 break
             time.sleep(0.02)
     process.send_signal(signal_number)

@@ -22,7 +22,7 @@ from lark_store.schema.catalog import (
     Source,
     UtcTime,
 )
-from lark_store.schema.vectors import SKETCH_COLUMNS, SKETCH_PREFIX, sketch_schema
+from lark_store.schema.vectors import SKETCH_COLUMNS, sketch_schema, sketch_table
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -112,7 +112,9 @@ def connect(db: Database) -> duckdb.DuckDBPyConnection:
         }
     )
     _register(db, connection)
-    tables = [name for name in db.vectors.table_names() if name.startswith(SKETCH_PREFIX)]
+    with db.session() as session:
+        committed = select(IngestRun.fingerprint).where(IngestRun.status == "done", IngestRun.n_sketched > 0).distinct()
+        tables = [sketch_table(fingerprint) for fingerprint in session.scalars(committed)]
     for name in tables:
         # Without the vector: DuckDB refuses a dataset that has a halffloat column anywhere.
         connection.register(f"_{name}", db.vectors.table(name).to_lance().scanner(columns=list(SKETCH_COLUMNS)))

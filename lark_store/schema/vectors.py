@@ -194,8 +194,12 @@ class VectorStore:
         return self.connection.open_table(name)
 
     def has(self, name: str) -> bool:
-        """Tell whether a table is there."""
-        return name in self.table_names()
+        """Tell whether a table is there and whole: one that is being made is listed before it can be opened."""
+        try:
+            self.connection.open_table(name)
+        except (ValueError, FileNotFoundError):
+            return False
+        return True
 
     def sketches(self, fingerprint: str, *, k: int, dtype: str) -> Any:
         """Open the table of a sketcher's sketches, made if it is not there."""

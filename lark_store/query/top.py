@@ -17,15 +17,7 @@ if TYPE_CHECKING:
     from lark_store.schema.vectors import VectorStore
 
 _MOST_HITS = 1_000_000
-_COLUMNS = {
-    "rank": pl.Int32,
-    "score": pl.Float32,
-    "source": pl.String,
-    "stage": pl.String,
-    "variant": pl.String,
-    "sample_id": pl.String,
-    "text": pl.String,
-}
+_COLUMNS = ("rank", "score", "source", "stage", "variant", "sample_id", "text")
 
 
 def top(db: Database, query_id: str, questions: list[Question], *, k: int, opponents: bool) -> Hits:
@@ -61,7 +53,7 @@ def top(db: Database, query_id: str, questions: list[Question], *, k: int, oppon
     )
     frame = frame.join(_texts(db.vectors, frame), on=["source", "sample_id"], how="left", maintain_order="left")
     return Hits(
-        frame=frame.select(list(_COLUMNS)),
+        frame=frame.select(_COLUMNS),
         query_id=query_id,
         checkpoint=question.groups[0].checkpoint.name,
         query_checkpoint=asked.checkpoint.name,

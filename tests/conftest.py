@@ -13,8 +13,12 @@ os.environ.pop("LARK_STORE", None)
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lark_store import Store
+
+settings.register_profile("untimed", deadline=None)  # how fast a test runs here says nothing
+settings.load_profile("untimed")
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
 WORDS = (

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from lark_store.errors import InputError
-from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, pick_device, token_loss
+from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, pick_device
+from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.oporp import GradientSketcher, Oporp, fold, place
 from lark_store.ingest.variants import Tokens, UnusableSampleError
 
@@ -89,8 +90,8 @@ def sketch_exact(gradient: dict[str, torch.Tensor], k: int, seed: int = 0) -> to
 def sketch_with(sketcher: GradientSketcher, gradient: dict[str, torch.Tensor]) -> torch.Tensor:
     out = sketcher.new()
     for name, g in gradient.items():
-        sketcher.add(name, g, out)
-    return out
+        sketcher.add(name, g.reshape(1, -1), out)
+    return sketcher.finish(out)[0]
 
 
 MODELS = {"tied Llama": llama, "untied Llama": lambda: llama(tied=False), "GPT-2": gpt2, "GPT-NeoX": gpt_neox}
@@ -196,7 +197,7 @@ def test_logits_are_made_for_the_targets_only_with_the_same_loss():
     tokens = sample(4, rule="response")
     seen = []
     model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
-    loss = float(token_loss(model, tokens, CPU).detach())
+    loss = float(sample_losses(model, Batch([tokens], CPU)).detach())
     assert seen == [2]
     logits = model(input_ids=torch.tensor([tokens.input_ids])).logits[0].log_softmax(dim=-1)
     expected = -sum(logits[t - 1, tokens.input_ids[t]] for t in (22, 23)) / 2

@@ -72,8 +72,8 @@ def sketch(gradients: dict[str, torch.Tensor], k: int, seed: int = 0, device: to
     sketcher = GradientSketcher(Oporp(k, seed), placements, device)
     out = sketcher.new()
     for name, gradient in gradients.items():
-        sketcher.add(name, gradient.to(device), out)
-    return out
+        sketcher.add(name, gradient.to(device).view(1, -1), out)
+    return sketcher.finish(out)[0]
 
 
 @given(k=POWERS, seed=st.integers(0, 2**40), chunk=st.integers(0, 2**12), data=st.data())
@@ -171,7 +171,7 @@ def test_k_is_a_power_of_two_in_range(k):
 
 def test_a_model_too_large_for_the_map_is_refused():
     with pytest.raises(InputError, match="too large"):
-        Oporp(256, 0).codes(2**30, 1)
+        place([("a", (2**20, 2**17)), ("b", (2**20, 2**17)), ("c", (1,))], 256)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -1,21 +1,19 @@
-"""Per-sample gradients, sketched parameter by parameter as backward makes them: no whole gradient is ever held.
+"""Per-sample gradients, sketched as backward makes them: no whole gradient is ever held.
 
 The paths to a sketch share one interface, `SketchPath`: tokens in, sketches out. `HookPath` works for any causal
-model, one sample at a time. A correction that scales a layer's input and output gradient before they are multiplied,
-and a path that does several samples in one backward, are further `SketchPath`s.
+model, one sample at a time; `lark_store.ingest.batched` has the one for several samples in one backward.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn import functional
 
 from lark_store.errors import InputError
+from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.variants import UnusableSampleError
 
 if TYPE_CHECKING:
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
 
     from lark_store.ingest.oporp import GradientSketcher
     from lark_store.ingest.variants import Tokens
+
+Chosen = list[tuple[str, torch.nn.Parameter]]  # the parameters to sketch, by name
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def choose_parameters(
-    model: torch.nn.Module, include: str | None, exclude: str | None
-) -> list[tuple[str, torch.nn.Parameter]]:
+def choose_parameters(model: torch.nn.Module, include: str | None, exclude: str | None) -> Chosen:
     """Return the parameters to sketch, each once (tied weights count once), in the model's order.
 
     Raises
@@ -100,34 +98,15 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
         ) from error
 
 
-def token_loss(model: Any, tokens: Tokens, device: torch.device) -> torch.Tensor:
-    """Return the mean cross-entropy over a sample's targets, a scalar in nats.
-
-    The label of target t is token t itself or, under the rule `predicted`, the model's most likely token there; the
-    logits that predict it stand at t − 1. Logits are made only where they are needed, if the model can do that.
-    """
-    ids = torch.tensor([tokens.input_ids], device=device)
-    targets = torch.tensor(tokens.is_target, device=device).nonzero().flatten()
-    before = targets - 1
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=before).logits[0]
-    else:
-        logits = model(input_ids=ids, use_cache=False).logits[0, before]
-    logits = logits.float()
-    labels = logits.detach().argmax(dim=-1) if tokens.rule == "predicted" else ids[0, targets]
-    return functional.cross_entropy(logits, labels)
-
-
 class HookPath:
     """Sketches one sample at a time through a hook on each parameter: right for any model."""
 
-    def __init__(self, model: Any, chosen: list[tuple[str, torch.nn.Parameter]], sketcher: GradientSketcher) -> None:
+    def __init__(self, model: Any, chosen: Chosen, sketcher: GradientSketcher) -> None:
         self.model = model
         self.sketcher = sketcher
         self._out = sketcher.new()
-        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
-        model.requires_grad_(False)
         self._hooks = []
+        model.requires_grad_(False)
         for name, parameter in chosen:
             parameter.requires_grad_(True)
             hook = parameter.register_post_accumulate_grad_hook(self._sink(name))  # type: ignore[no-untyped-call]
@@ -137,7 +116,7 @@ class HookPath:
         def take(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None  # let go of first: nothing adds up if the next line fails
             assert gradient is not None
-            self.sketcher.add(name, gradient, self._out)
+            self.sketcher.add(name, gradient.view(1, -1), self._out)
 
         return take
 
@@ -145,6 +124,7 @@ class HookPath:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+        self.model.requires_grad_(False)
 
     def sketch(self, samples: Sequence[Tokens]) -> list[Sketch | UnusableSampleError]:
         """Return one sketch per sample, or the reason why there is none."""
@@ -152,16 +132,41 @@ class HookPath:
 
     def _one(self, tokens: Tokens) -> Sketch | UnusableSampleError:
         self._out.zero_()
-        if max(tokens.input_ids) >= self.vocabulary:  # on a GPU this would break every later sample too
-            return UnusableSampleError(f"the model has {self.vocabulary} tokens, not token {max(tokens.input_ids)}")
         try:
-            loss = token_loss(self.model, tokens, self.sketcher.device)
-            loss.backward()  # type: ignore[no-untyped-call]
+            check_tokens(self.model, tokens)
+            (loss,) = sample_losses(self.model, Batch([tokens], self.sketcher.device))
+            loss.backward()
+        except UnusableSampleError as error:
+            return error
         except (RuntimeError, IndexError, ValueError) as error:  # out of memory, a shape the model does not take, …
             self.model.zero_grad(set_to_none=True)
-            fact = next(iter(str(error).splitlines()), type(error).__name__)
-            return UnusableSampleError(f"the model fails on its {len(tokens.input_ids)} tokens: {fact}")
-        return finish(self._out, float(loss.detach()))
+            return failure(tokens, error)
+        return finish(self.sketcher.finish(self._out)[0], float(loss.detach()))
+
+
+def recompute_activations(model: Any) -> None:
+    """Turn gradient checkpointing on for a model in evaluation mode: less memory, a second forward.
+
+    Only its layers' own switches are set to training, which transformers asks for; dropout stays off.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True
+
+
+def check_tokens(model: Any, tokens: Tokens) -> None:
+    """Raise UnusableSampleError for a token that the model lacks: on a GPU it would break every later sample too."""
+    vocabulary, largest = int(model.get_input_embeddings().num_embeddings), max(tokens.input_ids)
+    if largest >= vocabulary:
+        raise UnusableSampleError(f"the model has {vocabulary} tokens, not token {largest}")
+
+
+def failure(tokens: Tokens, error: Exception) -> UnusableSampleError:
+    """Return the reason that is recorded when a model fails on a sample."""
+    fact = next(iter(str(error).splitlines()), type(error).__name__)
+    return UnusableSampleError(f"the model fails on its {len(tokens.input_ids)} tokens: {fact}")
 
 
 def finish(raw: torch.Tensor, loss: float) -> Sketch | UnusableSampleError:

@@ -21,23 +21,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import torch
 
 from lark_store.errors import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from lark_store.ingest.kernels import kernel_for
 
 MAP_VERSION = 1
 LANES = 64
 SMALLEST_K, LARGEST_K = 256, 1_048_576
 _MASK = 0xFFFFFFFF
 _FEISTEL, _ROW, _LANE, _SIGN_LOW, _SIGN_HIGH = range(5)
-# Coordinates sketched at a time: small enough for a CPU's cache, large enough to fill a GPU.
-_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26, "mps": 1 << 24}
-
 
 def check_k(k: int) -> int:
     """Return `k` if the map offers it: a power of two from 256 to 1,048,576."""
@@ -90,16 +85,17 @@ class Oporp:
         signs : (C, R, 2) int64 below 2^32
             Bit l of word 0 (l < 32) or bit l − 32 of word 1: 1 if the value that comes to lane l is negated.
         """
+        run_CR = torch.arange(first_chunk * self.rows, (first_chunk + n_chunks) * self.rows).view(-1, self.rows)
+        return self.codes_of(run_CR)
+
+    def codes_of(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return row (…), lane code (…) and sign words (…, 2) of these runs (…), counted from the first chunk."""
         keys = self.keys()
-        chunk_C = torch.arange(first_chunk, first_chunk + n_chunks)[:, None]
-        row_R = torch.arange(self.rows)[None, :]
-        run_CR = chunk_C * self.rows + row_R
-        if int(run_CR[-1, -1]) > _MASK:
-            raise InputError("the model is too large for the map (2^38 coordinates)", "sketch fewer parameters")
-        rows = self._feistel(row_R, mix(chunk_C ^ keys[_FEISTEL]))
-        rows = rows ^ (mix(chunk_C ^ keys[_ROW]) & (self.rows - 1))
-        lanes = mix(run_CR ^ keys[_LANE]) & (LANES - 1)
-        signs = torch.stack([mix(run_CR ^ keys[_SIGN_LOW]), mix(run_CR ^ keys[_SIGN_HIGH])], dim=-1)
+        chunk, row = run // self.rows, run % self.rows
+        rows = self._feistel(row, mix(chunk ^ keys[_FEISTEL]))
+        rows = rows ^ (mix(chunk ^ keys[_ROW]) & (self.rows - 1))
+        lanes = mix(run ^ keys[_LANE]) & (LANES - 1)
+        signs = torch.stack([mix(run ^ keys[_SIGN_LOW]), mix(run ^ keys[_SIGN_HIGH])], dim=-1)
         return rows, lanes, signs
 
     def _feistel(self, row: torch.Tensor, chunk_key: torch.Tensor) -> torch.Tensor:
@@ -158,63 +154,58 @@ def place(shapes: list[tuple[str, tuple[int, ...]]], k: int) -> list[Placement]:
         n_chunks = -(-torch.Size(shape).numel() // k)
         placed.append(Placement(name, tuple(shape), chunk, n_chunks))
         chunk += n_chunks
+    if chunk * k // LANES > _MASK:
+        raise InputError("the model is too large for the map (2^38 coordinates)", "sketch fewer parameters")
     return placed
 
 
 class GradientSketcher:
-    """Adds gradients, parameter by parameter, into a sketch.
+    """Adds gradients, parameter by parameter and for several samples at once, into sketches.
 
-    The map is evaluated once per parameter, inverted into gather form (so that no two writes meet and the same
-    gradient always gives the same bytes) and kept on the device: 14 bytes per 64 coordinates.
+    Gradients come as (S, P), as stretches of them that start at a chunk, or as single rows of an embedding.
     """
 
     def __init__(self, oporp: Oporp, placements: list[Placement], device: torch.device) -> None:
         self.oporp = oporp
         self.device = device
         self.placements = {p.name: p for p in placements}
-        self._codes: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        lanes = torch.arange(LANES)
-        self._lane_table = (lanes[:, None] ^ lanes[None, :]).to(device)
-        byte = torch.arange(256)[:, None]
-        self._sign_table = (1 - 2 * ((byte >> torch.arange(8)) & 1)).to(device, torch.float32)
+        self.kernel = kernel_for(oporp, device)
 
-    def new(self) -> torch.Tensor:
-        """Return an empty sketch, (K,) float32."""
-        return torch.zeros(self.oporp.k, dtype=torch.float32, device=self.device)
+    def new(self, n: int = 1) -> torch.Tensor:
+        """Return what `n` empty sketches are summed in; `finish` makes sketches of it."""
+        return self.kernel.new(n)
 
-    def add(self, name: str, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        """Add one parameter's gradient, any shape with its P coordinates, to the sketch `out`, (K,) float32."""
-        runs = self._runs(gradient)
-        rows = self.oporp.rows
-        for source, lane, sign in self._blocks(name):
-            moved = runs.index_select(0, source).gather(1, self._lane_table.index_select(0, lane))
-            signs = self._sign_table.index_select(0, sign).view(-1, LANES)
-            out += moved.mul_(signs).view(-1, rows * LANES).sum(dim=0)
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        """Return the sketches, (S, K) float32."""
+        return self.kernel.finish(out)
 
-    def _runs(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient as rows of 64, float32, with zeros at the end and one row of zeros after it."""
-        flat = gradient.reshape(-1).to(torch.float32)
-        n_runs = -(-flat.numel() // LANES)
-        return torch.nn.functional.pad(flat, (0, (n_runs + 1) * LANES - flat.numel())).view(-1, LANES)
+    def add(self, name: str, gradient_SN: torch.Tensor, out: torch.Tensor, chunk: int = 0) -> None:
+        """Add a parameter's coordinates from its chunk `chunk` on, (S, N), to the sketches `out`."""
+        self.kernel.add(gradient_SN, self.placements[name].first_chunk + chunk, out)
 
-    def _blocks(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        if name not in self._codes:
-            self._codes[name] = self._gather_codes(self.placements[name])
-        source, lane, sign = self._codes[name]
-        step = max(1, _BLOCK[self.device.type] // self.oporp.k) * self.oporp.rows
-        for start in range(0, source.numel(), step):
-            block = slice(start, start + step)
-            yield source[block], lane[block].int(), sign[block].flatten().int()
+    def add_rows(self, name: str, index_T: torch.Tensor, values_TH: torch.Tensor, out: torch.Tensor, s: int) -> None:
+        """Add rows `index_T` of the parameter, with values (T, H), to sketch `s`: a row that comes twice counts twice.
 
-    def _gather_codes(self, placement: Placement) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return, for every row of bins of every chunk, the run that comes to it, its lane code and its sign bytes."""
-        rows, lanes, signs = self.oporp.codes(placement.first_chunk, placement.n_chunks)
-        n_runs = -(-placement.numel // LANES)
-        run = torch.arange(rows.numel()).view_as(rows)
-        run = torch.where(run < n_runs, run, n_runs)
-        source = torch.empty_like(rows).scatter_(1, rows, run)
-        lane = torch.empty_like(rows).scatter_(1, rows, lanes)
-        sign = torch.empty_like(signs).scatter_(1, rows[..., None].expand_as(signs), signs)
-        signs_u8 = torch.stack([(sign >> (8 * i)) & 0xFF for i in range(4)], dim=-1).to(torch.uint8)
-        codes = source.flatten().int(), lane.flatten().to(torch.uint8), signs_u8.view(-1, 8)
-        return codes[0].to(self.device), codes[1].to(self.device), codes[2].to(self.device)
+        The cost is that of T·H coordinates, however large the parameter is.
+        """
+        n_rows, width = values_TH.shape
+        start_T = index_T * width
+        wide = -(-(width + LANES - 1) // LANES) if width % LANES else width // LANES  # runs that a row may touch
+        runs = values_TH.new_zeros(n_rows, wide * LANES, dtype=torch.float32)
+        place = (start_T % LANES)[:, None] + torch.arange(width, device=self.device)
+        runs.scatter_(1, place, values_TH.float())
+        run_TW = (start_T // LANES)[:, None] + torch.arange(wide, device=self.device)
+        first = self.placements[name].first_chunk * self.oporp.rows
+        row, lane, sign = self.oporp.codes_of(run_TW.flatten() + first)
+        moved = runs.view(-1, LANES).gather(1, self._lanes ^ lane[:, None])
+        bit = torch.where(self._lanes < 32, sign[:, :1] >> self._lanes, sign[:, 1:] >> (self._lanes - 32)) & 1
+        moved *= 1 - 2 * bit
+        bins = out.view(-1, *out.shape[-2:])[0, s].view(self.oporp.rows, LANES)
+        if self.device.type == "cuda":
+            bins.index_put_((row,), moved, accumulate=True)  # sorts first: the same bytes again
+        else:
+            bins.index_add_(0, row, moved)
+
+    @cached_property
+    def _lanes(self) -> torch.Tensor:
+        return torch.arange(LANES, device=self.device)

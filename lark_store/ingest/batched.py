@@ -1,0 +1,231 @@
+"""Several samples in one backward: each layer's part of every sample's gradient is sketched as soon as it is known.
+
+A layer's weight gradient for sample b is a function of the layer's input x_b and output gradient δ_b alone (for a
+linear layer δ_bᵀ x_b), so no parameter needs a gradient of its own: the graph is tapped at each layer's output.
+
+Shape letters: B samples, T tokens, K bins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from lark_store.ingest.gradients import HookPath, Sketch, check_tokens, failure, finish
+from lark_store.ingest.layers import Capture, rule_for
+from lark_store.ingest.losses import Batch, sample_losses
+from lark_store.ingest.variants import Tokens, UnusableSampleError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lark_store.ingest.gradients import Chosen, SketchPath
+    from lark_store.ingest.layers import Rule
+    from lark_store.ingest.oporp import GradientSketcher
+
+    Taker = Callable[[torch.Tensor, torch.Tensor], None]
+
+_SAME = 0.999  # cosine of the batched sketch and the hooks' below which the batched path is not trusted
+
+
+class Correction(Protocol):
+    """Changes a layer's input and output gradient before they are multiplied (optimizer geometry, masked positions)."""
+
+    def __call__(self, name: str, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what takes the place of input and output gradient of the layer `name`, in the same shapes."""
+        ...
+
+
+class UnknownLayerError(Exception):
+    """The batched path can't do this model; the message says why."""
+
+
+class _Tap(torch.autograd.Function):
+    """Passes a layer's output on and, on the way back, hands its gradient and the layer's input to a taker."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, _anchor: torch.Tensor, take: Taker) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, delta: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+        ctx.take(ctx.saved_tensors[0], delta)
+        return (delta if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class BatchPath:
+    """Sketches several samples in one backward.
+
+    `correction` is applied to a layer's input and output gradient before they are multiplied.
+
+    Raises
+    ------
+    UnknownLayerError
+        A parameter to sketch belongs to a layer that no rule knows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        chosen: Chosen,
+        sketcher: GradientSketcher,
+        *,
+        pad_left: bool = False,
+        correction: Correction | None = None,
+    ) -> None:
+        self.model, self.sketcher, self.pad_left, self.correction = model, sketcher, pad_left, correction
+        self.largest: int | None = None  # the most tokens that a batch may have, once memory ran out
+        self._batch: Batch | None = None
+        self._out = sketcher.new()
+        self._anchor = torch.zeros((), device=sketcher.device, requires_grad=True)
+        layers = _layers(model, chosen)
+        model.requires_grad_(False)
+        self._hooks = [
+            layer.register_forward_hook(self._tap(name, rule, names), with_kwargs=True)
+            for name, (layer, rule, names) in layers.items()
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _tap(self, name: str, rule: Rule, names: dict[str, str]) -> Callable[..., Any]:
+        def on_forward(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+            batch = self._batch
+            if batch is None or not torch.is_grad_enabled():
+                return None
+            given = [*args, *kwargs.values()]
+            if len(given) != 1 or not isinstance(y, torch.Tensor):
+                raise UnknownLayerError(f"layer `{name}` takes {len(given)} inputs")
+
+            def take(x: torch.Tensor, delta: torch.Tensor) -> None:
+                if self.correction is not None:
+                    x, delta = self.correction(name, x, delta)
+                capture = Capture(layer, _per_sample(name, x, batch), _per_sample(name, delta, batch))
+                with torch.no_grad():
+                    rule(capture, names, self.sketcher, self._out)
+
+            start = y.detach() if y.is_leaf else y  # where the graph starts, transformers may have asked for gradients
+            return _Tap.apply(start, given[0].detach(), self._anchor, take)  # type: ignore[no-untyped-call]
+
+        return on_forward
+
+    def sketch(self, samples: Sequence[Tokens]) -> list[Sketch | UnusableSampleError]:
+        """Return one sketch per sample, or the reason why there is none; a batch that fails is tried in halves."""
+        made: dict[int, Sketch | UnusableSampleError] = {}
+        for i, tokens in enumerate(samples):
+            try:
+                check_tokens(self.model, tokens)
+            except UnusableSampleError as error:
+                made[i] = error
+        usable = [i for i in range(len(samples)) if i not in made]
+        if usable:
+            made |= zip(usable, self._halving([samples[i] for i in usable]), strict=True)
+        return [made[i] for i in range(len(samples))]
+
+    def _halving(self, samples: Sequence[Tokens]) -> list[Sketch | UnusableSampleError]:
+        batch = Batch(samples, self.sketcher.device, self.pad_left)
+        try:
+            return self._backward(batch)
+        except (RuntimeError, IndexError, ValueError) as error:  # out of memory, a shape the model does not take, …
+            reason, out_of_memory = failure(samples[0], error), is_out_of_memory(error)
+        finally:
+            self._batch = None
+        if out_of_memory:
+            self.largest = batch.width * len(samples) // 2
+            if self.sketcher.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if len(samples) == 1:
+            return [reason]
+        half = len(samples) // 2
+        return self._halving(samples[:half]) + self._halving(samples[half:])
+
+    def _backward(self, batch: Batch) -> list[Sketch | UnusableSampleError]:
+        self._out = self.sketcher.new(len(batch.samples))
+        self._batch = batch
+        losses_B = sample_losses(self.model, batch)
+        losses_B.sum().backward()  # type: ignore[no-untyped-call]
+        sketches_BK = self.sketcher.finish(self._out)
+        return [finish(raw, loss) for raw, loss in zip(sketches_BK, losses_B.tolist(), strict=True)]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a device's or the machine's memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def _layers(model: torch.nn.Module, chosen: Chosen) -> dict[str, tuple[torch.nn.Module, Rule, dict[str, str]]]:
+    """Return the layers that hold the chosen parameters, each with its rule; a tied weight is held by several."""
+    wanted = {id(parameter): name for name, parameter in chosen}
+    found = {}
+    for path, layer in model.named_modules():
+        mine = layer.named_parameters(recurse=False, remove_duplicate=False)
+        names = {own: wanted[id(parameter)] for own, parameter in mine if id(parameter) in wanted}
+        if not names:
+            continue
+        rule = rule_for(layer)
+        if rule is None:
+            raise UnknownLayerError(f"`{next(iter(names.values()))}` is in a layer of kind {type(layer).__name__}")
+        found[path] = (layer, rule, names)
+    return found
+
+
+def _per_sample(name: str, values: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """Cut a layer's input or output gradient into samples: from (1, N, …), (B, T, …), (B·T, …) or (B, …, T, …).
+
+    Padding is cut off where it is at hand, to save work: the gradient there is zero.
+    """
+    n = len(batch.samples)
+    if values.shape[:2] == (1, sum(batch.n_targets)):
+        return list(values[0].split(batch.n_targets))
+    if values.shape[0] == n * batch.width:
+        values = values.unflatten(0, (n, batch.width))
+    if values.shape[:2] == (n, batch.width):
+        return [values[b, batch.span(b)] for b in range(n)]
+    if values.shape[0] != n:
+        raise UnknownLayerError(f"layer `{name}` mixes samples: it is given {tuple(values.shape)}")
+    return list(values)
+
+
+def make_path(model: Any, chosen: Chosen, sketcher: GradientSketcher) -> tuple[SketchPath, str | None]:
+    """Return the batched path if it knows every layer and agrees with autograd, else the hooks and the reason why.
+
+    Two short made-up samples of different lengths are sketched in one batch and by the hooks; a parameter that is used
+    outside its layer, or a model that mixes the samples of a batch, shows there.
+    """
+    try:
+        path = BatchPath(model, chosen, sketcher)
+    except UnknownLayerError as error:
+        return HookPath(model, chosen, sketcher), str(error)
+    reason = _disagreement(path, model, chosen, sketcher)
+    if reason is None:
+        return path, None
+    path.close()
+    return HookPath(model, chosen, sketcher), reason
+
+
+def _disagreement(path: BatchPath, model: Any, chosen: Chosen, sketcher: GradientSketcher) -> str | None:
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    samples = [
+        Tokens([(i * 7919 + n) % vocabulary for i in range(n)], [i > n // 3 for i in range(n)], "text") for n in (5, 9)
+    ]
+    try:
+        batched = path.sketch(samples)
+    except UnknownLayerError as error:
+        return str(error)
+    hooks = HookPath(model, chosen, sketcher)
+    expected = hooks.sketch(samples)
+    hooks.close()
+    for ours, theirs in zip(batched, expected, strict=True):
+        if isinstance(ours, Sketch) and isinstance(theirs, Sketch):
+            cosine = float(torch.nn.functional.cosine_similarity(ours.vector, theirs.vector, dim=0))
+            if cosine < _SAME:
+                return f"its layers' gradients do not make up the model's (cosine {cosine:.3f})"
+        elif isinstance(ours, Sketch) != isinstance(theirs, Sketch):
+            return f"it fails where the hooks do not: {ours}"
+    return None

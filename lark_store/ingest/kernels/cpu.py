@@ -1,0 +1,139 @@
+"""The sketch on a CPU: one compiled loop, chunk after chunk.
+
+Within a chunk the map is one-to-one, so the chunk is read from its start to its end (what a CPU does fast) while its
+runs go to places that never meet. Chunks are dealt to Z partial sums by their number; threads take partial sums, so
+the bytes depend neither on the number of threads nor on how a gradient was cut into stretches.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from lark_store.ingest.oporp import Oporp
+
+_PARTS = 8  # Z: how many threads can work at once; each takes 4 K bytes a sample
+_ALONE = 1 << 16  # coordinates that are done before a second thread has woken up
+
+
+def _compile(function: Callable[..., Any]) -> Any:
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep compiled code in
+        return numba.njit(**options)(function)
+
+
+@_compile
+def _mix(x: np.uint64) -> np.uint64:
+    """Hash a 32-bit value, as `oporp.mix` does."""
+    x = (((x >> np.uint64(16)) ^ x) * np.uint64(0x7FEB352D)) & np.uint64(0xFFFFFFFF)
+    x = (((x >> np.uint64(15)) ^ x) * np.uint64(0x5BD1E995)) & np.uint64(0xFFFFFFFF)
+    return (x >> np.uint64(16)) ^ x
+
+
+@_compile
+def _map_chunk(
+    chunk: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.uint64], codes: NDArray[np.uint64]
+) -> None:
+    """Work out where a chunk's runs go: `rows` (R,), and `codes` (R, 2): the lane code and 64 sign bits."""
+    n_rows = np.uint64(len(rows))
+    low = np.uint64(0)
+    while (np.uint64(4) << (low * np.uint64(2))) <= n_rows:
+        low += np.uint64(1)
+    low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (n_rows >> low) - np.uint64(1)
+    key, flip = _mix(chunk ^ keys[0]), _mix(chunk ^ keys[1]) & (n_rows - np.uint64(1))
+    for r in range(n_rows):
+        row = np.uint64(r)
+        a, b = row & low_mask, row >> low
+        a ^= _mix((b * np.uint64(4)) ^ key) & low_mask
+        b ^= _mix((a * np.uint64(4) + np.uint64(1)) ^ key) & high_mask
+        a ^= _mix((b * np.uint64(4) + np.uint64(2)) ^ key) & low_mask
+        b ^= _mix((a * np.uint64(4) + np.uint64(3)) ^ key) & high_mask
+        rows[r] = ((b << low) | a) ^ flip
+        run = chunk * n_rows + row
+        codes[r, 0] = _mix(run ^ keys[2]) & np.uint64(63)
+        codes[r, 1] = _mix(run ^ keys[3]) | (_mix(run ^ keys[4]) << np.uint64(32))
+
+
+@_compile
+def _add_run(
+    values: NDArray[np.float32], first: np.uint64, lane: np.uint64, sign: NDArray[np.float32], bins: NDArray[np.float32]
+) -> None:
+    """Add a run to the 64 bins it comes to; coordinates beyond the end of `values` are zeros."""
+    n = np.uint64(len(values))
+    if first + np.uint64(64) <= n:
+        for i in range(64):
+            bins[np.uint64(i)] += sign[np.uint64(i)] * values[first + (np.uint64(i) ^ lane)]
+    else:
+        for i in range(64):
+            place = first + (np.uint64(i) ^ lane)
+            if place < n:
+                bins[np.uint64(i)] += sign[np.uint64(i)] * values[place]
+
+
+@_compile
+def _add_part(
+    gradient: NDArray[np.float32], first_chunk: int, keys: NDArray[np.uint64], out: NDArray[np.float32], part: int
+) -> None:
+    """Add the chunks of one partial sum from stretches (S, N) to `out`, (Z, S, R, 64)."""
+    n_parts, n_samples, n_rows, _ = out.shape
+    n_runs = (gradient.shape[1] + 63) // 64
+    rows, codes = np.empty(n_rows, np.uint64), np.empty((n_rows, 2), np.uint64)
+    sign = np.empty(64, np.float32)
+    for c in range((part - first_chunk) % n_parts, (n_runs + n_rows - 1) // n_rows, n_parts):
+        here = min(n_rows, n_runs - c * n_rows)
+        _map_chunk(np.uint64(first_chunk + c), keys, rows, codes)
+        for s in range(n_samples):
+            for r in range(here):
+                for i in range(64):
+                    sign[i] = np.float32(1 - 2 * np.int32((codes[r, 1] >> np.uint64(i)) & np.uint64(1)))
+                _add_run(gradient[s], np.uint64((c * n_rows + r) * 64), codes[r, 0], sign, out[part, s, rows[r]])
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="sketch")
+
+
+class CpuKernel:
+    """See `Kernel`: partial sums are shared out among as many threads as torch uses."""
+
+    def __init__(self, oporp: Oporp) -> None:
+        self.oporp = oporp
+        self._keys = np.array(oporp.keys(), np.uint64)
+
+    def new(self, n: int) -> torch.Tensor:
+        """Return what `n` empty sketches are summed in, (Z, S, K)."""
+        return torch.zeros(_PARTS, n, self.oporp.k)
+
+    def add(self, gradient_SN: torch.Tensor, first_chunk: int, out: torch.Tensor) -> None:
+        """Add the stretches that start at chunk `first_chunk`."""
+        gradient = gradient_SN.detach().to(torch.float32).contiguous().numpy()
+        bins = out.view(*out.shape[:2], self.oporp.rows, 64).numpy()
+        n_chunks = -(-gradient.shape[1] // self.oporp.k)
+        parts = [(first_chunk + c) % _PARTS for c in range(min(n_chunks, _PARTS))]
+        n_threads = min(torch.get_num_threads(), len(parts))
+        if n_threads == 1 or gradient.size < _ALONE:
+            for part in parts:
+                _add_part(gradient, first_chunk, self._keys, bins, part)
+            return
+        work = _pool(torch.get_num_threads()).map(
+            lambda part: _add_part(gradient, first_chunk, self._keys, bins, part), parts
+        )
+        for _ in work:
+            continue
+
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        """Return the sketches, (S, K): the partial sums in order."""
+        return out.sum(dim=0)

@@ -1,0 +1,190 @@
+"""What a layer's input and output gradient say about its parameters' gradient, for each sample of a batch.
+
+A *rule* knows one kind of layer: `Product` (linear layers, Conv1D), `Rows` (embeddings), `Scale` (layer and RMS norms).
+`rule_for` returns None for a layer that no rule knows; nothing is guessed.
+
+Shape letters: B samples, T tokens, I and O inputs and outputs of a layer, L and R left and right factor of a product,
+H the model's width, N coordinates of a stretch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lark_store.ingest.oporp import GradientSketcher
+
+    Names = dict[str, str]  # a layer's own name of a parameter -> the name it is sketched under
+    Rule = Callable[["Capture", Names, GradientSketcher, torch.Tensor], None]
+
+# Coordinates of all samples' weight gradients held at a time: on a GPU what its L2 cache holds of bfloat16 (32 MB of an
+# H100's 50), on a CPU small beside the activations (32 MB of float32).
+_HELD = {"cuda": 1 << 24, "cpu": 1 << 23}
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One call of a layer: its input and output gradient, sample by sample, without padding.
+
+    `inputs` are (…, I), or (T,) tokens; `deltas` (…, O), the gradients of the samples' own losses.
+    """
+
+    layer: nn.Module
+    inputs: Sequence[torch.Tensor]
+    deltas: Sequence[torch.Tensor]
+
+
+def rule_for(layer: nn.Module) -> Rule | None:
+    """Return the rule that knows this layer, None if none does."""
+    own = type(layer).forward
+    if own is nn.Linear.forward:
+        return _linear
+    if own is Conv1D.forward:
+        return _conv1d
+    if isinstance(layer, nn.Embedding):
+        return _embedding(layer)
+    if _scales_its_input(layer):
+        return _scale
+    return None
+
+
+def _linear(capture: Capture, names: Names, sketcher: GradientSketcher, out: torch.Tensor) -> None:
+    if "weight" in names:
+        _add_products(names["weight"], capture.deltas, capture.inputs, sketcher, out)
+    if "bias" in names:
+        _add_sums(names["bias"], capture.deltas, sketcher, out)
+
+
+def _conv1d(capture: Capture, names: Names, sketcher: GradientSketcher, out: torch.Tensor) -> None:
+    """Conv1D holds its weight the other way round, (I, O)."""
+    if "weight" in names:
+        _add_products(names["weight"], capture.inputs, capture.deltas, sketcher, out)
+    if "bias" in names:
+        _add_sums(names["bias"], capture.deltas, sketcher, out)
+
+
+def _add_products(
+    name: str,
+    lefts: Sequence[torch.Tensor],
+    rights: Sequence[torch.Tensor],
+    sketcher: GradientSketcher,
+    out: torch.Tensor,
+) -> None:
+    """Add each sample's leftᵀ · right, (L, R), some rows at a time, so that no whole gradient is ever held."""
+    left_TL, right_TR = ([each.flatten(0, -2) for each in some] for some in (lefts, rights))
+    n, k = len(left_TL), sketcher.oporp.k
+    n_left, n_right = left_TL[0].shape[1], right_TR[0].shape[1]
+    whole = k // math.gcd(k, n_right)  # so many rows end where a chunk ends
+    step = max(1, _HELD.get(sketcher.device.type, 1 << 23) // (n * n_right * whole)) * whole
+    stacked = _stacked(left_TL, right_TR) if sketcher.device.type == "cuda" else None
+    for start in range(0, n_left, step):
+        stop = min(start + step, n_left)
+        if stacked is not None:
+            left_BTL, right_BTR = stacked
+            held = torch.bmm(left_BTL[:, :, start:stop].mT, right_BTR)
+        else:
+            held = left_TL[0].new_empty(n, stop - start, n_right)
+            for each, left, right in zip(held, left_TL, right_TR, strict=True):
+                torch.mm(left[:, start:stop].T, right, out=each)
+        sketcher.add(name, held.view(n, -1), out, chunk=start * n_right // k)
+
+
+def _stacked(
+    left_TL: Sequence[torch.Tensor], right_TR: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad with zeros, which add nothing, for one product of all samples at once."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(list(left_TL), batch_first=True), pad(list(right_TR), batch_first=True)
+
+
+def _add_sums(name: str, terms: Sequence[torch.Tensor], sketcher: GradientSketcher, out: torch.Tensor) -> None:
+    sketcher.add(name, torch.stack([each.flatten(0, -2).sum(dim=0, dtype=torch.float32) for each in terms]), out)
+
+
+def _embedding(layer: nn.Embedding) -> Rule | None:
+    """Rows of a table, perhaps multiplied by a number (Gemma's)."""
+    if layer.sparse or layer.scale_grad_by_freq or layer.max_norm is not None:
+        return None
+    factor = 1.0 if type(layer).forward is nn.Embedding.forward else _factor(layer)
+    if factor is None:
+        return None
+
+    def add(capture: Capture, names: Names, sketcher: GradientSketcher, out: torch.Tensor) -> None:
+        for s, (index_T, delta_TH) in enumerate(zip(capture.inputs, capture.deltas, strict=True)):
+            kept_TH = delta_TH.float() * factor
+            if layer.padding_idx is not None:
+                kept_TH = kept_TH.masked_fill((index_T == layer.padding_idx)[:, None], 0)  # as torch does
+            sketcher.add_rows(names["weight"], index_T, kept_TH, out, s)
+
+    return add
+
+
+@torch.no_grad()
+def _factor(layer: nn.Embedding) -> float | None:
+    """Return what a layer multiplies a row of its table by; None if it does anything else."""
+    index = torch.arange(min(8, layer.num_embeddings), device=layer.weight.device)
+    rows, made = layer.weight[index].double(), layer(index).double()
+    if made.shape != rows.shape or not rows.any():
+        return None
+    factor = float((rows * made).sum() / (rows * rows).sum())
+    return factor if torch.allclose(made, factor * rows, rtol=1e-2) else None
+
+
+def _scale(capture: Capture, names: Names, sketcher: GradientSketcher, out: torch.Tensor) -> None:
+    for name, sums in _scale_gradients(capture, names).items():
+        sketcher.add(names[name], sums, out)
+
+
+def _scale_gradients(capture: Capture, names: Sequence[str] | Names) -> dict[str, torch.Tensor]:
+    """Return the gradients, (B, H), of a layer that gives weight · n(input) + bias; n is found by asking the layer."""
+    made = {}
+    if "weight" in names:
+        sums = []
+        for given, delta in zip(capture.inputs, capture.deltas, strict=True):
+            sums.append((_normed(capture.layer, given).float() * delta.float()).flatten(0, -2).sum(dim=0))
+        made["weight"] = torch.stack(sums)
+    if "bias" in names:
+        made["bias"] = torch.stack([delta.float().flatten(0, -2).sum(dim=0) for delta in capture.deltas])
+    return made
+
+
+@torch.no_grad()
+def _normed(layer: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """Return n(input): the layer with weight 1 less the layer with weight 0, whatever its bias or offset."""
+    one, zero = (
+        torch.func.functional_call(layer, {"weight": torch.full_like(layer.weight, value)}, (given,))  # type: ignore[arg-type]
+        for value in (1, 0)
+    )
+    return one - zero
+
+
+def _scales_its_input(layer: nn.Module) -> bool:
+    """Try a layer that has a 1-dimensional `weight` and perhaps a `bias` on numbers: does the rule give autograd's?"""
+    mine = dict(layer.named_parameters(recurse=False))
+    weight = mine.get("weight")
+    if not {"weight"} <= mine.keys() <= {"weight", "bias"} or weight is None or weight.dim() != 1:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    given, delta = (torch.randn(3, len(weight), generator=generator).to(weight) for _ in range(2))
+    free = {name: p.detach().clone().requires_grad_(True) for name, p in mine.items()}
+    try:
+        with torch.enable_grad():
+            made = torch.func.functional_call(layer, free, (given,))
+            expected = torch.autograd.grad(made, list(free.values()), delta)
+        found = _scale_gradients(Capture(layer, [given], [delta]), list(free))
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it takes other input, or needs more
+        return False
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
+    return all(
+        torch.allclose(found[name][0], gradient.float(), rtol=tolerance, atol=tolerance)
+        for name, gradient in zip(free, expected, strict=True)
+    )
+

@@ -1,0 +1,119 @@
+"""Rendered samples to losses: padding, labels, and logits made only where a target needs them.
+
+Shape letters: B samples of the batch, T tokens of the longest, N targets of all samples, H the model's width, V tokens
+of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lark_store.ingest.variants import Tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, padded on the right (default) or on the left."""
+
+    samples: Sequence[Tokens]
+    device: torch.device
+    pad_left: bool = False
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Each sample's tokens."""
+        return [len(s.input_ids) for s in self.samples]
+
+    @cached_property
+    def width(self) -> int:
+        """T."""
+        return max(self.lengths)
+
+    def span(self, b: int) -> slice:
+        """Return where sample `b` stands among the T positions."""
+        length = self.lengths[b]
+        return slice(self.width - length, self.width) if self.pad_left else slice(0, length)
+
+    def inputs(self, model: Any) -> dict[str, Any]:
+        """Return what the model is called with.
+
+        Padding on the right needs no mask: a causal model never looks ahead, and no loss is taken there. Positions are
+        given for each sample, so that a table of positions is looked up for each.
+        """
+        ids_BT = torch.zeros(len(self.samples), self.width, dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for b, sample in enumerate(self.samples):
+            ids_BT[b, self.span(b)] = torch.tensor(sample.input_ids)
+            mask_BT[b, self.span(b)] = 1
+        made = {"input_ids": ids_BT.to(self.device)}
+        if self.pad_left:
+            made["attention_mask"] = mask_BT.to(self.device)
+        if len(self.samples) > 1 and "position_ids" in inspect.signature(model.forward).parameters:
+            positions = mask_BT.cumsum(dim=1) - 1 if self.pad_left else torch.arange(self.width).expand_as(ids_BT)
+            made["position_ids"] = positions.clamp(min=0).to(self.device)
+        return made
+
+    @cached_property
+    def n_targets(self) -> list[int]:
+        """Each sample's targets."""
+        return [s.n_targets for s in self.samples]
+
+    @cached_property
+    def predictors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample and position, (N,) each, of the logits that predict a target: those one position before it."""
+        found = [
+            (b, t + self.span(b).start - 1)
+            for b, sample in enumerate(self.samples)
+            for t, is_target in enumerate(sample.is_target)
+            if is_target
+        ]
+        sample_N, position_N = torch.tensor(found, device=self.device).T
+        return sample_N, position_N
+
+    def labels(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """Return the label of each target, (N,): its own token or, under the rule `predicted`, the most likely one."""
+        own = [i for s in self.samples for i, is_target in zip(s.input_ids, s.is_target, strict=True) if is_target]
+        labels_N = torch.tensor(own, device=self.device)
+        predicted = [s.rule == "predicted" for s in self.samples]
+        if not any(predicted):
+            return labels_N
+        use_N = torch.tensor(predicted, device=self.device)[self.predictors[0]]
+        return torch.where(use_N, logits_NV.detach().argmax(dim=-1), labels_N)
+
+
+def sample_losses(model: Any, batch: Batch) -> torch.Tensor:
+    """Return each sample's mean cross-entropy over its targets, (B,) float32 in nats."""
+    with _only_needed_rows(model, batch):
+        logits = model(**batch.inputs(model), use_cache=False).logits
+    narrowed = logits.shape[:2] == (1, sum(batch.n_targets))
+    logits_NV = (logits[0] if narrowed else logits[batch.predictors]).float()
+    losses_N = functional.cross_entropy(logits_NV, batch.labels(logits_NV), reduction="none")
+    return torch.stack([part.mean() for part in losses_N.split(batch.n_targets)])
+
+
+@contextmanager
+def _only_needed_rows(model: Any, batch: Batch) -> Iterator[None]:
+    """Let the model's output layer, if it names one, see the N positions that predict a target alone, as (1, N, H)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def narrow(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (given[0][batch.predictors][None], *given[1:])
+
+    hook = head.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()

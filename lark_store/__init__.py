@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lark_store import errors
+    from lark_store.callback import LarkStoreCallback
     from lark_store.errors import LarkStoreError
     from lark_store.schema.records import Hits, IngestReport, Inventory, Progress, SourceReport
     from lark_store.store import Store
@@ -23,6 +24,7 @@ _HOMES = {
     "Hits": "lark_store.schema.records",
     "IngestReport": "lark_store.schema.records",
     "Inventory": "lark_store.schema.records",
+    "LarkStoreCallback": "lark_store.callback",
     "LarkStoreError": "lark_store.errors",
     "Progress": "lark_store.schema.records",
     "SourceReport": "lark_store.schema.records",
@@ -33,6 +35,7 @@ __all__ = [
     "Hits",
     "IngestReport",
     "Inventory",
+    "LarkStoreCallback",
     "LarkStoreError",
     "Progress",
     "SourceReport",

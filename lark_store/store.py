@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         IngestReport,
         Inventory,
         OnProgress,
+        PlanReport,
         RenderedSample,
         SourceReport,
     )
@@ -251,6 +252,19 @@ class Store:
             row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude"))
         return _info(SketcherInfo, row)
 
+    def sketcher_show(self, name: str, *, checkpoint: str) -> pl.DataFrame:
+        """Return what a sketcher takes of a checkpoint's model: a row per parameter with its shape, and what it leaves.
+
+        Columns: parameter, shape, coordinates, sketched.
+
+        Raises
+        ------
+        NameUnknownError, CheckpointError, InputError
+        """
+        from lark_store.ingest.preview import taken
+
+        return taken(self._db, name, checkpoint)
+
     # --- the main job ---------------------------------------------------------------------------------------------
 
     def ingest(
@@ -261,16 +275,21 @@ class Store:
         *,
         sketcher: str = DEFAULT_SKETCHER,
         limit: int | None = None,
-        dry_run: bool = False,
         device: str = "auto",
         precision: str = "auto",
+        batch_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
         on_progress: OnProgress | None = None,
     ) -> IngestReport:
         """Sketch the loss gradient of every sample that is not sketched yet.
 
         Idempotent and resumable: killed at any moment and run again, it goes on where it stopped. `limit` takes the
-        first samples of each source; `dry_run` only counts and times; `precision` is the model's
-        (`auto`: as saved on a GPU, float32 elsewhere).
+        first samples of each source; `precision` is the model's (`auto`: as saved on a GPU, float32 elsewhere).
+
+        Samples of like length go through the model together, at most `batch_tokens` tokens with their padding (default:
+        1,024 on a CPU, 8,192 on CUDA); a batch that does not fit into memory is halved. `gradient_checkpointing` takes
+        less memory and about a third more time. A model with layers that can't be batched goes one sample at a time,
+        and the report's `notes` say so. Under `torchrun` the samples are shared out among the processes.
 
         Raises
         ------
@@ -278,8 +297,63 @@ class Store:
         """
         from lark_store.ingest.run import Request, ingest
 
-        request = Request(list(checkpoints), list(sources), list(variants), sketcher, limit, dry_run, device, precision)
+        names = (list(checkpoints), list(sources), list(variants), sketcher)
+        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
         return ingest(self._db, request, on_progress)
+
+    def plan(
+        self,
+        checkpoints: Sequence[str],
+        sources: Sequence[str],
+        variants: Sequence[str],
+        *,
+        sketcher: str = DEFAULT_SKETCHER,
+        limit: int | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PlanReport:
+        """Say what an `ingest` with the same arguments would take: sketches, bytes, time and memory.
+
+        Nothing is written and no weights are read: a few batches of the samples' lengths are run through a model of
+        the checkpoint's config.
+
+        Raises
+        ------
+        NameUnknownError, CheckpointChangedError, CheckpointError, InputError
+        """
+        from lark_store.ingest.plan import plan
+        from lark_store.ingest.run import Request
+
+        names = (list(checkpoints), list(sources), list(variants), sketcher)
+        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
+        return plan(self._db, request, on_progress)
+
+    def verify(
+        self,
+        *,
+        sketches: int = 20,
+        sketcher: str | None = None,
+        checkpoint: str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        on_progress: OnProgress | None = None,
+    ) -> pl.DataFrame:
+        """Compute stored sketches again, each sample alone, and compare.
+
+        Takes `sketches` rows at random (always the same ones) of the sketcher and checkpoint asked for (default: of
+        all). Returns a row each: sketcher, checkpoint, source, variant, sample_id, cosine, norm_ratio (new over stored),
+        limit and ok. The limit is a cosine of 0.9999 for gradients made in float32, 0.999 for half precision.
+
+        Raises
+        ------
+        NameUnknownError, CheckpointChangedError, CheckpointError, InputError
+        """
+        from lark_store.ingest.verify import verify
+
+        return verify(self._db, sketches, sketcher, checkpoint, device, precision, on_progress)
 
     def attribute(
         self,

@@ -121,8 +121,10 @@ def test_changed_rows_and_failed_samples_are_named_on_stderr(made):
 
 
 def test_a_dry_run_counts_and_makes_nothing(made):
-    assert made["dry"].columns("n_samples", "bytes", "run") == [(n, n * 256 * 2, None) for n in (6, 4, 5)]
-    assert "would make 15 sketches, 0.0 MiB, in roughly " in made["dry"].err
+    planned = json.loads(made["dry"].out)
+    assert [(unit["n_samples"], unit["bytes"]) for unit in planned["units"]] == [(n, n * 256 * 2) for n in (6, 4, 5)]
+    assert planned["checkpoints"][0]["path"] == "BatchPath"
+    assert "15 sketches to make: 0.0 MiB, about " in made["dry"].err
     assert made["limit"].columns("n_existing", "run") == [(0, 1)]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lark_store.cli.options import Format, FormatOption, StoreOption, open_store
-from lark_store.cli.output import emit_frames, say
+from lark_store.cli.output import emit, emit_frames, say
 from lark_store.errors import InputError
 
 if TYPE_CHECKING:
@@ -181,6 +181,21 @@ def sketcher_add(
     say(f"sketcher `{info.name}`: k = {info.k}, seed {info.seed}, {info.dtype}")
 
 
+def sketcher_show(
+    name: Annotated[str, typer.Argument(help="The sketcher.")],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", "-c", metavar="NAME", help="Of this checkpoint's model.")],
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """List a model's parameters, and which of them the sketcher takes."""
+    with open_store(store) as opened:
+        frame = opened.sketcher_show(name, checkpoint=checkpoint)
+    emit(frame, form)
+    taken = frame.filter(frame["sketched"])
+    of = sum(frame["coordinates"])
+    say(f"{len(taken)} of {len(frame)} parameters, {sum(taken['coordinates']):,} of {of:,} coordinates")
+
+
 def db_status(store: StoreOption = None) -> None:
     """Print the store's schema version and this lark-store's."""
     from lark_store.store import Store
@@ -203,7 +218,7 @@ def register(app: typer.Typer) -> None:
         ("checkpoint", "Models at one moment of their training.", [checkpoint_add]),
         ("source", "Sets of samples: fine-tuning data, pretraining text, queries.", [source_add]),
         ("variant", "How samples become text and targets.", [variant_add, variant_show]),
-        ("sketcher", "What of a gradient is sketched.", [sketcher_add]),
+        ("sketcher", "What of a gradient is sketched.", [sketcher_add, sketcher_show]),
         ("db", "The store's schema.", [db_status, db_upgrade]),
     ]
     app.command()(init)

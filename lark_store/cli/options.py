@@ -52,6 +52,18 @@ QueryVariantOption = Annotated[
     typer.Option("--query-variant", metavar="NAME", help="The queries' format variant, if several are sketched."),
 ]
 DEFAULT_SKETCHER = "lark"
+LimitOption = Annotated[int | None, typer.Option(help="Only the first samples of each source.")]
+DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="The model's: `float32`, `bfloat16`, or `auto` (as saved on CUDA, else float32).")
+]
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Tokens of a batch, padding included (default: 1,024 on a CPU, 8,192 on CUDA)."),
+]
+CheckpointingOption = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+]
 
 
 def open_store(path: str | None) -> Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
@@ -20,9 +21,15 @@ _END_OF_CELL = 12  # a response stands at the end of its text
 _SECONDS_BETWEEN_LINES = 20.0
 
 
+def is_first_rank() -> bool:
+    """Tell whether this process speaks: of several that a launcher started, the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
     """Print a message on stderr."""
-    print(message, file=sys.stderr)  # noqa: T201
+    if is_first_rank():
+        print(message, file=sys.stderr)  # noqa: T201
 
 
 def _number(value: float, *, integral: bool) -> str:

@@ -1,17 +1,22 @@
-"""Commands that compute: ingest and attribute."""
+"""Commands that compute: plan, ingest, verify and attribute."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lark_store.cli.options import (
     DEFAULT_SKETCHER,
+    BatchTokensOption,
+    CheckpointingOption,
     CheckpointsOption,
+    DeviceOption,
     Format,
     FormatOption,
+    LimitOption,
     MethodOption,
+    PrecisionOption,
     QueryCheckpointOption,
     QueryVariantOption,
     SketcherOption,
@@ -19,7 +24,10 @@ from lark_store.cli.options import (
     StoreOption,
     open_store,
 )
-from lark_store.cli.output import ProgressBar, emit, say
+from lark_store.cli.output import ProgressBar, emit, emit_frames, is_first_rank, say
+
+if TYPE_CHECKING:
+    from lark_store.schema.records import PlanReport
 
 
 def ingest(
@@ -31,44 +39,124 @@ def ingest(
         list[str], typer.Option("--variant", metavar="NAME", help="A format variant; may be given several times.")
     ],
     sketcher: SketcherOption = DEFAULT_SKETCHER,
-    limit: Annotated[int | None, typer.Option(help="Only the first samples of each source.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say how many sketches, bytes and roughly how long.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="The model's: `float32`, `bfloat16`, or `auto` (as saved on CUDA, else float32).")
-    ] = "auto",
+    limit: LimitOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `lark-store plan`.")] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    batch_tokens: BatchTokensOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Sketch the loss gradient of every sample that has no sketch yet, at each checkpoint and in each variant.
 
-    Safe to stop at any moment: run it again and it does what is missing.
+    Safe to stop at any moment: run it again and it does what is missing. On several GPUs:
+    `torchrun --nproc-per-node 8 --no-python lark-store ingest …`.
 
     Example: `lark-store ingest --checkpoint epoch-2 --source finetune --source pubmed --variant chatml`
     """
+    options: dict[str, Any] = {
+        "sketcher": sketcher,
+        "limit": limit,
+        "device": device,
+        "precision": precision,
+        "batch_tokens": batch_tokens,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
     with open_store(store) as opened, ProgressBar() as bar:
-        report = opened.ingest(
+        if dry_run:
+            _print_plan(opened.plan(checkpoint, source, variant, **options, on_progress=bar), form)
+            return
+        report = opened.ingest(checkpoint, source, variant, **options, on_progress=bar)
+    if not is_first_rank():
+        raise typer.Exit(1 if report.n_failed else 0)
+    emit(report.units, form)
+    for note in report.notes:
+        say(f"note: {note}")
+    if report.n_failed:
+        say(f"{report.n_failed} samples failed; the SQL view `failures` has the reasons. The first:")
+        for row in report.failures.head(5).iter_rows(named=True):
+            say(f"  {row['source']} {row['sample_id']}: {row['reason']}")
+        raise typer.Exit(1)
+
+
+def plan(
+    checkpoint: CheckpointsOption,
+    source: Annotated[
+        list[str], typer.Option("--source", "-s", metavar="NAME", help="A source; may be given several times.")
+    ],
+    variant: Annotated[
+        list[str], typer.Option("--variant", metavar="NAME", help="A format variant; may be given several times.")
+    ],
+    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    limit: LimitOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    batch_tokens: BatchTokensOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Say what an ingest would take before it runs: what is sketched, bytes, time and peak memory.
+
+    No weights are read and nothing is written: a few batches go through a model of the checkpoint's config.
+
+    Example: `lark-store plan --checkpoint epoch-2 --source finetune --variant chatml`
+    """
+    with open_store(store) as opened, ProgressBar() as bar:
+        report = opened.plan(
             checkpoint,
             source,
             variant,
             sketcher=sketcher,
             limit=limit,
-            dry_run=dry_run,
+            device=device,
+            precision=precision,
+            batch_tokens=batch_tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            on_progress=bar,
+        )
+    _print_plan(report, form)
+
+
+def _print_plan(report: PlanReport, form: str) -> None:
+    emit_frames({"checkpoints": report.checkpoints, "units": report.units}, form)
+    todo = sum(report.units["n_samples"]) - sum(report.units["n_existing"])
+    size, seconds = sum(report.units["bytes"]), sum(report.units["seconds"])
+    memory = max(report.checkpoints["peak_bytes"].drop_nulls(), default=0)
+    cost = f"{size / 2**20:,.1f} MiB, about {_duration(seconds)}, {memory / 2**30:.1f} GiB of memory"
+    say(f"{todo} sketches to make: {cost}")
+
+
+def verify(
+    sketches: Annotated[int, typer.Option(help="How many stored sketches to compute again, drawn at random.")] = 20,
+    sketcher: Annotated[str | None, typer.Option(metavar="NAME", help="Of this sketcher (default: all).")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", "-c", metavar="NAME", help="Of this checkpoint (default: all).")
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="The model's (`auto`: as the sketches were made).")] = "auto",
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Compute stored sketches again, each sample alone, and compare: exit status 1 if one is not the same.
+
+    The same is a cosine of at least 0.9999 (model in float32) or 0.999 (half precision).
+    """
+    with open_store(store) as opened, ProgressBar() as bar:
+        report = opened.verify(
+            sketches=sketches,
+            sketcher=sketcher,
+            checkpoint=checkpoint,
             device=device,
             precision=precision,
             on_progress=bar,
         )
-    emit(report.units, form)
-    if dry_run:
-        todo = sum(report.units["n_samples"]) - sum(report.units["n_existing"])
-        size, seconds = sum(report.units["bytes"]), sum(report.units["seconds"])
-        say(f"would make {todo} sketches, {size / 2**20:,.1f} MiB, in roughly {_duration(seconds)}")
-    if report.n_failed:
-        say(f"{report.n_failed} samples failed; the SQL view `failures` has the reasons. The first:")
-        for row in report.failures.head(5).iter_rows(named=True):
-            say(f"  {row['source']} {row['sample_id']}: {row['reason']}")
+    emit(report, form)
+    bad = len(report) - sum(report["ok"])
+    lowest = min(report["cosine"].drop_nulls(), default=0.0)
+    say(f"{len(report)} sketches computed again, {bad} differ; lowest cosine {lowest:.7f}")
+    if bad:
         raise typer.Exit(1)
 
 
@@ -115,5 +203,7 @@ def attribute(
 
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
+    app.command()(plan)
     app.command()(ingest)
+    app.command()(verify)
     app.command()(attribute)

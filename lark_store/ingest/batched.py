@@ -52,7 +52,7 @@ class _Tap(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, delta: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         ctx.take(ctx.saved_tensors[0], delta)
         return (delta if ctx.needs_input_grad[0] else None), None, None, None
 
@@ -78,7 +78,7 @@ class BatchPath:
         correction: Correction | None = None,
     ) -> None:
         self.model, self.sketcher, self.pad_left, self.correction = model, sketcher, pad_left, correction
-        self.largest: int | None = None  # the most tokens that a batch may have, once memory ran out
+        self.largest: int | None = None  # until memory runs out
         self._batch: Batch | None = None
         self._out = sketcher.new()
         self._anchor = torch.zeros((), device=sketcher.device, requires_grad=True)
@@ -182,9 +182,9 @@ def _per_sample(name: str, values: torch.Tensor, batch: Batch) -> list[torch.Ten
     """
     n = len(batch.samples)
     if values.shape[:2] == (1, sum(batch.n_targets)):
-        return list(values[0].split(batch.n_targets))
+        return list(torch.split(values[0], batch.n_targets))
     if values.shape[0] == n * batch.width:
-        values = values.unflatten(0, (n, batch.width))
+        values = torch.unflatten(values, 0, (n, batch.width))
     if values.shape[:2] == (n, batch.width):
         return [values[b, batch.span(b)] for b in range(n)]
     if values.shape[0] != n:
@@ -210,7 +210,7 @@ def make_path(model: Any, chosen: Chosen, sketcher: GradientSketcher) -> tuple[S
 
 
 def _disagreement(path: BatchPath, model: Any, chosen: Chosen, sketcher: GradientSketcher) -> str | None:
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    vocabulary = len(model.get_input_embeddings().weight)
     samples = [
         Tokens([(i * 7919 + n) % vocabulary for i in range(n)], [i > n // 3 for i in range(n)], "text") for n in (5, 9)
     ]

@@ -1,4 +1,7 @@
-"""Checkpoints: find the files, hash them, load the model. Safetensors only; no code from a checkpoint is run."""
+"""Checkpoints: find the files, hash them, load the model. Safetensors only; no code from a checkpoint is run.
+
+A checkpoint is a whole model or LoRA adapters; the base model of adapters is found by their config.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import CheckpointChangedError, CheckpointError, InputError, NameTakenError
+from lark_store.ingest import adapters
+from lark_store.ingest.adapters import find_adapters
 from lark_store.schema.catalog import Checkpoint, CheckpointMetric
 from lark_store.schema.database import Database, known_as
 from lark_store.schema.names import check_name
@@ -40,15 +45,16 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint's files on this machine, and what tells them from others."""
+    """A checkpoint's files on this machine, and what tells them from others; `base` holds the model's config."""
 
     folder: Path
+    base: Path
     revision: str | None
     weights_sha256: str
     tokenizer_sha256: str
 
 
-def _folder(path: str, revision: str | None) -> tuple[Path, str | None]:
+def _folder(path: str, revision: str | None, *, fetch: bool = True) -> tuple[Path, str | None]:
     if Path(path).is_dir():
         return Path(path).resolve(), None
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -59,7 +65,10 @@ def _folder(path: str, revision: str | None) -> tuple[Path, str | None]:
 
     try:
         got = snapshot_download(
-            path, revision=revision, allow_patterns=[_WEIGHTS, *_TOKENIZER_FILES, "*.safetensors.index.json"]
+            path,
+            revision=revision,
+            allow_patterns=[_WEIGHTS, *_TOKENIZER_FILES, "*.safetensors.index.json", adapters.CONFIG],
+            local_files_only=not fetch,
         )
     except Exception as error:  # the library raises many kinds: offline, unknown, gated, broken off
         raise CheckpointError(
@@ -75,7 +84,7 @@ def _first_line(error: Exception) -> str:
 
 def _digest(paths: list[Path]) -> str:
     total = hashlib.sha256()
-    for path in sorted(paths):
+    for path in sorted(paths, key=lambda path: path.name):
         stat = path.stat()
         total.update(f"{path.name} {_file_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)}\n".encode())
     return total.hexdigest()
@@ -88,27 +97,75 @@ def _file_digest(path: Path, *_state: int) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
+def _base(folder: Path, *, fetch: bool = False) -> Path:
+    """Return the folder of a checkpoint's whole model: its own or, for adapters, that of their base.
+
+    A base on the hub is fetched when the checkpoint is examined; later its files are taken as they came.
+    """
+    found = find_adapters(folder)
+    if found is None:
+        return folder
+    beside = folder / found.base
+    try:
+        base, _ = _folder(str(beside) if beside.is_dir() else found.base, found.revision, fetch=fetch)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base model of the adapters in `{folder}` is missing: {error.fact}",
+            f"put it there, or set `base_model_name_or_path` in their {adapters.CONFIG} to its folder or hub name",
+        ) from error
+    if (base / adapters.CONFIG).is_file():
+        raise CheckpointError(
+            f"the base model of the adapters in `{folder}` holds adapters itself: `{base}`",
+            "merge those into their base, and save it whole",
+        )
+    return base
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder has a tokenizer's files."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES if name.startswith(("tokenizer", "vocab")))
+
+
+def _model_files(folder: Path, named: str) -> list[Path]:
+    """Return a whole model's weights."""
+    weights = list(folder.glob(_WEIGHTS))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"`{named}` has no config.json", "a checkpoint is a folder made by `save_pretrained`")
+    if not weights:
+        raise CheckpointError(
+            f"`{named}` has no .safetensors file",
+            "save the model with `save_pretrained`; pickled weights (.bin, .pt) are not read, as they can run code",
+        )
+    return weights
+
+
+def _tokenizer_files(folder: Path, base: Path, named: str) -> list[Path]:
+    """Return the tokenizer's files, those of adapters before their base's, and the config of the model."""
+    home = folder if has_tokenizer(folder) else base
+    if not has_tokenizer(home):
+        raise CheckpointError(f"`{named}` has no tokenizer", "save it there with `tokenizer.save_pretrained`")
+    around = [home / name for name in _TOKENIZER_FILES if name != "config.json"]
+    return [path for path in (base / "config.json", *around) if path.is_file()]
+
+
 def examine(path: str, revision: str | None = None) -> Files:
     """Find and hash a checkpoint's files.
+
+    The weights of adapters are their own, their config and the base's weights; wherever the base is.
 
     Raises
     ------
     CheckpointError
-        No such folder, no weights, no config or no tokenizer.
+        No such folder, no weights, no config, no tokenizer or no base model.
     """
     folder, found = _folder(path, revision)
-    weights = list(folder.glob(_WEIGHTS))
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"`{path}` has no config.json", "a checkpoint is a folder made by `save_pretrained`")
-    if not weights:
-        raise CheckpointError(
-            f"`{path}` has no .safetensors file",
-            "save the model with `save_pretrained`; pickled weights (.bin, .pt) are not read, as they can run code",
-        )
-    around = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(p.name.startswith(("tokenizer", "vocab")) for p in around):
-        raise CheckpointError(f"`{path}` has no tokenizer", "save it there with `tokenizer.save_pretrained`")
-    return Files(folder, found, _digest(weights), _digest(around))
+    base = _base(folder, fetch=True)
+    weights = _digest(_model_files(base, path if base == folder else str(base)))
+    lora = find_adapters(folder)
+    if lora:
+        parts = (_digest([folder / adapters.WEIGHTS]), lora.config_sha256, weights)
+        weights = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    return Files(folder, base, found, weights, _digest(_tokenizer_files(folder, base, path)))
 
 
 def add_checkpoint(
@@ -132,7 +189,7 @@ def add_checkpoint(
         raise InputError(f"step {step} is out of range", "a step counts optimizer steps from 0")
     files = examine(path, revision)
     local = Path(path).is_dir()
-    config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((files.base / "config.json").read_text(encoding="utf-8"))
     row = Checkpoint(
         name=name,
         model=model or (str(config.get("model_type", "unknown")) if local else path),
@@ -202,15 +259,16 @@ def _quiet() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a checkpoint's tokenizer."""
+    """Load a checkpoint's tokenizer; adapters without one have that of their base."""
     from transformers import AutoTokenizer
 
+    home = folder if has_tokenizer(folder) else _base(folder)
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(home, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds for a broken file
         raise CheckpointError(
-            f"the tokenizer in `{folder}` can't be loaded: {_first_line(error)}", "is it complete?"
+            f"the tokenizer in `{home}` can't be loaded: {_first_line(error)}", "is it complete?"
         ) from error
 
 
@@ -220,21 +278,39 @@ def meta_model(folder: Path) -> torch.nn.Module:
     Raises
     ------
     CheckpointError
-        The config can't be read, or names no causal language model that transformers knows.
+        The config can't be read, or names no causal language model that transformers knows; adapters do not fit it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    base = _base(folder)
     try:
         with _quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
             model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a config it can't use
         raise CheckpointError(
-            f"`{folder / 'config.json'}` describes no usable model: {_first_line(error)}",
+            f"`{base / 'config.json'}` describes no usable model: {_first_line(error)}",
             "it must be a causal language model that transformers knows without remote code",
         ) from error
-    return model
+    if base == folder:
+        return model
+    with _attaching(folder), torch.device("meta"):
+        return adapters.attach_empty(model, folder)
+
+
+@contextmanager
+def _attaching(folder: Path) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # peft raises many kinds for adapters that it can't use
+        raise CheckpointError(
+            f"the adapters in `{folder}` can't be loaded: {_first_line(error)}",
+            f"are its files whole, and made for the base that {adapters.CONFIG} names?",
+        ) from error
 
 
 def context_length(model: torch.nn.Module) -> int | None:
@@ -243,19 +319,82 @@ def context_length(model: torch.nn.Module) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def trained_parameters(model: torch.nn.Module) -> set[str] | None:
+    """Return the names of the parameters that a LoRA checkpoint trained; None for a plain model: all of them.
+
+    These are the adapters' own, and those of modules that were trained and saved whole.
+    """
+    names: frozenset[str] | None = getattr(model, adapters.TRAINED, None)
+    return None if names is None else set(names)
+
+
+def resolve_dtype(model: torch.nn.Module, precision: str, device: torch.device) -> torch.dtype:
+    """Return the type that a checkpoint's weights are loaded in: `auto` is the config's on CUDA, else float32."""
+    import torch
+
+    if precision != "auto":
+        return getattr(torch, _checked(precision))  # type: ignore[no-any-return]
+    configured = model.config.dtype
+    return configured if device.type == "cuda" and isinstance(configured, torch.dtype) else torch.float32
+
+
+def _checked(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise InputError(f"`{precision}` is no precision", f"one of {', '.join(PRECISIONS)}")
+    return precision
+
+
+def unweighted_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build a checkpoint's model for measurements, from its config alone; parameters of one shape share their memory.
+
+    It takes the memory of one layer and the time of all.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, initialization
+
+    base = _base(folder)
+    with _quiet(), initialization.no_init_weights():
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    if base != folder:
+        with _attaching(folder):
+            model = adapters.attach_empty(model, folder)
+    generator = torch.Generator().manual_seed(0)
+    shared: dict[tuple[int, ...], torch.Tensor] = {}
+    replaced: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # a tied weight stays one parameter
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            if old.shape not in shared:
+                values = torch.ones(old.shape) if old.dim() < 2 else torch.randn(old.shape, generator=generator) / 50
+                shared[old.shape] = values.to(device, dtype)
+            if old not in replaced:
+                replaced[old] = torch.nn.Parameter(shared[old.shape], requires_grad=False)
+            module.register_parameter(name, replaced[old])
+    return model.to(device).eval()
+
+
 def load_model(folder: Path, device: torch.device, precision: str) -> Any:
     """Load a checkpoint's causal language model for gradients: in evaluation mode (no dropout), on `device`.
+
+    LoRA adapters are put in place, not merged; beside a half-precision base, `auto` keeps them in float32.
 
     Raises
     ------
     CheckpointError
         The weights can't be read, or do not cover the whole model.
     """
+    dtype = precision if _checked(precision) != "auto" else "auto" if device.type == "cuda" else "float32"
+    base = _base(folder)
+    model = _load_whole(base, dtype)
+    if base != folder:
+        with _attaching(folder):
+            model = adapters.attach(model, folder, widen=dtype == "auto")
+    return model.to(device).eval()
+
+
+def _load_whole(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if precision not in PRECISIONS:
-        raise InputError(f"`{precision}` is no precision", f"one of {', '.join(PRECISIONS)}")
-    dtype: Any = precision if precision != "auto" else "auto" if device.type == "cuda" else "float32"
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -271,4 +410,4 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Any:
             f"the weights in `{folder}` lack {len(missing)} of the model's tensors, such as `{missing[0]}`",
             "a model with random tensors would give wrong gradients; save the whole model",
         )
-    return model.to(device).eval()
+    return model

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from lark_store.errors import InputError
+from lark_store.ingest.checkpoints import trained_parameters
 from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.variants import UnusableSampleError
 
@@ -35,7 +36,12 @@ class Sketch:
 
 
 class SketchPath(Protocol):
-    """A way from rendered samples to sketches."""
+    """A way from rendered samples to sketches.
+
+    `largest` is the most tokens that a batch may have with its padding, None if that is not known.
+    """
+
+    largest: int | None
 
     def sketch(self, samples: Sequence[Tokens]) -> list[Sketch | UnusableSampleError]:
         """Return one sketch per sample, or the reason why there is none."""
@@ -68,17 +74,20 @@ def pick_device(name: str) -> torch.device:
 def choose_parameters(model: torch.nn.Module, include: str | None, exclude: str | None) -> Chosen:
     """Return the parameters to sketch, each once (tied weights count once), in the model's order.
 
+    Of a model with adapters these are the adapters' own, unless an expression asks for others.
+
     Raises
     ------
     InputError
         An expression is invalid, or matches no parameter.
     """
     wanted, unwanted = compile_pattern(include), compile_pattern(exclude)
-    everything = list(model.named_parameters())
+    everything, trained = list(model.named_parameters()), trained_parameters(model)
     chosen = [
         (name, p)
         for name, p in everything
-        if (wanted is None or wanted.search(name)) and not (unwanted and unwanted.search(name))
+        if (wanted.search(name) if wanted else trained is None or name in trained)
+        and not (unwanted and unwanted.search(name))
     ]
     if not chosen:
         sample = ", ".join(f"`{name}`" for name, _ in everything[:: max(1, len(everything) // 4)])
@@ -104,6 +113,7 @@ class HookPath:
     def __init__(self, model: Any, chosen: Chosen, sketcher: GradientSketcher) -> None:
         self.model = model
         self.sketcher = sketcher
+        self.largest: int | None = 1
         self._out = sketcher.new()
         self._hooks = []
         model.requires_grad_(False)
@@ -158,7 +168,7 @@ def recompute_activations(model: Any) -> None:
 
 def check_tokens(model: Any, tokens: Tokens) -> None:
     """Raise UnusableSampleError for a token that the model lacks: on a GPU it would break every later sample too."""
-    vocabulary, largest = int(model.get_input_embeddings().num_embeddings), max(tokens.input_ids)
+    vocabulary, largest = len(model.get_input_embeddings().weight), max(tokens.input_ids)
     if largest >= vocabulary:
         raise UnusableSampleError(f"the model has {vocabulary} tokens, not token {largest}")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -97,9 +97,7 @@ def _add_products(
         sketcher.add(name, held.view(n, -1), out, chunk=start * n_right // k)
 
 
-def _stacked(
-    left_TL: Sequence[torch.Tensor], right_TR: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacked(left_TL: Sequence[torch.Tensor], right_TR: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad with zeros, which add nothing, for one product of all samples at once."""
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(list(left_TL), batch_first=True), pad(list(right_TR), batch_first=True)
@@ -163,11 +161,12 @@ def _normed(layer: nn.Module, given: torch.Tensor) -> torch.Tensor:
         torch.func.functional_call(layer, {"weight": torch.full_like(layer.weight, value)}, (given,))  # type: ignore[arg-type]
         for value in (1, 0)
     )
-    return one - zero
+    difference: torch.Tensor = one - zero
+    return difference
 
 
 def _scales_its_input(layer: nn.Module) -> bool:
-    """Try a layer that has a 1-dimensional `weight` and perhaps a `bias` on numbers: does the rule give autograd's?"""
+    """Try a layer with a 1-dimensional `weight`, perhaps a `bias`: the rule must give what autograd gives."""
     mine = dict(layer.named_parameters(recurse=False))
     weight = mine.get("weight")
     if not {"weight"} <= mine.keys() <= {"weight", "bias"} or weight is None or weight.dim() != 1:
@@ -187,4 +186,3 @@ def _scales_its_input(layer: nn.Module) -> bool:
         torch.allclose(found[name][0], gradient.float(), rtol=tolerance, atol=tolerance)
         for name, gradient in zip(free, expected, strict=True)
     )
-

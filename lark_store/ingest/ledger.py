@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy import Select, select
 
 from lark_store.errors import StoreBusyError
+from lark_store.ingest.ranks import Ranks
 from lark_store.schema.catalog import IngestRun, now
 from lark_store.schema.vectors import sketch_table, where
 
@@ -31,8 +32,8 @@ Ids = dict[str, Any]  # the columns of ingest_run that say which unit: fingerpri
 
 
 @contextmanager
-def held(db: Database, fingerprint: str, label: str) -> Iterator[None]:
-    """Hold a unit: two processes never sketch the same rows.
+def held(db: Database, fingerprint: str, label: str, ranks: Ranks | None = None) -> Iterator[None]:
+    """Hold a unit: two ingests never sketch the same rows. Of several ranks the first holds it for all.
 
     Raises
     ------
@@ -41,12 +42,16 @@ def held(db: Database, fingerprint: str, label: str) -> Iterator[None]:
     db.location.locks.mkdir(exist_ok=True)
     key = hashlib.sha256(f"{fingerprint} {label}".encode()).hexdigest()[:16]
     lock = FileLock(db.location.locks / f"ingest-{key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StoreBusyError(
-            f"another process is ingesting {label}", "wait for it, or ingest something else meanwhile"
-        ) from error
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StoreBusyError(
+                f"another process is ingesting {label}", "wait for it, or ingest something else meanwhile"
+            ) from error
+
+    (ranks or Ranks()).once(acquire)
     try:
         yield
     finally:

@@ -98,7 +98,7 @@ def sample_losses(model: Any, batch: Batch) -> torch.Tensor:
     narrowed = logits.shape[:2] == (1, sum(batch.n_targets))
     logits_NV = (logits[0] if narrowed else logits[batch.predictors]).float()
     losses_N = functional.cross_entropy(logits_NV, batch.labels(logits_NV), reduction="none")
-    return torch.stack([part.mean() for part in losses_N.split(batch.n_targets)])
+    return torch.stack([part.mean() for part in torch.split(losses_N, batch.n_targets)])
 
 
 @contextmanager

@@ -34,6 +34,7 @@ SMALLEST_K, LARGEST_K = 256, 1_048_576
 _MASK = 0xFFFFFFFF
 _FEISTEL, _ROW, _LANE, _SIGN_LOW, _SIGN_HIGH = range(5)
 
+
 def check_k(k: int) -> int:
     """Return `k` if the map offers it: a power of two from 256 to 1,048,576."""
     if SMALLEST_K <= k <= LARGEST_K and k & (k - 1) == 0:

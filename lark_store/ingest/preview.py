@@ -1,16 +1,18 @@
-"""`variant show`: one sample as a model sees it."""
+"""`variant show`: one sample as a model sees it; `sketcher show`: what is sketched of a model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import polars as pl
 from sqlalchemy import select
 
 from lark_store.errors import InputError, NameUnknownError
 from lark_store.ingest.checkpoints import context_length, load_tokenizer, meta_model, verify
+from lark_store.ingest.gradients import choose_parameters
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError, show
-from lark_store.schema.catalog import Checkpoint, FormatVariant, Source
+from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
 from lark_store.schema.database import Database, find
 from lark_store.schema.vectors import where
 
@@ -51,3 +53,19 @@ def preview(db: Database, variant: str, sample: str, source: str | None, checkpo
         raise InputError(
             f"sample `{sample}` can't be used as `{variant}`: {error}", "ingest records it as failed"
         ) from error
+
+
+def taken(db: Database, sketcher: str, checkpoint: str) -> pl.DataFrame:
+    """List a model's parameters and which of them a sketcher takes; see `Store.sketcher_show`."""
+    with db.session() as session:
+        row, of = find(session, Sketcher, sketcher), find(session, Checkpoint, checkpoint)
+    model = meta_model(verify(of).folder)
+    chosen = {name for name, _ in choose_parameters(model, row.parameters, row.exclude)}
+    rows = [(name, list(p.shape), p.numel(), name in chosen) for name, p in model.named_parameters()]
+    kinds: dict[str, Any] = {
+        "parameter": pl.String,
+        "shape": pl.List(pl.Int64),
+        "coordinates": pl.Int64,
+        "sketched": pl.Boolean,
+    }
+    return pl.DataFrame(rows, schema=kinds, orient="row")

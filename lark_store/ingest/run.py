@@ -10,16 +10,21 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from lark_store.errors import CheckpointError, InputError
 from lark_store.ingest import ledger
+from lark_store.ingest.batched import make_path
+from lark_store.ingest.batches import TOKENS, WINDOW, batches, windows
 from lark_store.ingest.checkpoints import context_length, load_model, load_tokenizer, meta_model, verify
-from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device
-from lark_store.ingest.oporp import GradientSketcher, Oporp, place
-from lark_store.ingest.sketchers import fingerprint
+from lark_store.ingest.gradients import choose_parameters, pick_device, recompute_activations
+from lark_store.ingest.oporp import GradientSketcher
+from lark_store.ingest.ranks import Ranks, joined
+from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of, sketch_bytes
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.ingest.writer import UNIT_KEYS, SketchWriter
@@ -29,15 +34,15 @@ from lark_store.schema.records import IngestReport, OnProgress, Progress
 from lark_store.schema.vectors import FAILURES, sketch_table, where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
 
     from lark_store.ingest.gradients import SketchPath
     from lark_store.ingest.oporp import Placement
+    from lark_store.schema.catalog import IngestRun
 
-_PROBES = 3
 _COUNTS = ("n_samples", "n_existing", "n_sketched", "n_failed", "run")
 _UNITS = (
     dict.fromkeys(UNIT_KEYS, pl.String) | dict.fromkeys(_COUNTS, pl.Int64) | {"seconds": pl.Float64, "bytes": pl.Int64}
@@ -53,9 +58,10 @@ class Request:
     variants: list[str]
     sketcher: str
     limit: int | None = None
-    dry_run: bool = False
     device: str = "auto"
     precision: str = "auto"
+    batch_tokens: int | None = None
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -93,32 +99,45 @@ class Plan:
 
 def ingest(db: Database, request: Request, on_progress: OnProgress | None = None) -> IngestReport:
     """Sketch what is missing; see `Store.ingest`."""
+    with joined() as ranks:
+        sketcher, plans = prepare(db, request)
+        device = pick_device(request.device)
+        report: list[dict[str, Any]] = []
+        notes: list[str] = []
+        for plan in plans:
+            worker = _Worker(db, plan(), sketcher, request, device, ranks, on_progress if ranks.is_first else None)
+            report += worker.run()
+            notes += worker.notes
+    return _report(db, report, notes)
+
+
+def prepare(db: Database, request: Request) -> tuple[Sketcher, list[Callable[[], Plan]]]:
+    """Find what a request names; returns the sketcher and, for each checkpoint, what makes its plan."""
     if request.limit is not None and request.limit < 1:
         raise InputError(f"a limit of {request.limit} leaves nothing to do", "leave `--limit` out to take all")
+    if request.batch_tokens is not None and request.batch_tokens < 1:
+        raise InputError(f"a batch of {request.batch_tokens} tokens holds no sample", "try `--batch-tokens 1024`")
     with db.session() as session:
         sketcher = find(session, Sketcher, request.sketcher)
         checkpoints = [find(session, Checkpoint, name) for name in request.checkpoints]
         sources = [find(session, Source, name) for name in request.sources]
         variants = [find(session, FormatVariant, name) for name in request.variants]
-    device = pick_device(request.device)
-    report: list[dict[str, Any]] = []
-    for checkpoint in checkpoints:
-        units = [Unit(checkpoint, s, v) for s in sources for v in variants]
-        plan = _plan(sketcher, checkpoint, units)
-        report += _Worker(db, plan, sketcher, request, device, on_progress).run()
-    return _report(db, report, dry_run=request.dry_run)
+
+    def plan(checkpoint: Checkpoint) -> Plan:
+        return _plan(sketcher, checkpoint, [Unit(checkpoint, s, v) for s in sources for v in variants])
+
+    return sketcher, [partial(plan, checkpoint) for checkpoint in checkpoints]
 
 
 def _plan(sketcher: Sketcher, checkpoint: Checkpoint, units: list[Unit]) -> Plan:
     files = verify(checkpoint)
     model = meta_model(files.folder)
-    chosen = choose_parameters(model, sketcher.parameters, sketcher.exclude)
-    placements = place([(name, tuple(p.shape)) for name, p in chosen], sketcher.k)
+    placements = placements_of(sketcher, model)
     made = fingerprint(sketcher, placements)
     return Plan(checkpoint, files.folder, placements, made, context_length(model), units)
 
 
-def _fill(db: Database, fingerprint: str, unit: Unit, limit: int | None) -> None:
+def fill(db: Database, fingerprint: str, unit: Unit, limit: int | None) -> None:
     """Find which of a unit's samples have no sketch yet."""
     ids = db.vectors.read("samples", ["sample_id"], where(source=unit.source.name))["sample_id"]
     wanted = ids if limit is None else ids.head(limit)
@@ -144,23 +163,26 @@ class _Worker:
         sketcher: Sketcher,
         request: Request,
         device: torch.device,
+        ranks: Ranks,
         on_progress: OnProgress | None,
     ) -> None:
         self.db, self.plan, self.sketcher, self.request, self.device = db, plan, sketcher, request, device
-        self.on_progress = on_progress
+        self.ranks, self.on_progress = ranks, on_progress
+        self.notes: list[str] = []
         self.tokenizer: Any = None
         self.path: SketchPath | None = None
         self.dtype = ""
 
     def run(self) -> list[dict[str, Any]]:
-        """Do, or for a dry run only estimate, each unit; returns one row of the report each."""
+        """Do each unit; returns one row of the report each."""
         try:
             return [self._unit(unit) for unit in self.plan.units]
         finally:
             self._unload()
 
     def _unit(self, unit: Unit) -> dict[str, Any]:
-        _fill(self.db, self.plan.fingerprint, unit, self.request.limit)
+        fill(self.db, self.plan.fingerprint, unit, self.request.limit)
+        unit.pending = self.ranks.once(lambda: unit.pending)
         row = self._row(unit) | self._result(unit)
         unit.pending = set()
         return row
@@ -168,16 +190,15 @@ class _Worker:
     def _result(self, unit: Unit) -> dict[str, Any]:
         if unit.pending:
             self._load()
-            return self._estimate(unit) if self.request.dry_run else self._do(unit)
-        if not self.request.dry_run and ledger.has_unfinished(self.db, self._ids(unit)):
+            return self._do(unit)
+        if self.ranks.is_first and ledger.has_unfinished(self.db, self._ids(unit)):
             with ledger.held(self.db, self.plan.fingerprint, unit.label):
                 ledger.settle(self.db, self._ids(unit))
         return {}
 
     def _row(self, unit: Unit) -> dict[str, Any]:
-        width = 2 if self.sketcher.dtype == "float16" else 4
         counts = {"n_samples": unit.n_samples, "n_existing": unit.n_samples - len(unit.pending)}
-        size = {"bytes": len(unit.pending) * self.sketcher.k * width}
+        size = {"bytes": len(unit.pending) * sketch_bytes(self.sketcher)}
         return unit.names | counts | {"n_sketched": 0, "n_failed": 0, "run": None, "seconds": 0.0} | size
 
     def _load(self) -> None:
@@ -195,8 +216,12 @@ class _Worker:
                 f"the weights of checkpoint `{self.plan.checkpoint.name}` do not fit its config: other parameters",
                 "are its embeddings tied as config.json says? save it again with `save_pretrained`",
             )
-        oporp = Oporp(self.sketcher.k, self.sketcher.seed)
-        self.path = HookPath(model, chosen, GradientSketcher(oporp, self.plan.placements, self.device))
+        if self.request.gradient_checkpointing:
+            recompute_activations(model)
+        sketcher = GradientSketcher(oporp_of(self.sketcher), self.plan.placements, self.device)
+        self.path, reason = make_path(model, chosen, sketcher)
+        if reason:
+            self.notes.append(f"checkpoint `{self.plan.checkpoint.name}` is sketched one sample at a time: {reason}")
 
     def _unload(self) -> None:
         """Free the model before the next is loaded: its hooks and parameters refer to each other."""
@@ -206,36 +231,16 @@ class _Worker:
             gc.collect()
 
     def _samples(self, unit: Unit) -> Iterator[Sample]:
-        columns = ["sample_id", "prompt", "response", "text"]
-        for batch in self.db.vectors.scan("samples", columns, where(source=unit.source.name), batch_rows=256):
-            for row in batch.to_pylist():
-                if row["sample_id"] in unit.pending:
-                    yield Sample(**row)
-
-    def _estimate(self, unit: Unit) -> dict[str, Any]:
-        """Time a few of the unit's samples, after one to warm up, and scale up."""
-        assert self.path is not None
-        renderer, times = Renderer(unit.variant, self.tokenizer, self.plan.context), []
-        for sample in self._samples(unit):
-            try:
-                tokens = renderer.render(sample)
-            except UnusableSampleError:
-                continue
-            started = time.perf_counter()
-            self.path.sketch([tokens])
-            times.append(time.perf_counter() - started)
-            if len(times) > _PROBES:
-                break
-        timed = times[1:] or times
-        return {"seconds": len(unit.pending) * sum(timed) / len(timed)} if timed else {}
+        """Return this rank's share of a unit's missing samples, in the source's order."""
+        return islice(read_samples(self.db, unit), self.ranks.rank, None, self.ranks.size)
 
     def _do(self, unit: Unit) -> dict[str, Any]:
         renderer = Renderer(unit.variant, self.tokenizer, self.plan.context)
         started = time.perf_counter()
-        with ledger.held(self.db, self.plan.fingerprint, unit.label):
-            _drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here before the lock
-            run = ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
-            writer = SketchWriter(self.db, run, self.plan.fingerprint, self.sketcher, unit.names)
+        with ledger.held(self.db, self.plan.fingerprint, unit.label, self.ranks):
+            run = self.ranks.once(lambda: self._begin(unit, renderer))
+            unit.pending = self.ranks.once(lambda: unit.pending)
+            writer = SketchWriter(self.db, run, self.plan.fingerprint, self.sketcher, unit.names, self.ranks)
             try:
                 self._sketch_all(unit, renderer, writer)
             except KeyboardInterrupt:
@@ -246,12 +251,18 @@ class _Worker:
                 raise
             seconds = time.perf_counter() - started
             writer.finish("done", seconds)
-        return {
-            "n_sketched": writer.n_sketched,
-            "n_failed": writer.n_failed,
-            "run": run.id,
-            "seconds": seconds,
-        }
+        return self.ranks.once(
+            lambda: {
+                "n_sketched": writer.n_sketched,
+                "n_failed": writer.n_failed,
+                "run": run.id,
+                "seconds": seconds,
+            }
+        )
+
+    def _begin(self, unit: Unit, renderer: Renderer) -> IngestRun:
+        _drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here before the lock
+        return ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
 
     def _ids(self, unit: Unit) -> ledger.Ids:
         return {
@@ -284,17 +295,49 @@ class _Worker:
         return {"recipe": recipe, "versions": ledger.versions(), "device": ledger.device_name(self.device)}
 
     def _sketch_all(self, unit: Unit, renderer: Renderer, writer: SketchWriter) -> None:
+        """Sketch this rank's share, window by window; the ranks commit each window together."""
+        total, done = len(unit.pending), 0
+        share = windows(self._samples(unit))
+        for _ in range(-(-total // (WINDOW * self.ranks.size))):
+            ready: list[tuple[str, Tokens]] = []
+            window = next(share, [])
+            for sample in window:
+                tokens = _render(renderer, sample)
+                if isinstance(tokens, Tokens):
+                    ready.append((sample.sample_id, tokens))
+                else:
+                    writer.fail(sample.sample_id, str(tokens))
+            done += (len(window) - len(ready)) * self.ranks.size
+            for batch in batches(ready, lambda one: len(one[1].input_ids), self._budget):
+                self._sketch(batch, writer)
+                done += len(batch) * self.ranks.size
+                if self.on_progress:
+                    self.on_progress(Progress(unit.label, min(done, total), total, writer.n_failed))
+            if self.ranks.size > 1:
+                writer.commit()
+
+    def _budget(self) -> int:
         assert self.path is not None
-        total = len(unit.pending)
-        for done, sample in enumerate(self._samples(unit), start=1):
-            tokens = _render(renderer, sample)
-            made = self.path.sketch([tokens])[0] if isinstance(tokens, Tokens) else tokens
-            if isinstance(made, UnusableSampleError) or isinstance(tokens, UnusableSampleError):
-                writer.fail(sample.sample_id, str(made))
+        asked = self.request.batch_tokens or TOKENS[self.device.type]
+        return asked if self.path.largest is None else min(asked, self.path.largest)
+
+    def _sketch(self, batch: list[tuple[str, Tokens]], writer: SketchWriter) -> None:
+        assert self.path is not None
+        made = self.path.sketch([tokens for _, tokens in batch])
+        for (sample_id, tokens), sketch in zip(batch, made, strict=True):
+            if isinstance(sketch, UnusableSampleError):
+                writer.fail(sample_id, str(sketch))
             else:
-                writer.add(sample.sample_id, tokens, made)
-            if self.on_progress:
-                self.on_progress(Progress(unit.label, done, total, writer.n_failed))
+                writer.add(sample_id, tokens, sketch)
+
+
+def read_samples(db: Database, unit: Unit) -> Iterator[Sample]:
+    """Yield a unit's missing samples in the source's order."""
+    columns = ["sample_id", "prompt", "response", "text"]
+    for batch in db.vectors.scan("samples", columns, where(source=unit.source.name), batch_rows=256):
+        for row in batch.to_pylist():
+            if row["sample_id"] in unit.pending:
+                yield Sample(**row)
 
 
 def _render(renderer: Renderer, sample: Sample) -> Tokens | UnusableSampleError:
@@ -304,8 +347,8 @@ def _render(renderer: Renderer, sample: Sample) -> Tokens | UnusableSampleError:
         return error
 
 
-def _report(db: Database, rows: list[dict[str, Any]], *, dry_run: bool) -> IngestReport:
+def _report(db: Database, rows: list[dict[str, Any]], notes: list[str]) -> IngestReport:
     units = pl.DataFrame(rows, schema=_UNITS)
     runs = [r["run"] for r in rows if r["run"] is not None and r["n_failed"]]
     failures = db.vectors.read("failures", FAILURES.names, where(ingest_run=runs))
-    return IngestReport(units, failures.select(*UNIT_KEYS, "sample_id", "reason"), dry_run)
+    return IngestReport(units, failures.select(*UNIT_KEYS, "sample_id", "reason"), notes)

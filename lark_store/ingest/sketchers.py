@@ -7,11 +7,13 @@ import json
 from typing import TYPE_CHECKING
 
 from lark_store.errors import InputError
-from lark_store.ingest.gradients import compile_pattern
-from lark_store.ingest.oporp import MAP_VERSION, check_k
+from lark_store.ingest.gradients import choose_parameters, compile_pattern
+from lark_store.ingest.oporp import MAP_VERSION, Oporp, check_k, place
 from lark_store.schema.catalog import Sketcher
 
 if TYPE_CHECKING:
+    import torch
+
     from lark_store.ingest.oporp import Placement
 
 
@@ -48,6 +50,22 @@ def make_sketcher(
         correction="none",
         positions="all",
     )
+
+
+def oporp_of(sketcher: Sketcher) -> Oporp:
+    """Return a sketcher's map."""
+    return Oporp(sketcher.k, sketcher.seed)
+
+
+def placements_of(sketcher: Sketcher, model: torch.nn.Module) -> list[Placement]:
+    """Return what a sketcher takes of a model, laid out."""
+    chosen = choose_parameters(model, sketcher.parameters, sketcher.exclude)
+    return place([(name, tuple(p.shape)) for name, p in chosen], sketcher.k)
+
+
+def sketch_bytes(sketcher: Sketcher) -> int:
+    """Return the size of one stored vector."""
+    return sketcher.k * (2 if sketcher.dtype == "float16" else 4)
 
 
 def fingerprint(sketcher: Sketcher, placements: list[Placement]) -> str:

@@ -1,4 +1,7 @@
-"""Sketches to rows: collect, commit to Lance, then commit the counts to the catalog."""
+"""Sketches to rows: collect, commit to Lance, then commit the counts to the catalog.
+
+Of several processes each writes its own data files; rank 0 commits them all together.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from lark_store.schema.vectors import FAILURES, ROWS_PER_BATCH, row_key, sketch_
 
 if TYPE_CHECKING:
     from lark_store.ingest.gradients import Sketch
+    from lark_store.ingest.ranks import Ranks
     from lark_store.ingest.variants import Tokens
     from lark_store.schema.database import Database
 
@@ -21,14 +25,24 @@ _SECONDS_BETWEEN_COMMITS = 30.0
 
 
 class SketchWriter:
-    """Writes one run's sketches: a commit every 64 rows or 30 seconds, whichever comes first."""
+    """Writes one run's sketches: a commit every 64 rows or 30 seconds, whichever comes first.
+
+    Where there are several ranks, `commit` is a meeting of them all, and only the caller calls it.
+    """
 
     def __init__(
-        self, db: Database, run: IngestRun, fingerprint: str, sketcher: Sketcher, names: dict[str, str]
+        self,
+        db: Database,
+        run: IngestRun,
+        fingerprint: str,
+        sketcher: Sketcher,
+        names: dict[str, str],
+        ranks: Ranks,
     ) -> None:
-        self.db, self.run, self.names = db, run, names
+        self.db, self.run, self.names, self.ranks = db, run, names, ranks
         self.schema = sketch_schema(sketcher.k, sketcher.dtype)
         self.numpy_dtype = np.dtype(sketcher.dtype)
+        ranks.once(lambda: db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype) and None)
         self.table = db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype)
         self.failures = db.vectors.table("failures")
         self.n_before = int(self.table.count_rows(where(ingest_run=run.id)))
@@ -38,7 +52,7 @@ class SketchWriter:
         self._vectors: list[np.ndarray[Any, Any]] = []
         self._failed: list[dict[str, Any]] = []
         self._last_commit = time.monotonic()
-        if self.failures.count_rows(where(ingest_run=run.id)):
+        if ranks.is_first and self.failures.count_rows(where(ingest_run=run.id)):
             self.failures.delete(where(ingest_run=run.id))  # they are tried again now
 
     def add(self, sample_id: str, tokens: Tokens, sketch: Sketch) -> None:
@@ -57,14 +71,13 @@ class SketchWriter:
         )
         self._vectors.append(sketch.vector.numpy().astype(self.numpy_dtype))
         late = time.monotonic() - self._last_commit > _SECONDS_BETWEEN_COMMITS
-        if len(self._rows) >= ROWS_PER_BATCH or late:
+        if self.ranks.size == 1 and (len(self._rows) >= ROWS_PER_BATCH or late):
             self.commit()
 
     def fail(self, sample_id: str, reason: str) -> None:
         """Take one sample that could not be sketched."""
-        self.n_failed += 1
         self._failed.append({"ingest_run": self.run.id, **self.names, "sample_id": sample_id, "reason": reason})
-        if len(self._failed) >= ROWS_PER_BATCH:
+        if self.ranks.size == 1 and len(self._failed) >= ROWS_PER_BATCH:
             self.commit()
 
     def commit(self) -> None:
@@ -76,9 +89,22 @@ class SketchWriter:
         rows, vectors, failed = self._rows, self._vectors, self._failed
         self._rows, self._vectors, self._failed = [], [], []
         self._last_commit = time.monotonic()
-        if rows:
-            self.run.lance_version = self.db.vectors.append(self.table, self._arrow(rows, vectors))
-            self.n_sketched += len(rows)
+        if self.ranks.size == 1:
+            if rows:
+                self.run.lance_version = self.db.vectors.append(self.table, self._arrow(rows, vectors))
+            self._count(len(rows), failed)
+            return
+        written = self.db.vectors.write_files(self.table, self._arrow(rows, vectors)) if rows else []
+        everybody = self.ranks.gather((written, len(rows), failed))
+        files = [file for theirs, _, _ in everybody for file in theirs]
+        if files:
+            self.run.lance_version = self.db.vectors.append_files(self.table, files)
+        if self.ranks.is_first:
+            self._count(sum(n for _, n, _ in everybody), [row for _, _, theirs in everybody for row in theirs])
+
+    def _count(self, n_rows: int, failed: list[dict[str, Any]]) -> None:
+        self.n_sketched += n_rows
+        self.n_failed += len(failed)
         if failed:
             self.db.vectors.append(self.failures, pa.Table.from_pylist(failed, schema=FAILURES))
         self._record()
@@ -90,8 +116,11 @@ class SketchWriter:
         return scalars.append_column(field, pa.FixedSizeListArray.from_arrays(values, type=field.type))
 
     def finish(self, status: str, seconds: float, error: str | None = None) -> None:
-        """Commit what is left and close the run."""
-        self.commit()
+        """Commit what is left and close the run; one rank that fails or is interrupted does not wait for others."""
+        if status == "done" or self.ranks.size == 1:
+            self.commit()
+        if not self.ranks.is_first:
+            return
         self.n_before = int(self.table.count_rows(where(ingest_run=self.run.id))) - self.n_sketched
         self.run.status, self.run.error = status, error
         self.run.seconds = (self.run.seconds or 0.0) + seconds

@@ -107,18 +107,32 @@ class IngestReport:
     """What an ingest did, one row per checkpoint × source × variant.
 
     `units` has the columns checkpoint, source, variant, n_samples, n_existing, n_sketched, n_failed, run, seconds and
-    bytes (for a dry run, those that it would take); `failures` has checkpoint, source, variant, sample_id,
-    reason.
+    bytes; `failures` has checkpoint, source, variant, sample_id, reason; `notes` say what was done in another way
+    than usual.
     """
 
     units: pl.DataFrame
     failures: pl.DataFrame
-    dry_run: bool = False
+    notes: list[str]
 
     @property
     def n_failed(self) -> int:
         """How many samples could not be sketched."""
         return int(self.units["n_failed"].sum())
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What an ingest would take.
+
+    `units` has the columns checkpoint, source, variant, n_samples, n_existing, tokens_per_sample (mean), seconds and
+    bytes (of the sketches that are missing). `checkpoints` has checkpoint, path (`BatchPath`: several samples in one
+    backward, `HookPath`: one at a time), tensors and coordinates sketched, bytes_per_sample, seconds_per_sample and
+    peak_bytes of memory: the device's on CUDA, else the process's.
+    """
+
+    units: pl.DataFrame
+    checkpoints: pl.DataFrame
 
 
 @dataclass(frozen=True)

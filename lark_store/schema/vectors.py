@@ -6,6 +6,7 @@ group reads every vector; scans at Lance's default batch size hold gigabytes; ba
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,25 @@ class VectorStore:
     def append(self, table: Any, rows: pa.Table) -> int:
         """Add rows in one commit: all or nothing. Returns the version that holds them."""
         return int(table.add(rows).version)
+
+    def write_files(self, table: Any, rows: pa.Table) -> list[str]:
+        """Write rows to data files that no version of the table has yet; returns what `append_files` takes."""
+        from lance.fragment import write_fragments
+
+        made = write_fragments(rows, table.to_lance().uri, schema=table.schema, mode="append")
+        return [json.dumps(fragment.to_json()) for fragment in made]
+
+    def append_files(self, table: Any, files: list[str]) -> int:
+        """Add data files, written here or elsewhere, in one commit. Returns the version that holds them."""
+        from lance import FragmentMetadata, LanceDataset, LanceOperation
+
+        dataset = table.to_lance()
+        fragments = [FragmentMetadata.from_json(file) for file in files]
+        version = LanceDataset.commit(
+            dataset.uri, LanceOperation.Append(fragments), read_version=dataset.version
+        ).version
+        table.checkout_latest()
+        return int(version)
 
     def refresh_indices(self, table: Any) -> None:
         """Bring the scalar indices of a table up to all of its rows, building those that are missing.

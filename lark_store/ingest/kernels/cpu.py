@@ -43,9 +43,7 @@ def _mix(x: np.uint64) -> np.uint64:
 
 
 @_compile
-def _map_chunk(
-    chunk: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.uint64], codes: NDArray[np.uint64]
-) -> None:
+def _map_chunk(chunk: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.uint64], codes: NDArray[np.uint64]) -> None:
     """Work out where a chunk's runs go: `rows` (R,), and `codes` (R, 2): the lane code and 64 sign bits."""
     n_rows = np.uint64(len(rows))
     low = np.uint64(0)

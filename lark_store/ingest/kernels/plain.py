@@ -38,9 +38,9 @@ class PlainKernel:
         for source, lane, sign in self._blocks(first_chunk, n_runs):
             signs = self._sign_table.index_select(0, sign).view(-1, 64)
             order = self._lane_table.index_select(0, lane)
-            for bins, values in zip(out, runs, strict=True):
+            for s, values in enumerate(runs):
                 moved = values.index_select(0, source).gather(1, order)
-                bins += moved.mul_(signs).view(-1, self.oporp.k).sum(dim=0)
+                out[s] += moved.mul_(signs).view(-1, self.oporp.k).sum(dim=0)
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         """Return the sketches as they are."""

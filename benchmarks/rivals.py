@@ -1,0 +1,317 @@
+"""Other ways to per-sample gradients and their projections, timed on the same samples as ours.
+
+- `plain_floor`: batched forward and backward and nothing else; what every other way is compared with
+- `rapidin`: one sample at a time, the whole gradient in one vector, signs and a permutation that are stored
+- `trak`: one sample at a time, then `BasicProjector` of the package traker on a part of the gradient
+- `bergson`: the package bergson, in its own environment, through bergson_build.py
+
+README.md beside this file says how to install them, what they do and what may be compared. The model's parameters must
+carry no hooks here: close a `HookPath` first.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lark_store.ingest.variants import Tokens
+
+IGNORED = -100
+TRAK_BLOCK = 100  # columns of the matrix that BasicProjector holds at a time, its default
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The seconds a way took, part by part, one figure per sample or batch.
+
+    `samples` is how many they did together, `n_parameters` how long the gradient is, `coordinates` how many of them
+    were projected, `cpu_seconds` what all parts took of this process's cores, and `vectors` the projections (K,)
+    float32 on the CPU, one per sample, if it makes any.
+    """
+
+    way: str
+    samples: int
+    parts: dict[str, list[float]]
+    cpu_seconds: float
+    n_parameters: int
+    coordinates: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    vectors: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def per_sample(self) -> dict[str, float]:
+        """Seconds per sample of each part, as measured."""
+        return {part: sum(seconds) / self.samples for part, seconds in self.parts.items()}
+
+    @property
+    def per_coordinate(self) -> float:
+        """Seconds to project one coordinate of one sample's gradient; 0 where nothing is projected apart."""
+        return self.per_sample["projection"] / self.coordinates if self.coordinates else 0.0
+
+    @property
+    def whole(self) -> float:
+        """Seconds per sample for the whole gradient: projected in part, the projection is scaled up to its length."""
+        others = sum(seconds for part, seconds in self.per_sample.items() if part != "projection")
+        return others + self.per_coordinate * self.n_parameters
+
+
+class Stopwatch:
+    """Runs pieces of work on a device and keeps the seconds of each, by part, and the processor's seconds of all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parts: dict[str, list[float]] = {}
+        self.cpu_seconds = 0.0
+
+    def run(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do the work, wait until the device has done it too, and return its result."""
+        self._wait()
+        start, cpu = time.perf_counter(), time.process_time()
+        result = work(*arguments)
+        self._wait()
+        self.parts.setdefault(part, []).append(time.perf_counter() - start)
+        self.cpu_seconds += time.process_time() - cpu
+        return result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def pack(samples: Sequence[Tokens], n_tokens: int) -> list[list[Tokens]]:
+    """Sort samples by length and cut them into batches of at most `n_tokens`, padding included, as bergson does."""
+    batches: list[list[Tokens]] = []
+    for tokens in sorted(samples, key=lambda s: len(s.input_ids), reverse=True):
+        longest = len(batches[-1][0].input_ids) if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= n_tokens:
+            batches[-1].append(tokens)
+        else:
+            batches.append([tokens])
+    return batches
+
+
+def plain_floor(model: Any, batches: Sequence[Sequence[Tokens]]) -> Timed:
+    """Time forward and backward of right-padded batches, with gradients of all parameters and nothing done with them.
+
+    The first batch is run once before the clock starts.
+    """
+    device = _device(model)
+    watch = Stopwatch(device)
+    with _gradients_of_all(model):
+        backward(model, batches[0])
+        for batch in batches:
+            watch.run("backward", backward, model, batch)
+    sizes = [len(batch) for batch in batches]
+    settings = {"batch_sizes": sizes} | _machine(device)
+    return Timed("plain", sum(sizes), watch.parts, watch.cpu_seconds, _count(model), settings=settings)
+
+
+def rapidin(model: Any, samples: Sequence[Tokens], k: int = 65_536, seed: int = 0) -> Timed:
+    """Time OPORP with a stored permutation, one sample at a time, on the whole gradient.
+
+    The table is made, and the first sample run once, before the clock starts.
+    """
+    device = _device(model)
+    d = _count(model)
+    table = StoredOporp(d, k, seed, device)
+    flat = torch.empty(d, device=device)
+
+    def one(watch: Stopwatch, tokens: Tokens) -> torch.Tensor:
+        watch.run("backward", backward, model, [tokens])
+        watch.run("flatten", flatten, model, flat)
+        vector: torch.Tensor = watch.run("projection", table.project, flat)
+        return vector.cpu()
+
+    watch = Stopwatch(device)
+    with _gradients_of_all(model):
+        one(Stopwatch(device), samples[0])
+        vectors = [one(watch, tokens) for tokens in samples]
+    settings = {"k": k, "seed": seed, "table_bytes": table.n_bytes} | _machine(device)
+    return Timed("rapidin", len(samples), watch.parts, watch.cpu_seconds, d, d, settings, vectors)
+
+
+def trak(
+    model: Any,
+    samples: Sequence[Tokens],
+    *,
+    proj_dim: int = 2048,
+    coordinates: int = 100_000,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Timed:
+    """Time TRAK's BasicProjector on the first `coordinates` of each gradient: its matrix holds 400 bytes for each.
+
+    It draws the matrix anew for every batch, so part of its cost is shared by a batch's samples. The matrix is normal
+    on the CPU and of signs on a GPU, as TRAKer chooses. The first sample is run once before the clock starts.
+    """
+    from trak.projectors import BasicProjector
+
+    device = _device(model)
+    d = _count(model)
+    n = min(coordinates, d)
+    kind = "normal" if device.type == "cpu" else "rademacher"
+    projector = BasicProjector(n, proj_dim, seed, kind, device, block_size=TRAK_BLOCK)
+    rows = torch.zeros(batch_size, n, device=device)
+    flat = torch.empty(d, device=device)
+    watch = Stopwatch(device)
+    vectors: list[torch.Tensor] = []
+    with _gradients_of_all(model):
+        backward(model, [samples[0]])
+        projector.project(flatten(model, flat)[None, :n], model_id=0)
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            for row, tokens in enumerate(batch):
+                watch.run("backward", backward, model, [tokens])
+                watch.run("flatten", flatten, model, flat)
+                rows[row] = flat[:n]
+            vectors += list(watch.run("projection", projector.project, rows[: len(batch)], 0).cpu())
+    settings: dict[str, Any] = {"proj_dim": proj_dim, "proj_type": kind, "batch_size": batch_size, "seed": seed}
+    settings["whole_matrix_block_bytes"] = d * projector.block_size * 4
+    settings |= _machine(device)
+    return Timed("trak", len(samples), watch.parts, watch.cpu_seconds, d, n, settings, vectors)
+
+
+def bergson(
+    python: Path, model_folder: Path, samples: Sequence[Tokens], *, projection_dim: int = 16, n_tokens: int = 2048
+) -> Timed:
+    """Time bergson's gradient building in the environment whose interpreter is `python`, on these very tokens.
+
+    The saved model is loaded there, in float32, on a GPU if that environment's torch sees one. `n_tokens`, a batch's
+    size with its padding, may be no more than the model's context.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_samples(samples, Path(folder) / "samples.jsonl")
+        script = Path(__file__).with_name("bergson_build.py")
+        options = [f"--projection-dim={projection_dim}", f"--token-batch-size={n_tokens}"]
+        command = [str(python), str(script), str(model_folder), str(path), *options]
+        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own script
+    figures = json.loads(ran.stdout)
+    parts = {"build": [figures["seconds"]]}
+    return Timed(
+        "bergson", figures["samples"], parts, figures["cpu_seconds"], figures["n_parameters"], settings=figures
+    )
+
+
+def write_samples(samples: Sequence[Tokens], path: Path) -> Path:
+    """Write tokens and labels as bergson takes them, one JSON object per line.
+
+    Raises
+    ------
+    ValueError
+        A sample's labels are the model's own predictions.
+    """
+    lines = []
+    for tokens in samples:
+        if tokens.rule == "predicted":
+            raise ValueError("bergson takes labels from the data, so the rule `predicted` can't be compared")
+        labels = [i if t else IGNORED for i, t in zip(tokens.input_ids, tokens.is_target, strict=True)]
+        lines.append(json.dumps({"input_ids": tokens.input_ids, "labels": labels}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+class StoredOporp:
+    """OPORP with stored signs and a stored permutation of all d coordinates: 8 bytes each, and 4 for what it permutes.
+
+    The signed vector is permuted, padded with zeros to k bins of one length, and each bin summed.
+    """
+
+    def __init__(self, d: int, k: int, seed: int, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        index = torch.int32 if d < 1 << 31 else torch.int64
+        self.order = torch.randperm(d, generator=generator, dtype=index, device=device)
+        self.signs = torch.randint(0, 2, (d,), generator=generator, dtype=torch.float32, device=device).mul_(2).sub_(1)
+        self._padded = torch.zeros(k, -(-d // k), device=device)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the table takes."""
+        return self.order.nbytes + self.signs.nbytes
+
+    def project(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the bins (k,) of a gradient (d,), whose signs are changed in place."""
+        torch.index_select(flat.mul_(self.signs), 0, self.order, out=self._padded.view(-1)[: flat.numel()])
+        return self._padded.sum(dim=1)
+
+
+def backward(model: Any, batch: Sequence[Tokens]) -> None:
+    """Leave the gradient of a batch's loss on the parameters, and nothing of the batch before."""
+    model.zero_grad(set_to_none=True)
+    batch_loss(model, batch, _device(model)).backward()  # type: ignore[no-untyped-call]
+
+
+def flatten(model: Any, out: torch.Tensor) -> torch.Tensor:
+    """Copy all gradients, one after the other, into `out` (d,); a parameter that has none counts as zeros."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([grad.reshape(-1) for grad in grads], out=out)
+
+
+def batch_loss(model: Any, batch: Sequence[Tokens], device: torch.device) -> torch.Tensor:
+    """Return the sum over a right-padded batch of each sample's mean cross-entropy over its targets, a scalar.
+
+    No attention mask: in a causal model nothing before the padding sees it. The output layer, if the model names one,
+    is given only the positions that predict a target, as ours is.
+    """
+    longest = max(len(tokens.input_ids) for tokens in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    is_target = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, tokens in enumerate(batch):
+        ids[row, : len(tokens.input_ids)] = torch.tensor(tokens.input_ids)
+        is_target[row, : len(tokens.input_ids)] = torch.tensor(tokens.is_target)
+    rows, places = is_target.nonzero(as_tuple=True)
+    own = ids[rows, places].to(device)
+    use_predicted = torch.tensor([tokens.rule == "predicted" for tokens in batch])[rows].to(device)
+    weights = (1.0 / is_target.sum(dim=1))[rows].to(device)
+    logits = _logits_at(model, ids.to(device), rows.to(device), places.to(device) - 1)
+    labels = torch.where(use_predicted, logits.detach().argmax(dim=-1), own)
+    return (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+
+def _logits_at(model: Any, ids: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the logits at N positions of a batch, (N, vocabulary) float32."""
+    head = model.get_output_embeddings()
+    if head is None:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits[rows, places].float()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, places][None], *given[1:]))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits[0].float()
+
+
+@contextmanager
+def _gradients_of_all(model: Any) -> Iterator[None]:
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+
+
+def _device(model: Any) -> torch.device:
+    return torch.device(next(model.parameters()).device)
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    return {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}

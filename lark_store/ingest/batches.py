@@ -1,0 +1,33 @@
+"""Samples to batches: of like length, so that little is padding, and within a budget of tokens."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+T = TypeVar("T")
+TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # a batch's budget where none is given
+WINDOW = 256  # samples that are sorted by length together, and that several processes commit together
+
+
+def windows(samples: Iterable[T], size: int = WINDOW) -> Iterator[list[T]]:
+    """Cut a stream into lists of at most `size`."""
+    stream = iter(samples)
+    while window := list(islice(stream, size)):
+        yield window
+
+
+def batches(window: Iterable[T], length: Callable[[T], int], budget: Callable[[], int]) -> Iterator[list[T]]:
+    """Yield batches, the longest samples first: longest × count ≤ `budget()`, asked anew for each; at least one sample.
+
+    >>> list(batches(["aa", "a", "aaa", "a"], len, lambda: 4))
+    [['aaa'], ['aa', 'a'], ['a']]
+    """
+    rest = sorted(window, key=length, reverse=True)  # if memory runs out, it does so at once
+    while rest:
+        count = max(1, budget() // max(1, length(rest[0])))
+        yield rest[:count]
+        rest = rest[count:]

@@ -1,0 +1,90 @@
+"""Several processes at one ingest, as `torchrun` and `accelerate launch` start them.
+
+Rank 0 alone writes the catalog and commits; the others sketch their share and hand over what they wrote.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lark_store.errors import InputError, LarkStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
+_PATIENCE = timedelta(hours=2)  # one rank may load a large model long after another
+
+
+class Ranks:
+    """The processes of this ingest; alone, `size` is 1 and nothing is sent anywhere."""
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process commits."""
+        return self.rank == 0
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone; every rank gets its result, or its error."""
+        if self.size == 1:
+            return work()
+        from torch import distributed
+
+        box: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                box[0] = work()
+            except LarkStoreError as error:
+                box[1] = error
+        distributed.broadcast_object_list(box, src=0, group=self._group)
+        if box[1] is not None:
+            raise box[1]
+        result: T = box[0]
+        return result
+
+    def gather(self, mine: T) -> list[T]:
+        """Return what every rank has, in their order, on rank 0; elsewhere nothing."""
+        if self.size == 1:
+            return [mine]
+        from torch import distributed
+
+        everything: list[Any] | None = [None] * self.size if self.is_first else None
+        distributed.gather_object(mine, everything, dst=0, group=self._group)
+        return everything or []
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the processes that a launcher started, if one did (it sets WORLD_SIZE and RANK).
+
+    Raises
+    ------
+    InputError
+        The launcher's variables are incomplete, or the processes can't reach each other.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    from torch import distributed
+
+    ours = not distributed.is_initialized()
+    try:
+        if ours:
+            distributed.init_process_group("gloo", timeout=_PATIENCE)
+        group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"this is one of {size} processes, and they can't join: {error}", "start them with `torchrun`"
+        ) from error
+    try:
+        yield Ranks(distributed.get_rank(), size, group)
+    finally:
+        if ours:
+            distributed.destroy_process_group()

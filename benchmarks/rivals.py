@@ -196,7 +196,7 @@ def bergson(
         script = Path(__file__).with_name("bergson_build.py")
         options = [f"--projection-dim={projection_dim}", f"--token-batch-size={n_tokens}"]
         command = [str(python), str(script), str(model_folder), str(path), *options]
-        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own script
+        ran = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - our own script
     figures = json.loads(ran.stdout)
     parts = {"build": [figures["seconds"]]}
     return Timed(

@@ -344,7 +344,7 @@ class Store:
         """Compute stored sketches again, each sample alone, and compare.
 
         Takes `sketches` rows at random (always the same ones) of the sketcher and checkpoint asked for (default: of
-        all). Returns a row each: sketcher, checkpoint, source, variant, sample_id, cosine, norm_ratio (new over stored),
+        all). Returns a row each: sketcher, checkpoint, source, variant, sample_id, cosine, norm_ratio (new / stored),
         limit and ok. The limit is a cosine of 0.9999 for gradients made in float32, 0.999 for half precision.
 
         Raises

@@ -42,7 +42,7 @@ class SketchWriter:
         self.db, self.run, self.names, self.ranks = db, run, names, ranks
         self.schema = sketch_schema(sketcher.k, sketcher.dtype)
         self.numpy_dtype = np.dtype(sketcher.dtype)
-        ranks.once(lambda: db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype) and None)
+        ranks.once(lambda: db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype).name)  # made here alone
         self.table = db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype)
         self.failures = db.vectors.table("failures")
         self.n_before = int(self.table.count_rows(where(ingest_run=run.id)))

@@ -9,11 +9,12 @@ Shape letters: S samples, N coordinates of the stretch, K bins, Z partial sums (
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from lark_store.ingest.oporp import Oporp
 
 
@@ -42,16 +43,10 @@ def kernel_for(oporp: Oporp, device: torch.device) -> Kernel:
         from lark_store.ingest.kernels.cpu import CpuKernel
 
         return CpuKernel(oporp)
-    if device.type == "cuda" and _has_triton():
+    if device.type == "cuda" and torch.version.hip is None and find_spec("triton"):
         from lark_store.ingest.kernels.gpu import GpuKernel
 
         return GpuKernel(oporp, device)
     from lark_store.ingest.kernels.plain import PlainKernel
 
     return PlainKernel(oporp, device)
-
-
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None

@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 def is_first_rank() -> bool:
     """Tell whether this process speaks: of several that a launcher started, the first does."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str) -> None:

@@ -120,6 +120,8 @@ def plan(
 
 
 def _print_plan(report: PlanReport, form: str) -> None:
+    if not is_first_rank():
+        return
     emit_frames({"checkpoints": report.checkpoints, "units": report.units}, form)
     todo = sum(report.units["n_samples"]) - sum(report.units["n_existing"])
     size, seconds = sum(report.units["bytes"]), sum(report.units["seconds"])

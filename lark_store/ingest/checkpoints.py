@@ -356,6 +356,7 @@ def unweighted_model(folder: Path, dtype: torch.dtype, device: torch.device) -> 
     with _quiet(), initialization.no_init_weights():
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    model.tie_weights()  # left out along with the initial values
     if base != folder:
         with _attaching(folder):
             model = adapters.attach_empty(model, folder)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lark_store.errors import InputError, LarkStoreError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # one rank may load a large model long after another
+_MEETINGS = count(1)  # every rank counts the same
 
 
 class Ranks:
@@ -77,8 +80,8 @@ def joined() -> Iterator[Ranks]:
     ours = not distributed.is_initialized()
     try:
         if ours:
-            distributed.init_process_group("gloo", timeout=_PATIENCE)
-        group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+            _meet(size)
+        group = None if ours else distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"this is one of {size} processes, and they can't join: {error}", "start them with `torchrun`"
@@ -86,5 +89,28 @@ def joined() -> Iterator[Ranks]:
     try:
         yield Ranks(distributed.get_rank(), size, group)
     finally:
-        if ours:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group(group)
+
+
+def _meet(size: int) -> None:
+    """Make the group of all processes, and share the machine's GPUs out.
+
+    What the launcher keeps outlives a group: under the same names the next one would look for the last one's addresses.
+    """
+    from torch import cuda, distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store, rank = _launcher()
+    names = PrefixStore(f"lark-store/{next(_MEETINGS)}", store)
+    distributed.init_process_group("gloo", timeout=_PATIENCE, store=names, rank=rank, world_size=size)
+    if cuda.is_available():  # `cuda` means this one from now on
+        cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % cuda.device_count())
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> tuple[Any, int]:
+    """Return the launcher's key-value store and this process's rank."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    return store, rank

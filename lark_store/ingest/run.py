@@ -191,10 +191,13 @@ class _Worker:
         if unit.pending:
             self._load()
             return self._do(unit)
-        if self.ranks.is_first and ledger.has_unfinished(self.db, self._ids(unit)):
+        self.ranks.once(lambda: self._settle(unit))
+        return {}
+
+    def _settle(self, unit: Unit) -> None:
+        if ledger.has_unfinished(self.db, self._ids(unit)):
             with ledger.held(self.db, self.plan.fingerprint, unit.label):
                 ledger.settle(self.db, self._ids(unit))
-        return {}
 
     def _row(self, unit: Unit) -> dict[str, Any]:
         counts = {"n_samples": unit.n_samples, "n_existing": unit.n_samples - len(unit.pending)}
@@ -208,7 +211,8 @@ class _Worker:
             self.on_progress(Progress(f"{self.plan.checkpoint.name}: loading the model", 0, 0))
         self.tokenizer = load_tokenizer(self.plan.folder)
         model = load_model(self.plan.folder, self.device, self.request.precision)
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+        self.dtype = kinds.pop() if len(kinds) == 1 else "auto"  # adapters in float32 on a base in half precision
         chosen = choose_parameters(model, self.sketcher.parameters, self.sketcher.exclude)
         planned = [(p.name, p.shape) for p in self.plan.placements]
         if [(name, tuple(p.shape)) for name, p in chosen] != planned:

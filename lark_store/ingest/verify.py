@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from lark_store.schema.records import OnProgress
 
 # The same sample, alone and in any batch: rounding alone may part them.
-LIMITS = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999}
+LIMITS = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999, "auto": 0.999}
 _SCHEMA = {
     "sketcher": pl.String,
     "checkpoint": pl.String,
@@ -102,6 +103,10 @@ def _draw(db: Database, n: int, sketcher: str | None, checkpoint: str | None) ->
     return [rows[i] for i in sorted(chosen)]
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 class _Again:
     """Sketches one checkpoint's samples again, as a run's recipe says."""
 
@@ -131,12 +136,12 @@ class _Again:
         made = self._sketch(run, sample_id)
         if not isinstance(made, Sketch):
             return row | {"cosine": None, "norm_ratio": None, "ok": False}
-        vector = np.asarray(stored["vector"], np.float64)
-        new = made.vector.double().numpy()
-        cosine = float(vector @ new / np.linalg.norm(vector) / np.linalg.norm(new))
-        ratio = made.grad_norm / stored["grad_norm"]
+        vector, new = np.asarray(stored["vector"], np.float64), made.vector.double().numpy()
+        with np.errstate(all="ignore"):  # what is stored may be zero, or no number at all
+            cosine = float(vector @ new / np.linalg.norm(vector) / np.linalg.norm(new))
+            ratio = float(np.divide(made.grad_norm, stored["grad_norm"]))
         ok = cosine >= self.limit and abs(ratio - 1) < 10 * (1 - self.limit)
-        return row | {"cosine": cosine, "norm_ratio": ratio, "ok": ok}
+        return row | {"cosine": _finite(cosine), "norm_ratio": _finite(ratio), "ok": ok}
 
     def _stored(self, run: IngestRun, names: dict[str, str]) -> Iterator[dict[str, Any]]:
         filter_ = where(**names, ingest_run=run.id)
@@ -145,9 +150,11 @@ class _Again:
 
     def _sketch(self, run: IngestRun, sample_id: str) -> Sketch | UnusableSampleError:
         columns = ["sample_id", "prompt", "response", "text"]
-        (row,) = self.db.vectors.read("samples", columns, where(source=run.source.name, sample_id=sample_id)).to_dicts()
+        rows = self.db.vectors.read("samples", columns, where(source=run.source.name, sample_id=sample_id)).to_dicts()
+        if not rows:
+            return UnusableSampleError("its sample is gone")
         try:
-            tokens = Renderer(run.variant, self.tokenizer, self.context).render(Sample(**row))
+            tokens = Renderer(run.variant, self.tokenizer, self.context).render(Sample(**rows[0]))
         except UnusableSampleError as error:
             return error
         return self.path.sketch([tokens])[0]

@@ -1,8 +1,8 @@
 """The sketch on a CPU: one compiled loop, chunk after chunk.
 
 Within a chunk the map is one-to-one, so the chunk is read from its start to its end (what a CPU does fast) while its
-runs go to places that never meet. Chunks are dealt to Z partial sums by their number; threads take partial sums, so
-the bytes depend neither on the number of threads nor on how a gradient was cut into stretches.
+runs go to places that never meet. Chunks are dealt to Z partial sums by their number, and a thread takes one partial
+sum of one sample at a time, so the bytes depend neither on the number of threads nor on how a gradient was cut.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lark_store.ingest.oporp import Oporp
 
-_PARTS = 8  # Z: how many threads can work at once; each takes 4 K bytes a sample
+_PARTS = 2  # Z: a sample's work for two threads; each takes 4 K bytes a sample, which stay in a core's cache
 _ALONE = 1 << 16  # coordinates that are done before a second thread has woken up
 
 
@@ -65,38 +65,40 @@ def _map_chunk(chunk: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.uint
 
 
 @_compile
-def _add_run(
-    values: NDArray[np.float32], first: np.uint64, lane: np.uint64, sign: NDArray[np.float32], bins: NDArray[np.float32]
-) -> None:
-    """Add a run to the 64 bins it comes to; coordinates beyond the end of `values` are zeros."""
-    n = np.uint64(len(values))
-    if first + np.uint64(64) <= n:
-        for i in range(64):
-            bins[np.uint64(i)] += sign[np.uint64(i)] * values[first + (np.uint64(i) ^ lane)]
-    else:
-        for i in range(64):
-            place = first + (np.uint64(i) ^ lane)
-            if place < n:
-                bins[np.uint64(i)] += sign[np.uint64(i)] * values[place]
+def _map_chunks(first_chunk: int, n_chunks: int, n_rows: int, keys: NDArray[np.uint64]) -> Any:
+    """Work out where the runs of some chunks go: rows (C, R) and codes (C, R, 2)."""
+    rows, codes = np.empty((n_chunks, n_rows), np.uint64), np.empty((n_chunks, n_rows, 2), np.uint64)
+    for c in range(n_chunks):
+        _map_chunk(np.uint64(first_chunk + c), keys, rows[c], codes[c])
+    return rows, codes
 
 
 @_compile
 def _add_part(
-    gradient: NDArray[np.float32], first_chunk: int, keys: NDArray[np.uint64], out: NDArray[np.float32], part: int
+    values: NDArray[np.float32],
+    rows: NDArray[np.uint64],
+    codes: NDArray[np.uint64],
+    start: int,
+    bins: NDArray[np.float32],
 ) -> None:
-    """Add the chunks of one partial sum from stretches (S, N) to `out`, (Z, S, R, 64)."""
-    n_parts, n_samples, n_rows, _ = out.shape
-    n_runs = (gradient.shape[1] + 63) // 64
-    rows, codes = np.empty(n_rows, np.uint64), np.empty((n_rows, 2), np.uint64)
-    sign = np.empty(64, np.float32)
-    for c in range((part - first_chunk) % n_parts, (n_runs + n_rows - 1) // n_rows, n_parts):
-        here = min(n_rows, n_runs - c * n_rows)
-        _map_chunk(np.uint64(first_chunk + c), keys, rows, codes)
-        for s in range(n_samples):
-            for r in range(here):
+    """Add every second chunk, from chunk `start` on, of a stretch (N,) to bins (R, 64)."""
+    n, n_rows = np.uint64(len(values)), rows.shape[1]
+    for c in range(start, len(rows), _PARTS):
+        for r in range(n_rows):
+            first = np.uint64((c * n_rows + r) * 64)
+            if first >= n:
+                break
+            row, lane, signs = rows[c, r], codes[c, r, 0], codes[c, r, 1]
+            if first + np.uint64(64) <= n:
                 for i in range(64):
-                    sign[i] = np.float32(1 - 2 * np.int32((codes[r, 1] >> np.uint64(i)) & np.uint64(1)))
-                _add_run(gradient[s], np.uint64((c * n_rows + r) * 64), codes[r, 0], sign, out[part, s, rows[r]])
+                    sign = np.float32(1 - 2 * np.int32((signs >> np.uint64(i)) & np.uint64(1)))
+                    bins[row, np.uint64(i)] += sign * values[first + (np.uint64(i) ^ lane)]
+            else:
+                for i in range(64):
+                    place = first + (np.uint64(i) ^ lane)
+                    if place < n:
+                        sign = np.float32(1 - 2 * np.int32((signs >> np.uint64(i)) & np.uint64(1)))
+                        bins[row, np.uint64(i)] += sign * values[place]
 
 
 @cache
@@ -119,18 +121,20 @@ class CpuKernel:
         """Add the stretches that start at chunk `first_chunk`."""
         gradient = gradient_SN.detach().to(torch.float32).contiguous().numpy()
         bins = out.view(*out.shape[:2], self.oporp.rows, 64).numpy()
-        n_chunks = -(-gradient.shape[1] // self.oporp.k)
-        parts = [(first_chunk + c) % _PARTS for c in range(min(n_chunks, _PARTS))]
-        n_threads = min(torch.get_num_threads(), len(parts))
+        rows, codes = _map_chunks(first_chunk, -(-gradient.shape[1] // self.oporp.k), self.oporp.rows, self._keys)
+        jobs = [(s, part) for s in range(len(gradient)) for part in range(min(_PARTS, len(rows)))]
+
+        def work(job: tuple[int, int]) -> None:
+            s, part = job
+            _add_part(gradient[s], rows, codes, part, bins[(first_chunk + part) % _PARTS, s])
+
+        n_threads = min(torch.get_num_threads(), len(jobs))
         if n_threads == 1 or gradient.size < _ALONE:
-            for part in parts:
-                _add_part(gradient, first_chunk, self._keys, bins, part)
-            return
-        work = _pool(torch.get_num_threads()).map(
-            lambda part: _add_part(gradient, first_chunk, self._keys, bins, part), parts
-        )
-        for _ in work:
-            continue
+            for job in jobs:
+                work(job)
+        else:
+            for _ in _pool(torch.get_num_threads()).map(work, jobs):
+                continue
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         """Return the sketches, (S, K): the partial sums in order."""

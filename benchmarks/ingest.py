@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does; for every way here
 
 import torch
 from rivals import batch_loss, bergson, pack, plain_floor, rapidin, trak

@@ -14,6 +14,9 @@ from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
 
 _INTERRUPTED = 130
+# Threads of torch that wait for work spin for milliseconds, on cores that the sketch could use; 2,000 turns are some
+# microseconds. Read by the OpenMP library when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 app = typer.Typer(
     name="lark-store",

@@ -20,6 +20,7 @@ Shape letters: P coordinates of a parameter, C chunks, R rows of a chunk (k/64),
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -171,6 +172,7 @@ class GradientSketcher:
         self.device = device
         self.placements = {p.name: p for p in placements}
         self.kernel = kernel_for(oporp, device)
+        self._scratch: torch.Tensor | None = None
 
     def new(self, n: int = 1) -> torch.Tensor:
         """Return what `n` empty sketches are summed in; `finish` makes sketches of it."""
@@ -206,6 +208,13 @@ class GradientSketcher:
             bins.index_put_((row,), moved, accumulate=True)  # sorts first: the same bytes again
         else:
             bins.index_add_(0, row, moved)
+
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return memory to build a stretch in, the same each time: fresh pages cost as much as the sketch itself."""
+        count = math.prod(shape)
+        if self._scratch is None or self._scratch.numel() < count or self._scratch.dtype != dtype:
+            self._scratch = torch.empty(count, dtype=dtype, device=self.device)
+        return self._scratch[:count].view(shape)
 
     @cached_property
     def _lanes(self) -> torch.Tensor:

@@ -115,9 +115,7 @@ class _Again:
         folder = verify_files(run.checkpoint).folder
         wanted = _precision(run) if precision == "auto" else precision
         model = load_model(folder, device, wanted)
-        self.limit = (
-            LIMITS[str(model.dtype).removeprefix("torch.")] if wanted == _precision(run) else LIMITS["bfloat16"]
-        )
+        self.limit = LIMITS[wanted] if wanted == _precision(run) else LIMITS["bfloat16"]
         placements = placements_of(run.sketcher, model)
         if fingerprint(run.sketcher, placements) != run.fingerprint:
             raise CheckpointError(

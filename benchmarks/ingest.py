@@ -26,8 +26,8 @@ import torch
 from rivals import batch_loss, bergson, pack, plain_floor, rapidin, trak
 
 from lark_store.ingest.batched import BatchPath, make_path
-from lark_store.ingest.checkpoints import load_model
 from lark_store.ingest.gradients import HookPath, choose_parameters
+from lark_store.ingest.models import load_model
 from lark_store.ingest.oporp import GradientSketcher, Oporp, place
 from lark_store.ingest.plan import PeakMemory
 from lark_store.ingest.variants import Tokens
@@ -81,11 +81,17 @@ def sketched(model: Any, batches: Sequence[Sequence[Tokens]], kind: str, include
     return spent / sum(len(batch) for batch in batches)
 
 
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     """Print a Markdown table."""
     print(f"\n### {title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for row in rows:
-        print(f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else str(v) for v in row)} |")
+        print(f"| {' | '.join(_cell(v) for v in row)} |")
     print(flush=True)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_batched import model_of, ragged
 
-from lark_store.ingest.oporp import Oporp
+from lark_store.ingest.batched import BatchPath
+from lark_store.ingest.gradients import choose_parameters
+from lark_store.ingest.oporp import GradientSketcher, Oporp, place
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # k, seed, first chunk: the last chunks of the map too, whose run numbers are close below 2^32.
@@ -178,3 +181,21 @@ def test_stretches_give_the_bytes_of_the_whole(gpu, cut):
     kernel.add(gradient_SN[:, : cut * 1024].to(DEVICE), 7, out)
     kernel.add(gradient_SN[:, cut * 1024 :].to(DEVICE), 7 + cut, out)
     assert torch.equal(out, sums(kernel, gradient_SN, 7))
+
+
+@pytest.mark.usefixtures("few_parts")
+def test_the_batched_path_gives_the_same_sketches_on_either_device(gpu):
+    model = model_of("Llama, untied")
+    made = []
+    for device in (torch.device("cpu"), DEVICE):
+        chosen = choose_parameters(model.to(device), r"embed|layers\.1\.(mlp\.down|self_attn\.q|input_layernorm)", None)
+        sketcher = GradientSketcher(Oporp(1024, 0), place([(n, tuple(p.shape)) for n, p in chosen], 1024), device)
+        if made:
+            sketcher.kernel = gpu.GpuKernel(Oporp(1024, 0), device)
+            sketcher.together = True
+        path = BatchPath(model, chosen, sketcher)
+        made.append(path.sketch(ragged("text")))
+        path.close()
+    for ours, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(ours.vector, theirs.vector, rtol=1e-4, atol=1e-4)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)

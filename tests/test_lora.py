@@ -14,14 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lark_store.errors import CheckpointChangedError, CheckpointError, NameTakenError
-from lark_store.ingest.checkpoints import (
-    context_length,
-    examine,
-    load_model,
-    load_tokenizer,
-    meta_model,
-    trained_parameters,
-)
+from lark_store.ingest.checkpoints import examine
+from lark_store.ingest.models import context_length, load_model, load_tokenizer, meta_model, trained_parameters
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from test_cli import lark
 from test_lora import save_lora
 
 from lark_store.errors import CheckpointChangedError, CheckpointError, InputError, NameUnknownError
-from lark_store.ingest.checkpoints import load_model, meta_model, unweighted_model
+from lark_store.ingest.models import load_model, meta_model, unweighted_model
 from lark_store.ingest.plan import PeakMemory
 from lark_store.schema.vectors import SKETCH_PREFIX
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from lark_store.errors import InputError
-from lark_store.ingest.checkpoints import trained_parameters
 from lark_store.ingest.losses import Batch, sample_losses
+from lark_store.ingest.models import trained_parameters
 from lark_store.ingest.variants import UnusableSampleError
 
 if TYPE_CHECKING:

@@ -84,13 +84,12 @@ def _add_products(
     n_left, n_right = left_TL[0].shape[1], right_TR[0].shape[1]
     whole = k // math.gcd(k, n_right)  # so many rows end where a chunk ends
     step = max(1, _HELD.get(sketcher.device.type, 1 << 23) // (n * n_right * whole)) * whole
-    on_gpu = sketcher.device.type == "cuda"
-    if on_gpu:
+    if sketcher.together:
         left_BTL, right_BTR = _stacked(left_TL, right_TR)
     for start in range(0, n_left, step):
         stop = min(start + step, n_left)
         held = sketcher.scratch((n, stop - start, n_right), left_TL[0].dtype)
-        if on_gpu:
+        if sketcher.together:
             torch.bmm(left_BTL[:, :, start:stop].mT, right_BTR, out=held)
         else:
             for each, left, right in zip(held, left_TL, right_TR, strict=True):

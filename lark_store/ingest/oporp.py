@@ -172,6 +172,7 @@ class GradientSketcher:
         self.device = device
         self.placements = {p.name: p for p in placements}
         self.kernel = kernel_for(oporp, device)
+        self.together = device.type == "cuda"  # whether one product for all samples beats one for each
         self._scratch: torch.Tensor | None = None
 
     def new(self, n: int = 1) -> torch.Tensor:

@@ -17,8 +17,8 @@ import torch
 
 from lark_store.ingest.batched import make_path
 from lark_store.ingest.batches import TOKENS, batches
-from lark_store.ingest.checkpoints import load_tokenizer, meta_model, resolve_dtype, unweighted_model
 from lark_store.ingest.gradients import choose_parameters, pick_device, recompute_activations
+from lark_store.ingest.models import load_tokenizer, meta_model, resolve_dtype, unweighted_model
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.run import fill, prepare, read_samples
 from lark_store.ingest.sketchers import oporp_of, placements_of, sketch_bytes
@@ -138,18 +138,11 @@ class _Probe:
         if self.request.gradient_checkpointing:
             recompute_activations(model)
         chosen = choose_parameters(model, self.sketcher.parameters, self.sketcher.exclude)
-        self._path, _ = make_path(model, chosen, GradientSketcher(oporp_of(self.sketcher), placements, self.device))
-        ordered = self.batches(tokens)
-        seconds, n_tokens, n_samples = 0.0, 0, 0
+        sketcher = GradientSketcher(oporp_of(self.sketcher), placements, self.device)
         with PeakMemory(self.device) as peak:
-            for i in sorted({0, len(ordered) // 2, len(ordered) - 1}):
-                started = time.perf_counter()
-                self._path.sketch(ordered[i])
-                seconds += time.perf_counter() - started
-                n_tokens, n_samples = n_tokens + _padded(ordered[i]), n_samples + len(ordered[i])
-                if seconds > _LONG_ENOUGH:
-                    break
-        self.seconds_per_token = seconds / n_tokens
+            self._path, _ = make_path(model, chosen, sketcher)
+            ordered = self.batches(tokens)
+            self.seconds_per_token = self._time([ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})])
         kind = type(self._path).__name__
         self._path.close()
         gc.collect()
@@ -159,6 +152,19 @@ class _Probe:
             "seconds_per_sample": padded * self.seconds_per_token,
             "peak_bytes": before.start + weights + peak.highest - peak.start,
         }
+
+    def _time(self, some: list[list[Tokens]]) -> float:
+        """Return the seconds per token of some batches, or of the first of them if that takes long."""
+        assert self._path is not None
+        seconds, n_tokens = 0.0, 0
+        for batch in some:
+            started = time.perf_counter()
+            self._path.sketch(batch)
+            seconds += time.perf_counter() - started
+            n_tokens += _padded(batch)
+            if seconds > _LONG_ENOUGH:
+                break
+        return seconds / n_tokens
 
 
 class PeakMemory:

@@ -8,8 +8,9 @@ import polars as pl
 from sqlalchemy import select
 
 from lark_store.errors import InputError, NameUnknownError
-from lark_store.ingest.checkpoints import context_length, load_tokenizer, meta_model, verify
+from lark_store.ingest.checkpoints import verify
 from lark_store.ingest.gradients import choose_parameters
+from lark_store.ingest.models import context_length, load_tokenizer, meta_model
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError, show
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source

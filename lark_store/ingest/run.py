@@ -20,8 +20,9 @@ from lark_store.errors import CheckpointError, InputError
 from lark_store.ingest import ledger
 from lark_store.ingest.batched import make_path
 from lark_store.ingest.batches import TOKENS, WINDOW, batches, windows
-from lark_store.ingest.checkpoints import context_length, load_model, load_tokenizer, meta_model, verify
+from lark_store.ingest.checkpoints import verify
 from lark_store.ingest.gradients import choose_parameters, pick_device, recompute_activations
+from lark_store.ingest.models import context_length, load_model, load_tokenizer, meta_model
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.ranks import Ranks, joined
 from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of, sketch_bytes

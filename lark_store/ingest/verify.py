@@ -13,9 +13,9 @@ import polars as pl
 from sqlalchemy import select
 
 from lark_store.errors import CheckpointError, InputError
-from lark_store.ingest.checkpoints import context_length, load_model, load_tokenizer
 from lark_store.ingest.checkpoints import verify as verify_files
 from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, pick_device
+from lark_store.ingest.models import context_length, load_model, load_tokenizer
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of
 from lark_store.ingest.sources import Sample

@@ -13,6 +13,7 @@ import gc
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def invariance(model: Any, chosen: Any, vocabulary: int, length: int) -> float:
     path, reason = make_path(model, chosen, GradientSketcher(Oporp(K, 0), placements, torch.device("cuda")))
     assert isinstance(path, BatchPath), reason
     samples = [tokens(1, n, vocabulary)[0] for n in (length, length // 2, length - 7, 33)]
+    samples[1] = replace(samples[1], rule="predicted")
     alone, together = [path.sketch([one])[0] for one in samples], path.sketch(samples)
     again = path.sketch(samples)
     path.close()

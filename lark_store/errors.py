@@ -47,7 +47,12 @@ __all__ = [
 
 
 class LarkStoreError(Exception):
-    """Base of all: ``fact`` says what is wrong, ``hint`` what to do about it."""
+    """Base of all: ``fact`` says what is wrong, ``hint`` what to do about it.
+
+    ``is_shared``: of several processes all have this error, so one of them says it.
+    """
+
+    is_shared = False
 
     def __init__(self, fact: str, hint: str | None = None) -> None:
         super().__init__(fact if hint is None else f"{fact}\n\nhint: {hint}")

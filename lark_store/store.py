@@ -289,7 +289,8 @@ class Store:
         Samples of like length go through the model together, at most `batch_tokens` tokens with their padding (default:
         1,024 on a CPU, 8,192 on CUDA); a batch that does not fit into memory is halved. `gradient_checkpointing` takes
         less memory and about a third more time. A model with layers that can't be batched goes one sample at a time,
-        and the report's `notes` say so. Under `torchrun` the samples are shared out among the processes.
+        and the report's `notes` say so. Under `torchrun` the samples are shared out among the processes, all of which
+        must call it.
 
         Raises
         ------
@@ -317,7 +318,7 @@ class Store:
     ) -> PlanReport:
         """Say what an `ingest` with the same arguments would take: sketches, bytes, time and memory.
 
-        Nothing is written and no weights are read: a few batches of the samples' lengths are run through a model of
+        Nothing is written and no weights are loaded: a few batches of the samples' lengths are run through a model of
         the checkpoint's config.
 
         Raises

@@ -10,7 +10,14 @@ import transformers as hf
 from test_gradients import CPU, exact_gradient, sample, sketch_exact
 
 from lark_store.ingest.batched import BatchPath, make_path
-from lark_store.ingest.gradients import HookPath, Sketch, SketchPath, choose_parameters, recompute_activations
+from lark_store.ingest.gradients import (
+    HookPath,
+    Sketch,
+    SketchPath,
+    choose_parameters,
+    is_out_of_memory,
+    recompute_activations,
+)
 from lark_store.ingest.oporp import GradientSketcher, Oporp, place
 from lark_store.ingest.variants import Tokens, UnusableSampleError
 
@@ -183,6 +190,46 @@ def test_a_model_whose_layers_do_not_make_up_its_gradient_is_found_out(odd):
     assert "do not make up" in reason
 
 
+class Behind(torch.nn.Module):
+    """Has a linear layer that is never called, and whose share of the gradient is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(48, 48, bias=False)
+
+    def forward(self, x):
+        return x + 1e-4 * (x @ self.inner.weight)
+
+
+def test_a_parameter_is_never_left_out_however_small_its_gradient():
+    model = model_of("Llama, tied")
+    model.model.layers[1].mlp = Behind()
+    path, _, reason = paths(model)
+    assert isinstance(path, HookPath)
+    assert reason == "`model.layers.1.mlp.inner.weight` is used outside its layer"
+
+
+@pytest.mark.parametrize("length", [4, 2])  # Gemma's heads, and key-value heads, stand where tokens do elsewhere
+def test_heads_are_not_taken_for_tokens(length):
+    path, hooks, _ = paths(model_of("Gemma-3"))
+    samples = [sample(0, n=length), sample(1, n=2)]
+    assert min(cosines(path.sketch(samples), hooks.sketch(samples))) > 0.99999
+
+
+def test_gradient_checkpointing_drops_nothing_out():
+    torch.manual_seed(0)
+    config = hf.OPTConfig(
+        vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, ffn_dim=80, word_embed_proj_dim=48
+    )
+    assert config.dropout == 0.1
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    path, _, reason = paths(model)
+    samples = ragged("text")
+    expected = path.sketch(samples)
+    recompute_activations(model)
+    assert min(cosines(path.sketch(samples), expected)) > 0.99999, reason
+
+
 class OutOfMemory:
     """A device that holds so many tokens of a batch, and no more."""
 
@@ -206,6 +253,30 @@ def test_when_memory_runs_out_the_batch_is_halved():
     assert device.tried[:2] == [96, 48]
     assert path.largest == 24
     assert min(cosines(made, hooks.sketch(samples))) > 0.9999
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried", "MPS backend out of memory (9 GB)"],
+)
+def test_other_devices_run_out_of_memory_in_other_words(text):
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_layer_that_is_met_in_another_shape_later_fails_its_sample_alone():
+    model = model_of("Llama, untied")
+    path, hooks, _ = paths(model)
+    inner = model.model.layers[1].mlp.down_proj
+    cut = torch.nn.Module.register_forward_pre_hook
+    cut(inner, lambda _, given: (given[0].reshape(1, -1, 80),) if given[0].shape[1] > 20 else None)
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda _m, given, out: out.reshape(given[0].shape) if out.shape != given[0].shape else None
+    )
+    samples = [sample(0, n=9), sample(1, n=9)]
+    assert min(cosines(path.sketch(samples), hooks.sketch(samples))) > 0.9999
+    made = path.sketch([sample(2, n=24), sample(3, n=9)])
+    assert isinstance(made[1], Sketch)
 
 
 def test_a_sample_that_is_too_large_alone_is_a_reason_and_the_others_are_right():

@@ -60,7 +60,7 @@ def main() -> None:
     try:
         app()
     except LarkStoreError as error:
-        say(f"error: {error}")
+        say(f"error: {error}", everywhere=not error.is_shared)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # typer's answer to Ctrl-C

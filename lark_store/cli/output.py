@@ -26,10 +26,12 @@ def is_first_rank() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def say(message: str) -> None:
-    """Print a message on stderr."""
+def say(message: str, *, everywhere: bool = False) -> None:
+    """Print a message on stderr; of several processes the first does, or each of them, `everywhere`, with its rank."""
     if is_first_rank():
         print(message, file=sys.stderr)  # noqa: T201
+    elif everywhere:
+        print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr)  # noqa: T201
 
 
 def _number(value: float, *, integral: bool) -> str:

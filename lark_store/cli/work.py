@@ -69,7 +69,7 @@ def ingest(
             return
         report = opened.ingest(checkpoint, source, variant, **options, on_progress=bar)
     if not is_first_rank():
-        raise typer.Exit(1 if report.n_failed else 0)
+        return  # the first tells, with its exit status too
     emit(report.units, form)
     for note in report.notes:
         say(f"note: {note}")
@@ -99,7 +99,7 @@ def plan(
 ) -> None:
     """Say what an ingest would take before it runs: what is sketched, bytes, time and peak memory.
 
-    No weights are read and nothing is written: a few batches go through a model of the checkpoint's config.
+    No weights are loaded and nothing is written: a few batches go through a model of the checkpoint's config.
 
     Example: `lark-store plan --checkpoint epoch-2 --source finetune --variant chatml`
     """

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from lark_store.ingest.gradients import HookPath, Sketch, check_tokens, failure, finish
+from lark_store.ingest.gradients import (
+    FAULTS,
+    HookPath,
+    Sketch,
+    check_tokens,
+    failure,
+    finish,
+    is_device_lost,
+    is_out_of_memory,
+)
 from lark_store.ingest.layers import Capture, rule_for
 from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.variants import Tokens, UnusableSampleError
@@ -26,7 +35,8 @@ if TYPE_CHECKING:
 
     Taker = Callable[[torch.Tensor, torch.Tensor], None]
 
-_SAME = 0.999  # cosine of the batched sketch and the hooks' below which the batched path is not trusted
+# Cosine of the batched sketch and the hooks' below which the batched path is not trusted: half precision, float32.
+_SAME = (0.999, 0.9999)
 
 
 class Correction(Protocol):
@@ -79,6 +89,8 @@ class BatchPath:
     ) -> None:
         self.model, self.sketcher, self.pad_left, self.correction = model, sketcher, pad_left, correction
         self.largest: int | None = None  # until memory runs out
+        self.met: set[str] = set()  # the parameters that had a gradient so far
+        self.trusted = False  # once compared with the hooks: a layer met in another shape then fails its sample alone
         self._batch: Batch | None = None
         self._out = sketcher.new()
         self._anchor = torch.zeros((), device=sketcher.device, requires_grad=True)
@@ -104,6 +116,7 @@ class BatchPath:
                 raise UnknownLayerError(f"layer `{name}` takes {len(given)} inputs")
 
             def take(x: torch.Tensor, delta: torch.Tensor) -> None:
+                self.met.update(names.values())
                 if self.correction is not None:
                     x, delta = self.correction(name, x, delta)
                 capture = Capture(layer, _per_sample(name, x, batch), _per_sample(name, delta, batch))
@@ -132,7 +145,9 @@ class BatchPath:
         batch = Batch(samples, self.sketcher.device, self.pad_left)
         try:
             return self._backward(batch)
-        except (RuntimeError, IndexError, ValueError) as error:  # out of memory, a shape the model does not take, …
+        except (*FAULTS, UnknownLayerError) as error:
+            if is_device_lost(error) or (isinstance(error, UnknownLayerError) and not self.trusted):
+                raise
             reason, out_of_memory = failure(samples[0], error), is_out_of_memory(error)
         finally:
             self._batch = None
@@ -152,11 +167,6 @@ class BatchPath:
         losses_B.sum().backward()  # type: ignore[no-untyped-call]
         sketches_BK = self.sketcher.finish(self._out)
         return [finish(raw, loss) for raw, loss in zip(sketches_BK, losses_B.tolist(), strict=True)]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether a device's or the machine's memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _layers(model: torch.nn.Module, chosen: Chosen) -> dict[str, tuple[torch.nn.Module, Rule, dict[str, str]]]:
@@ -185,7 +195,7 @@ def _per_sample(name: str, values: torch.Tensor, batch: Batch) -> list[torch.Ten
         return list(torch.split(values[0], batch.n_targets))
     if values.shape[0] == n * batch.width:
         values = torch.unflatten(values, 0, (n, batch.width))
-    if values.shape[:2] == (n, batch.width):
+    if values.dim() <= 3 and values.shape[:2] == (n, batch.width):  # of 4 dimensions the second may be heads
         return [values[b, batch.span(b)] for b in range(n)]
     if values.shape[0] != n:
         raise UnknownLayerError(f"layer `{name}` mixes samples: it is given {tuple(values.shape)}")
@@ -210,6 +220,7 @@ def make_path(model: Any, chosen: Chosen, sketcher: GradientSketcher) -> tuple[S
 
 
 def _disagreement(path: BatchPath, model: Any, chosen: Chosen, sketcher: GradientSketcher) -> str | None:
+    """Say what parts the batched path from autograd's own parameter gradients, None if nothing does."""
     vocabulary = len(model.get_input_embeddings().weight)
     samples = [
         Tokens([(i * 7919 + n) % vocabulary for i in range(n)], [i > n // 3 for i in range(n)], "text") for n in (5, 9)
@@ -218,14 +229,19 @@ def _disagreement(path: BatchPath, model: Any, chosen: Chosen, sketcher: Gradien
         batched = path.sketch(samples)
     except UnknownLayerError as error:
         return str(error)
+    path.largest, path.trusted = None, True
     hooks = HookPath(model, chosen, sketcher)
     expected = hooks.sketch(samples)
     hooks.close()
+    unseen = sorted(hooks.met - path.met)
+    if unseen:
+        return f"`{unseen[0]}` is used outside its layer"
+    least = _SAME[next(model.parameters()).dtype == torch.float32]
     for ours, theirs in zip(batched, expected, strict=True):
-        if isinstance(ours, Sketch) and isinstance(theirs, Sketch):
+        if isinstance(theirs, Sketch):
+            if not isinstance(ours, Sketch):
+                return f"it fails in a batch and not alone: {ours}"
             cosine = float(torch.nn.functional.cosine_similarity(ours.vector, theirs.vector, dim=0))
-            if cosine < _SAME:
-                return f"its layers' gradients do not make up the model's (cosine {cosine:.3f})"
-        elif isinstance(ours, Sketch) != isinstance(theirs, Sketch):
-            return f"it fails where the hooks do not: {ours}"
+            if cosine < least or abs(ours.grad_norm / theirs.grad_norm - 1) > 50 * (1 - least):
+                return f"its layers' gradients do not make up the model's (cosine {cosine:.4f})"
     return None

@@ -114,6 +114,7 @@ class HookPath:
         self.model = model
         self.sketcher = sketcher
         self.largest: int | None = 1
+        self.met: set[str] = set()  # the parameters that had a gradient so far
         self._out = sketcher.new()
         self._hooks = []
         model.requires_grad_(False)
@@ -126,6 +127,7 @@ class HookPath:
         def take(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None  # let go of first: nothing adds up if the next line fails
             assert gradient is not None
+            self.met.add(name)
             self.sketcher.add(name, gradient.view(1, -1), self._out)
 
         return take
@@ -148,7 +150,9 @@ class HookPath:
             loss.backward()
         except UnusableSampleError as error:
             return error
-        except (RuntimeError, IndexError, ValueError) as error:  # out of memory, a shape the model does not take, …
+        except FAULTS as error:
+            if is_device_lost(error):
+                raise
             self.model.zero_grad(set_to_none=True)
             return failure(tokens, error)
         return finish(self.sketcher.finish(self._out)[0], float(loss.detach()))
@@ -157,13 +161,25 @@ class HookPath:
 def recompute_activations(model: Any) -> None:
     """Turn gradient checkpointing on for a model in evaluation mode: less memory, a second forward.
 
-    Only its layers' own switches are set to training, which transformers asks for; dropout stays off.
+    transformers asks for layers in training; what they would drop out themselves is set to nothing.
+
+    Raises
+    ------
+    InputError
+        The model can't do it.
     """
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
-    for layer in model.modules():
-        if getattr(layer, "gradient_checkpointing", False):
-            layer.training = True
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"the model can't do gradient checkpointing: {error}", "leave it out") from error
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for holder in (model.config, *layers):
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
+    for layer in layers:
+        layer.training = True
 
 
 def check_tokens(model: Any, tokens: Tokens) -> None:
@@ -171,6 +187,22 @@ def check_tokens(model: Any, tokens: Tokens) -> None:
     vocabulary, largest = len(model.get_input_embeddings().weight), max(tokens.input_ids)
     if largest >= vocabulary:
         raise UnusableSampleError(f"the model has {vocabulary} tokens, not token {largest}")
+
+
+# What a model may raise on a sample: out of memory, a shape it does not take, …
+FAULTS = (RuntimeError, IndexError, ValueError, TypeError, KeyError, MemoryError)
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Tell whether a device is broken for good: everything after would fail too."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a device's or the machine's memory ran out."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def failure(tokens: Tokens, error: Exception) -> UnusableSampleError:

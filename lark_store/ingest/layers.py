@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # H100's 50), on a CPU small beside the activations (32 MB of float32).
 _HELD = {"cuda": 1 << 24, "cpu": 1 << 23}
 
+# What a layer raises that takes other input than a trial gives it.
+_REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -129,7 +132,10 @@ def _embedding(layer: nn.Embedding) -> Rule | None:
 def _factor(layer: nn.Embedding) -> float | None:
     """Return what a layer multiplies a row of its table by; None if it does anything else."""
     index = torch.arange(min(8, layer.num_embeddings), device=layer.weight.device)
-    rows, made = layer.weight[index].double(), layer(index).double()
+    try:
+        rows, made = layer.weight[index].double(), layer(index).double()
+    except _REFUSALS:
+        return None
     if made.shape != rows.shape or not rows.any():
         return None
     factor = float((rows * made).sum() / (rows * rows).sum())
@@ -179,7 +185,7 @@ def _scales_its_input(layer: nn.Module) -> bool:
             made = torch.func.functional_call(layer, free, (given,))
             expected = torch.autograd.grad(made, list(free.values()), delta)
         found = _scale_gradients(Capture(layer, [given], [delta]), list(free))
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # it takes other input, or needs more
+    except _REFUSALS:
         return False
     tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
     return all(

@@ -1,7 +1,7 @@
 """What an ingest will take, before it runs: what is sketched, bytes, time and memory.
 
-Nothing of a checkpoint's weights is read. A model of its config is built with weights that share their memory (one
-tensor for all of one shape), and a few batches with the lengths of the samples at hand are run through it.
+No weights are loaded (the files are hashed, as always). A model of its config is built with weights that share their
+memory (one tensor for all of one shape), and a few batches with the lengths of the samples at hand are run through it.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ class _Probe:
         """Return the seconds per token of some batches, or of the first of them if that takes long."""
         assert self._path is not None
         seconds, n_tokens = 0.0, 0
+        if self.device.type == "cuda":
+            self._path.sketch(some[0])  # compiles
         for batch in some:
             started = time.perf_counter()
             self._path.sketch(batch)

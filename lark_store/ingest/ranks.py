@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lark_store.errors import InputError, LarkStoreError
+from lark_store.errors import InputError, LarkStoreError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,8 +45,10 @@ class Ranks:
                 box[0] = work()
             except LarkStoreError as error:
                 box[1] = error
-        distributed.broadcast_object_list(box, src=0, group=self._group)
+        with self._together():
+            distributed.broadcast_object_list(box, src=0, group=self._group)
         if box[1] is not None:
+            box[1].is_shared = True
             raise box[1]
         result: T = box[0]
         return result
@@ -58,8 +60,19 @@ class Ranks:
         from torch import distributed
 
         everything: list[Any] | None = [None] * self.size if self.is_first else None
-        distributed.gather_object(mine, everything, dst=0, group=self._group)
+        with self._together():
+            distributed.gather_object(mine, everything, dst=0, group=self._group)
         return everything or []
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of gloo: a connection was closed, or nobody answered
+            raise StoreError(
+                f"another of the {self.size} processes ended",
+                "its own message says why; run the command again to go on",
+            ) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lark_store.ingest import ledger
 from lark_store.ingest.batched import make_path
 from lark_store.ingest.batches import TOKENS, WINDOW, batches, windows
 from lark_store.ingest.checkpoints import verify
-from lark_store.ingest.gradients import choose_parameters, pick_device, recompute_activations
+from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device, recompute_activations
 from lark_store.ingest.models import context_length, load_model, load_tokenizer, meta_model
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.ranks import Ranks, joined
@@ -224,7 +224,12 @@ class _Worker:
         if self.request.gradient_checkpointing:
             recompute_activations(model)
         sketcher = GradientSketcher(oporp_of(self.sketcher), self.plan.placements, self.device)
-        self.path, reason = make_path(model, chosen, sketcher)
+        self.path, mine = make_path(model, chosen, sketcher)
+        reasons = [why for why in self.ranks.gather(mine) if why]
+        reason = self.ranks.once(lambda: next(iter(reasons), None))
+        if reason and not mine:
+            self.path.close()
+            self.path = HookPath(model, chosen, sketcher)
         if reason:
             self.notes.append(f"checkpoint `{self.plan.checkpoint.name}` is sketched one sample at a time: {reason}")
 

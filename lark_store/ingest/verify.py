@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from lark_store.schema.records import OnProgress
 
-# The same sample, alone and in any batch: rounding alone may part them.
+# The same sample, alone and in any batch: rounding alone may part them. In half precision it moves the length of a
+# gradient of few targets by per cents (2% seen on SmolLM2), its direction much less.
 LIMITS = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999, "auto": 0.999}
 _SCHEMA = {
     "sketcher": pl.String,
@@ -138,7 +139,7 @@ class _Again:
         with np.errstate(all="ignore"):  # what is stored may be zero, or no number at all
             cosine = float(vector @ new / np.linalg.norm(vector) / np.linalg.norm(new))
             ratio = float(np.divide(made.grad_norm, stored["grad_norm"]))
-        ok = cosine >= self.limit and abs(ratio - 1) < 10 * (1 - self.limit)
+        ok = cosine >= self.limit and abs(ratio - 1) < 50 * (1 - self.limit)
         return row | {"cosine": _finite(cosine), "norm_ratio": _finite(ratio), "ok": ok}
 
     def _stored(self, run: IngestRun, names: dict[str, str]) -> Iterator[dict[str, Any]]:

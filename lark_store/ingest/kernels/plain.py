@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26, "mps": 1 << 24}  # coordinates at a time: a CPU's cache, a GPU's width
 
+_KEPT = 1 << 25  # runs whose codes are kept, 470 MB
+
 
 class PlainKernel:
-    """See `Kernel`: the codes of a stretch are inverted once and kept on the device, 14 bytes per 64 coordinates."""
+    """See `Kernel`: the codes of a stretch are inverted and kept on the device, 14 bytes per 64 coordinates."""
 
     def __init__(self, oporp: Oporp, device: torch.device) -> None:
         self.oporp, self.device = oporp, device
         self._codes: dict[tuple[int, int], Codes] = {}
+        self._kept = 0
         lanes = torch.arange(64)
         self._lane_table = (lanes[:, None] ^ lanes[None, :]).to(device)
         byte = torch.arange(256)[:, None]
@@ -49,6 +52,9 @@ class PlainKernel:
     def _blocks(self, first_chunk: int, n_runs: int) -> Iterator[Codes]:
         key = (first_chunk, n_runs)
         if key not in self._codes:
+            self._kept += n_runs
+            if self._kept > _KEPT:
+                self._codes, self._kept = {}, n_runs
             self._codes[key] = self._gather_codes(first_chunk, n_runs)
         source, lane, sign = self._codes[key]
         step = max(1, _BLOCK[self.device.type] // self.oporp.k) * self.oporp.rows

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lark_store.errors import InputError
+from lark_store.ingest.kernels.cpu import CpuKernel
+from lark_store.ingest.kernels.plain import PlainKernel
 from lark_store.ingest.oporp import GradientSketcher, Oporp, fold, place
 
 CPU = torch.device("cpu")
@@ -74,6 +76,49 @@ def sketch(gradients: dict[str, torch.Tensor], k: int, seed: int = 0, device: to
     for name, gradient in gradients.items():
         sketcher.add(name, gradient.to(device).view(1, -1), out)
     return sketcher.finish(out)[0]
+
+
+@pytest.mark.parametrize("k", [256, 1024, 65_536])
+def test_the_plain_kernel_and_the_compiled_one_give_the_same_sketches(k):
+    torch.manual_seed(0)
+    plain, compiled = PlainKernel(Oporp(k, 3), CPU), CpuKernel(Oporp(k, 3))
+    made = []
+    for kernel in (plain, compiled):
+        torch.manual_seed(0)
+        out = kernel.new(3)
+        for n, first_chunk in ((5 * k + 77, 7), (64, 0), (1, 40), (2 * k, 2**20)):
+            kernel.add(torch.randn(3, n), first_chunk, out)
+        made.append(kernel.finish(out))
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bytes_depend_on_neither_threads_nor_stretches():
+    gradient = torch.randn(2, 40 * 4096 + 100)
+    made, before = [], torch.get_num_threads()
+    try:
+        for threads, step in ((1, 41), (2, 41), (2, 3)):
+            torch.set_num_threads(threads)
+            kernel = CpuKernel(Oporp(4096, 0))
+            out = kernel.new(2)
+            for chunk in range(0, 41, step):
+                kernel.add(gradient[:, chunk * 4096 : (chunk + step) * 4096], 5 + chunk, out)
+            made.append(kernel.finish(out))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
+def test_rows_of_a_table_are_sketched_as_the_whole_table_is():
+    for width in (48, 64, 100, 192):
+        placements = place([("before", (300,)), ("table", (50, width))], 256)
+        sketcher = GradientSketcher(Oporp(256, 1), placements, CPU)
+        index, values = torch.tensor([3, 49, 3, 0]), torch.randn(4, width)
+        table = torch.zeros(50, width).index_add_(0, index, values)
+        rows, whole = sketcher.new(2), sketcher.new(2)
+        sketcher.add_rows("table", index, values, rows, 1)
+        sketcher.add("table", torch.stack([torch.zeros(50 * width), table.flatten()]), whole)
+        torch.testing.assert_close(sketcher.finish(rows), sketcher.finish(whole), rtol=1e-4, atol=1e-5)
 
 
 @given(k=POWERS, seed=st.integers(0, 2**40), chunk=st.integers(0, 2**12), data=st.data())

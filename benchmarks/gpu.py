@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, {time.strftime('%Y-%m-%d')}")
     kernel_alone()
     rows = []

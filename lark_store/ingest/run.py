@@ -101,6 +101,7 @@ class Plan:
 def ingest(db: Database, request: Request, on_progress: OnProgress | None = None) -> IngestReport:
     """Sketch what is missing; see `Store.ingest`."""
     with joined() as ranks:
+        ranks.once(lambda: _check(db, request))  # a wrong name is said once
         sketcher, plans = prepare(db, request)
         device = pick_device(request.device)
         report: list[dict[str, Any]] = []
@@ -128,6 +129,10 @@ def prepare(db: Database, request: Request) -> tuple[Sketcher, list[Callable[[],
         return _plan(sketcher, checkpoint, [Unit(checkpoint, s, v) for s in sources for v in variants])
 
     return sketcher, [partial(plan, checkpoint) for checkpoint in checkpoints]
+
+
+def _check(db: Database, request: Request) -> None:
+    prepare(db, request)
 
 
 def _plan(sketcher: Sketcher, checkpoint: Checkpoint, units: list[Unit]) -> Plan:

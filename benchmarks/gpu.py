@@ -1,6 +1,6 @@
 """What sketching costs on one GPU: OLMo-3-7B's configuration, a 1B Llama and SmolLM2-135M's, with random bf16 weights.
 
-    bash benchmarks/gpu.sh            # this, and the tests of the compiled kernel, in under ten minutes
+    bash benchmarks/gpu.sh            # this, and the tests of the compiled kernel, meant to take under ten minutes
 
 For each model: plain batched forward and backward, the batched path, and the batched path with a sketch that takes the
 weight gradients and drops them (what is left is the sketch's share); peak memory; the same sample alone and in a batch.

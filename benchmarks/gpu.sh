@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under ten minutes: the tests of the compiled kernel and of the paths on
+# Everything that needs a GPU, in one call, meant to take under ten minutes: the tests of the compiled kernel and of the paths on
 # CUDA, then the figures of benchmarks/gpu.py. Run it in the project's folder, in an environment with lark-store and
 # its dev extra, a CUDA build of torch, and triton. Results also go to $OUT (default: gpu-results).
 set -u

@@ -288,7 +288,7 @@ class Store:
 
         Samples of like length go through the model together, at most `batch_tokens` tokens with their padding (default:
         1,024 on a CPU, 8,192 on CUDA); a batch that does not fit into memory is halved. `gradient_checkpointing` takes
-        less memory and about a third more time. A model with layers that can't be batched goes one sample at a time,
+        less memory and more time. A model with layers that can't be batched goes one sample at a time,
         and the report's `notes` say so. Under `torchrun` the samples are shared out among the processes, all of which
         must call it.
 

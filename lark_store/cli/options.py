@@ -30,6 +30,12 @@ CheckpointOption = Annotated[str, typer.Option("--checkpoint", "-c", metavar="NA
 CheckpointsOption = Annotated[
     list[str], typer.Option("--checkpoint", "-c", metavar="NAME", help="A checkpoint; may be given several times.")
 ]
+WantedSourcesOption = Annotated[
+    list[str], typer.Option("--source", "-s", metavar="NAME", help="A source; may be given several times.")
+]
+WantedVariantsOption = Annotated[
+    list[str], typer.Option("--variant", metavar="NAME", help="A format variant; may be given several times.")
+]
 SourcesOption = Annotated[
     list[str] | None,
     typer.Option("--source", "-s", metavar="NAME", help="Only this source; may be given several times (default: all)."),
@@ -61,9 +67,7 @@ BatchTokensOption = Annotated[
     int | None,
     typer.Option(metavar="N", help="Tokens of a batch, padding included (default: 1,024 on a CPU, 8,192 on CUDA)."),
 ]
-CheckpointingOption = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
-]
+CheckpointingOption = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")]
 
 
 def open_store(path: str | None) -> Store:

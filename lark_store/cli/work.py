@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,8 @@ from lark_store.cli.options import (
     SketcherOption,
     SourcesOption,
     StoreOption,
+    WantedSourcesOption,
+    WantedVariantsOption,
     open_store,
 )
 from lark_store.cli.output import ProgressBar, emit, emit_frames, is_first_rank, say
@@ -32,12 +34,8 @@ if TYPE_CHECKING:
 
 def ingest(
     checkpoint: CheckpointsOption,
-    source: Annotated[
-        list[str], typer.Option("--source", "-s", metavar="NAME", help="A source; may be given several times.")
-    ],
-    variant: Annotated[
-        list[str], typer.Option("--variant", metavar="NAME", help="A format variant; may be given several times.")
-    ],
+    source: WantedSourcesOption,
+    variant: WantedVariantsOption,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     limit: LimitOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `lark-store plan`.")] = False,
@@ -55,19 +53,34 @@ def ingest(
 
     Example: `lark-store ingest --checkpoint epoch-2 --source finetune --source pubmed --variant chatml`
     """
-    options: dict[str, Any] = {
-        "sketcher": sketcher,
-        "limit": limit,
-        "device": device,
-        "precision": precision,
-        "batch_tokens": batch_tokens,
-        "gradient_checkpointing": gradient_checkpointing,
-    }
+    if dry_run:
+        plan(
+            checkpoint,
+            source,
+            variant,
+            sketcher,
+            limit,
+            device,
+            precision,
+            batch_tokens,
+            gradient_checkpointing,
+            store,
+            form,
+        )
+        return
     with open_store(store) as opened, ProgressBar() as bar:
-        if dry_run:
-            _print_plan(opened.plan(checkpoint, source, variant, **options, on_progress=bar), form)
-            return
-        report = opened.ingest(checkpoint, source, variant, **options, on_progress=bar)
+        report = opened.ingest(
+            checkpoint,
+            source,
+            variant,
+            sketcher=sketcher,
+            limit=limit,
+            device=device,
+            precision=precision,
+            batch_tokens=batch_tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            on_progress=bar,
+        )
     if not is_first_rank():
         return  # the first tells, with its exit status too
     emit(report.units, form)
@@ -82,12 +95,8 @@ def ingest(
 
 def plan(
     checkpoint: CheckpointsOption,
-    source: Annotated[
-        list[str], typer.Option("--source", "-s", metavar="NAME", help="A source; may be given several times.")
-    ],
-    variant: Annotated[
-        list[str], typer.Option("--variant", metavar="NAME", help="A format variant; may be given several times.")
-    ],
+    source: WantedSourcesOption,
+    variant: WantedVariantsOption,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     limit: LimitOption = None,
     device: DeviceOption = "auto",

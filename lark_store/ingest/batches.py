@@ -13,6 +13,12 @@ TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # a batch's budget where none
 WINDOW = 256  # samples that are sorted by length together, and that several processes commit together
 
 
+def budget(asked: int | None, device: str, largest: int | None) -> int:
+    """Return the tokens that a batch may have: those asked for, or the device's, but no more than was found to fit."""
+    wanted = asked or TOKENS[device]
+    return wanted if largest is None else min(wanted, largest)
+
+
 def windows(samples: Iterable[T], size: int = WINDOW) -> Iterator[list[T]]:
     """Cut a stream into lists of at most `size`."""
     stream = iter(samples)

@@ -1,6 +1,6 @@
 """What a layer's input and output gradient say about its parameters' gradient, for each sample of a batch.
 
-A *rule* knows one kind of layer: `Product` (linear layers, Conv1D), `Rows` (embeddings), `Scale` (layer and RMS norms).
+A *rule* knows one kind of layer: linear layers and Conv1D (products), embeddings (rows), layer and RMS norms (scales).
 `rule_for` returns None for a layer that no rule knows; nothing is guessed.
 
 Shape letters: B samples, T tokens, I and O inputs and outputs of a layer, L and R left and right factor of a product,
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     Names = dict[str, str]  # a layer's own name of a parameter -> the name it is sketched under
     Rule = Callable[["Capture", Names, GradientSketcher, torch.Tensor], None]
 
-# Coordinates of all samples' weight gradients held at a time: on a GPU what its L2 cache holds of bfloat16 (32 MB of an
-# H100's 50), on a CPU small beside the activations (32 MB of float32).
-_HELD = {"cuda": 1 << 24, "cpu": 1 << 23}
+# Coordinates of all samples' weight gradients held at a time, 32 MB: on CUDA what an L2 cache holds of bfloat16 (an
+# H100's has 50 MB), elsewhere of float32, small beside the activations.
+_HELD, _HELD_CUDA = 1 << 23, 1 << 24
 
 # What a layer raises that takes other input than a trial gives it.
 _REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -86,7 +86,8 @@ def _add_products(
     n, k = len(left_TL), sketcher.oporp.k
     n_left, n_right = left_TL[0].shape[1], right_TR[0].shape[1]
     whole = k // math.gcd(k, n_right)  # so many rows end where a chunk ends
-    step = max(1, _HELD.get(sketcher.device.type, 1 << 23) // (n * n_right * whole)) * whole
+    held_at_once = _HELD_CUDA if sketcher.device.type == "cuda" else _HELD
+    step = max(1, held_at_once // (n * n_right * whole)) * whole
     if sketcher.together:
         left_BTL, right_BTR = _stacked(left_TL, right_TR)
     for start in range(0, n_left, step):

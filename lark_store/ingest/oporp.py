@@ -194,7 +194,8 @@ class GradientSketcher:
         """
         n_rows, width = values_TH.shape
         start_T = index_T * width
-        wide = -(-(width + LANES - 1) // LANES) if width % LANES else width // LANES  # runs that a row may touch
+        before = LANES - 1 if width % LANES else 0  # a row may begin anywhere in a run, or always at its start
+        wide = -(-(before + width) // LANES)
         runs = values_TH.new_zeros(n_rows, wide * LANES, dtype=torch.float32)
         place = (start_T % LANES)[:, None] + torch.arange(width, device=self.device)
         runs.scatter_(1, place, values_TH.float())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 import polars as pl
@@ -16,13 +17,13 @@ import psutil
 import torch
 
 from lark_store.ingest.batched import make_path
-from lark_store.ingest.batches import TOKENS, batches
+from lark_store.ingest.batches import batches, budget
 from lark_store.ingest.gradients import choose_parameters, pick_device, recompute_activations
 from lark_store.ingest.models import load_tokenizer, meta_model, resolve_dtype, unweighted_model
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.run import fill, prepare, read_samples
 from lark_store.ingest.sketchers import oporp_of, placements_of, sketch_bytes
-from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
+from lark_store.ingest.variants import Renderer, Tokens
 from lark_store.schema.records import PlanReport, Progress
 
 if TYPE_CHECKING:
@@ -98,14 +99,8 @@ def _lengths(db: Database, work: Plan, limit: int | None) -> list[list[Tokens]]:
         fill(db, work.fingerprint, unit, limit)
         renderer = Renderer(unit.variant, tokenizer, work.context)
         step = max(1, len(unit.pending) // _RENDERED)
-        rendered = []
-        for i, sample in enumerate(read_samples(db, unit)):
-            if i % step == 0:
-                try:
-                    rendered.append(renderer.render(sample))
-                except UnusableSampleError:
-                    continue
-        made.append(rendered)
+        rendered = [renderer.attempt(sample) for sample in islice(read_samples(db, unit), 0, None, step)]
+        made.append([tokens for tokens in rendered if isinstance(tokens, Tokens)])
     return made
 
 
@@ -119,10 +114,9 @@ class _Probe:
 
     def batches(self, tokens: list[Tokens]) -> list[list[Tokens]]:
         """Cut samples into batches as an ingest does."""
-        budget = self.request.batch_tokens or TOKENS[self.device.type]
-        if self._path is not None and self._path.largest is not None:
-            budget = min(budget, self._path.largest)
-        return list(batches(tokens, lambda one: len(one.input_ids), lambda: budget))
+        largest = None if self._path is None else self._path.largest
+        wanted = budget(self.request.batch_tokens, self.device.type, largest)
+        return list(batches(tokens, lambda one: len(one.input_ids), lambda: wanted))
 
     def run(self, tokens: list[Tokens]) -> dict[str, Any]:
         """Return a row of the report's `checkpoints`; time and memory are those of a few batches, evenly spread."""
@@ -133,8 +127,8 @@ class _Probe:
         row = {"tensors": len(placements), "coordinates": sum(p.numel for p in placements)}
         if not tokens:
             return row
-        with PeakMemory(self.device) as before:
-            model = unweighted_model(self.work.folder, dtype, self.device)
+        before = memory_in_use(self.device)
+        model = unweighted_model(self.work.folder, dtype, self.device)
         if self.request.gradient_checkpointing:
             recompute_activations(model)
         chosen = choose_parameters(model, self.sketcher.parameters, self.sketcher.exclude)
@@ -150,7 +144,7 @@ class _Probe:
         return row | {
             "path": kind,
             "seconds_per_sample": padded * self.seconds_per_token,
-            "peak_bytes": before.start + weights + peak.highest - peak.start,
+            "peak_bytes": before + weights + peak.highest - peak.start,
         }
 
     def _time(self, some: list[list[Tokens]]) -> float:
@@ -169,6 +163,13 @@ class _Probe:
         return seconds / n_tokens
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes that this process has on a device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 class PeakMemory:
     """Measures a device's memory while it is open: `start` and `highest`, in bytes, of this process."""
 
@@ -178,19 +179,17 @@ class PeakMemory:
         self._done = threading.Event()
 
     def __enter__(self) -> Self:
+        self.start = self.highest = memory_in_use(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.start = self.highest = torch.cuda.memory_allocated(self.device)
-            return self
-        self._process = psutil.Process()
-        self.start = self.highest = self._process.memory_info().rss
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        else:
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
         return self
 
     def _watch(self) -> None:
         while not self._done.wait(_POLL):
-            self.highest = max(self.highest, self._process.memory_info().rss)
+            self.highest = max(self.highest, memory_in_use(self.device))
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -120,7 +120,7 @@ def _meet(size: int) -> None:
         cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % cuda.device_count())
 
 
-@lru_cache(maxsize=1)
+@cache
 def _launcher() -> tuple[Any, int]:
     """Return the launcher's key-value store and this process's rank."""
     from torch.distributed.rendezvous import rendezvous

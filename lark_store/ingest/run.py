@@ -19,7 +19,7 @@ import polars as pl
 from lark_store.errors import CheckpointError, InputError
 from lark_store.ingest import ledger
 from lark_store.ingest.batched import make_path
-from lark_store.ingest.batches import TOKENS, WINDOW, batches, windows
+from lark_store.ingest.batches import WINDOW, batches, budget, windows
 from lark_store.ingest.checkpoints import verify
 from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device, recompute_activations
 from lark_store.ingest.models import context_length, load_model, load_tokenizer, meta_model
@@ -317,7 +317,7 @@ class _Worker:
             ready: list[tuple[str, Tokens]] = []
             window = next(share, [])
             for sample in window:
-                tokens = _render(renderer, sample)
+                tokens = renderer.attempt(sample)
                 if isinstance(tokens, Tokens):
                     ready.append((sample.sample_id, tokens))
                 else:
@@ -333,8 +333,7 @@ class _Worker:
 
     def _budget(self) -> int:
         assert self.path is not None
-        asked = self.request.batch_tokens or TOKENS[self.device.type]
-        return asked if self.path.largest is None else min(asked, self.path.largest)
+        return budget(self.request.batch_tokens, self.device.type, self.path.largest)
 
     def _sketch(self, batch: list[tuple[str, Tokens]], writer: SketchWriter) -> None:
         assert self.path is not None
@@ -353,13 +352,6 @@ def read_samples(db: Database, unit: Unit) -> Iterator[Sample]:
         for row in batch.to_pylist():
             if row["sample_id"] in unit.pending:
                 yield Sample(**row)
-
-
-def _render(renderer: Renderer, sample: Sample) -> Tokens | UnusableSampleError:
-    try:
-        return renderer.render(sample)
-    except UnusableSampleError as error:
-        return error
 
 
 def _report(db: Database, rows: list[dict[str, Any]], notes: list[str]) -> IngestReport:

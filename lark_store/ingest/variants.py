@@ -200,6 +200,13 @@ class Renderer:
             raise UnusableSampleError(f"no target token under the rule `{self.variant.targets}`")
         return Tokens([ids[i] for i in keep], is_target, rule, len(ids) - len(keep))
 
+    def attempt(self, sample: Sample) -> Tokens | UnusableSampleError:
+        """Render, or return the reason why not."""
+        try:
+            return self.render(sample)
+        except UnusableSampleError as error:
+            return error
+
     def _keep(self, cuttable: list[bool], *, from_end: bool) -> list[int]:
         """Return the positions that stay when the cuttable ones, from one end, give way to the variant's length."""
         n, longest = len(cuttable), self.max_length

@@ -19,7 +19,7 @@ from lark_store.ingest.models import context_length, load_model, load_tokenizer
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of
 from lark_store.ingest.sources import Sample
-from lark_store.ingest.variants import Renderer, UnusableSampleError
+from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.schema.catalog import Checkpoint, IngestRun, Sketcher
 from lark_store.schema.database import Database, find
 from lark_store.schema.records import Progress
@@ -87,8 +87,7 @@ def _draw(db: Database, n: int, sketcher: str | None, checkpoint: str | None) ->
         if checkpoint is not None:
             wanted["checkpoint_id"] = find(session, Checkpoint, checkpoint).id
         query = select(IngestRun).filter_by(status="done", **wanted).where(IngestRun.n_sketched > 0)
-        order = (IngestRun.checkpoint_id, IngestRun.fingerprint, IngestRun.id)
-        runs = list(session.scalars(query.order_by(*order)))
+        runs = list(session.scalars(query))
         for run in runs:  # what is read of them once the session is over
             _ = run.sketcher, run.checkpoint, run.source, run.variant
     rows = [
@@ -152,11 +151,8 @@ class _Again:
         rows = self.db.vectors.read("samples", columns, where(source=run.source.name, sample_id=sample_id)).to_dicts()
         if not rows:
             return UnusableSampleError("its sample is gone")
-        try:
-            tokens = Renderer(run.variant, self.tokenizer, self.context).render(Sample(**rows[0]))
-        except UnusableSampleError as error:
-            return error
-        return self.path.sketch([tokens])[0]
+        tokens = Renderer(run.variant, self.tokenizer, self.context).attempt(Sample(**rows[0]))
+        return self.path.sketch([tokens])[0] if isinstance(tokens, Tokens) else tokens
 
     def close(self) -> None:
         """Free the model before the next is loaded."""

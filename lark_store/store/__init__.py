@@ -1,0 +1,134 @@
+"""`Store`, the public face: make, open and close a store, and one method for each command, in parts by kind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from lark_store import migrations
+from lark_store.errors import StoreError, StoreExistsError
+from lark_store.schema.catalog import StoreMeta
+from lark_store.schema.database import Database, Location, exists, is_file
+from lark_store.store.ask import Ask
+from lark_store.store.manage import Manage
+from lark_store.store.part import DEFAULT_SKETCHER
+from lark_store.store.work import Work
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+DEFAULT_PATH = "lark.store"
+ENVIRONMENT = "LARK_STORE"
+
+
+class Store(Manage, Work, Ask):
+    """An open store. Make one with `Store.create`, open one with `Store.open`; use it as a context manager.
+
+    Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Every method raises a `LarkStoreError` with a hint for a foreseeable
+    fault; a name or an input that is wrong changes nothing.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    @classmethod
+    def create(cls, path: str | Path | None = None) -> Self:
+        """Make a fresh store with the variants `raw` and `chatml` and the sketcher `lark`, and open it.
+
+        `path` is a folder that does not exist yet (default: `LARK_STORE` or `./lark.store`).
+
+        Raises
+        ------
+        StoreExistsError
+            There is something at `path` already.
+        """
+        location = _location(path)
+        if exists(location.root):
+            is_store = is_file(location.catalog)
+            raise StoreExistsError(
+                f"there is {'a store' if is_store else 'something'} at `{location.root}` already",
+                "use it as it is" if is_store else "name another path with `--store PATH`",
+            )
+        try:
+            location.root.parent.mkdir(parents=True, exist_ok=True)
+            draft = Location(Path(tempfile.mkdtemp(prefix=f".{location.root.name}.", dir=location.root.parent)))
+        except OSError as error:
+            raise StoreError(
+                f"a store can't be made at `{location.root}`: {error.strerror}", "name another path with `--store PATH`"
+            ) from error
+        try:
+            _build(draft)
+            draft.root.chmod(0o755)
+            draft.root.rename(location.root)
+        finally:
+            shutil.rmtree(draft.root, ignore_errors=True)
+        return cls.open(location.root)
+
+    @classmethod
+    def open(cls, path: str | Path | None = None) -> Self:
+        """Open a store; never changes its schema.
+
+        Raises
+        ------
+        NotAStoreError, OlderSchemaError, NewerSchemaError
+        """
+        location = _location(path)
+        migrations.check(location)
+        return cls(Database(location))
+
+    @staticmethod
+    def db_status(path: str | Path | None = None) -> tuple[str, str]:
+        """Return the schema version of the store at `path` and that of this lark-store."""
+        return migrations.version(_location(path)), migrations.newest()
+
+    @staticmethod
+    def db_upgrade(path: str | Path | None = None) -> Path | None:
+        """Bring an older store up to date; returns the backup of its catalog, None if there was nothing to do."""
+        return migrations.upgrade(_location(path))
+
+    def close(self) -> None:
+        """Let go of the store's files."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._db.location.root
+
+
+def _location(path: str | Path | None) -> Location:
+    root = Path(path or os.environ.get(ENVIRONMENT) or DEFAULT_PATH)
+    if "?" in str(root.absolute()):
+        raise StoreError(f"a store can't be at `{root}`: LanceDB reads `?` as part of a URL", "name another path")
+    return Location(root)
+
+
+def _build(location: Location) -> None:
+    """Build a fresh store: the catalog by the migrations, the empty tables, the built-in variants and sketcher."""
+    from lark_store.ingest.sketchers import make_sketcher
+    from lark_store.ingest.variants import BUILT_IN, DEFAULT_MAX_LENGTH, make_variant
+
+    migrations.create(location)
+    database = Database(location)
+    database.vectors.create()
+    with database.session() as session:
+        session.add(StoreMeta(id=1, store_uuid=str(uuid.uuid4()), created_with=version("lark-store")))
+        session.add_all(make_variant(name, name, "auto", DEFAULT_MAX_LENGTH) for name in BUILT_IN)
+        session.add(make_sketcher(DEFAULT_SKETCHER))
+    database.close()

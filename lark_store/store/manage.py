@@ -1,0 +1,172 @@
+"""`Store`, what people manage: checkpoints, sources, format variants, sketchers."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lark_store.schema.database import add_named
+from lark_store.schema.records import CheckpointInfo, SketcherInfo, VariantInfo
+from lark_store.store.part import Part
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import polars as pl
+
+    from lark_store.schema.records import Inventory, RenderedSample, SourceReport
+
+Info = TypeVar("Info", CheckpointInfo, VariantInfo, SketcherInfo)
+
+
+class Manage(Part):
+    """The methods that add and show."""
+
+    def checkpoint_add(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        revision: str | None = None,
+        epoch: float | None = None,
+        step: int | None = None,
+        learning_rate: float | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> CheckpointInfo:
+        """Add a checkpoint: a folder made by `save_pretrained`, or a hub name with an optional `revision`.
+
+        Its weights and tokenizer are hashed; the files stay where they are. Adding the same checkpoint again is
+        harmless and sets the metrics given.
+
+        Raises
+        ------
+        CheckpointError, NameTakenError, NameInvalidError
+        """
+        from lark_store.ingest.checkpoints import add_checkpoint
+
+        row = add_checkpoint(
+            self._db,
+            name,
+            str(path),
+            model=model,
+            revision=revision,
+            epoch=epoch,
+            step=step,
+            learning_rate=learning_rate,
+            metrics=metrics or {},
+        )
+        return _info(CheckpointInfo, row, metrics={m.name: m.value for m in row.metrics})
+
+    def source_add(
+        self,
+        name: str,
+        uri: str | Path,
+        *,
+        stage: str,
+        domain: str | None = None,
+        licence: str | None = None,
+        columns: dict[str, str] | None = None,
+        config: str | None = None,
+        split: str | None = None,
+    ) -> SourceReport:
+        """Add a source from a .jsonl, .parquet, .csv or .tsv file, a dataset folder or a Hugging Face dataset name.
+
+        Rows have `prompt` and `response`, or `question`, `answer` and maybe `context`, or `text`; `columns` maps these
+        names, `sample_id` and `label` to others (`{"text": "abstract", "context": "context.contexts"}`). The id is the
+        column `sample_id` or `id`, else it is made from the content. Adding a source again adds its new samples only;
+        a row whose id is there with other content is reported and not taken.
+
+        Raises
+        ------
+        InputError, NameTakenError, NameInvalidError
+        """
+        from lark_store.ingest.sources import add_source
+
+        options: dict[str, Any] = {"stage": stage, "domain": domain, "licence": licence, "columns": columns}
+        return add_source(self._db, name, str(uri), **options, config=config, split=split)
+
+    def variant_add(
+        self, name: str, *, template: str | Path, targets: str = "auto", max_length: int = 1024
+    ) -> VariantInfo:
+        """Add a format variant: a template (`raw`, `chatml` or a Jinja file), a target rule and a length in tokens.
+
+        Target rules: `response` (the loss on the response's tokens), `text` (on all tokens), `predicted` (on all, with
+        the model's own most likely tokens as labels), `auto` (`response` where a sample has one, else `predicted`).
+
+        Raises
+        ------
+        InputError, NameTakenError, NameInvalidError
+        """
+        from lark_store.ingest.variants import make_variant
+
+        variant = make_variant(name, str(template), targets, max_length)
+        with self._db.session() as session:
+            row = add_named(session, variant, ("template", "template_text", "targets", "max_length"))
+        return _info(VariantInfo, row)
+
+    def variant_show(
+        self, name: str, *, sample: str, source: str | None = None, checkpoint: str | None = None
+    ) -> RenderedSample:
+        """Render one sample as a model sees it, with its targets marked.
+
+        `checkpoint` gives the tokenizer (default: the one added last); `source` is needed if several have the sample.
+
+        Raises
+        ------
+        NameUnknownError, InputError
+        """
+        from lark_store.ingest.preview import preview
+
+        return preview(self._db, name, sample, source, checkpoint)
+
+    def sketcher_add(
+        self,
+        name: str,
+        *,
+        k: int = 65_536,
+        seed: int = 0,
+        dtype: str = "float16",
+        parameters: str | None = None,
+        exclude: str | None = None,
+    ) -> SketcherInfo:
+        r"""Add a sketcher: OPORP with `k` bins (a power of two, 256 to 1,048,576), stored as float16 or float32.
+
+        `parameters` is a regular expression searched for in the names of a model's parameters (default: all are
+        sketched), `exclude` one that takes some out again.
+
+        Raises
+        ------
+        InputError, NameTakenError, NameInvalidError
+        """
+        from lark_store.ingest.sketchers import make_sketcher
+
+        wanted = make_sketcher(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
+        with self._db.session() as session:
+            row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude"))
+        return _info(SketcherInfo, row)
+
+    def sketcher_show(self, name: str, *, checkpoint: str) -> pl.DataFrame:
+        """Return what a sketcher takes of a checkpoint's model: a row per parameter with its shape, and what it leaves.
+
+        Columns: parameter, shape, coordinates, sketched.
+
+        Raises
+        ------
+        NameUnknownError, CheckpointError, InputError
+        """
+        from lark_store.ingest.preview import taken
+
+        return taken(self._db, name, checkpoint)
+
+    def show(self) -> Inventory:
+        """Return what the store holds."""
+        from lark_store.query.inventory import inventory
+
+        return inventory(self._db)
+
+
+def _info(kind: type[Info], row: object, **more: Any) -> Info:
+    names = {field.name for field in fields(kind)} - more.keys()
+    values: dict[str, Any] = {name: getattr(row, name) for name in names}
+    return kind(**values, **more)

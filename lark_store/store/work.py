@@ -1,0 +1,150 @@
+"""`Store`, the main job: plan, ingest, verify, attribute."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lark_store.store.part import DEFAULT_SKETCHER, Part
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import polars as pl
+
+    from lark_store.schema.records import IngestReport, OnProgress, PlanReport
+
+
+class Work(Part):
+    """The methods that compute."""
+
+    def ingest(
+        self,
+        checkpoints: Sequence[str],
+        sources: Sequence[str],
+        variants: Sequence[str],
+        *,
+        sketcher: str = DEFAULT_SKETCHER,
+        limit: int | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> IngestReport:
+        """Sketch the loss gradient of every sample that is not sketched yet.
+
+        Idempotent and resumable: killed at any moment and run again, it goes on where it stopped. `limit` takes the
+        first samples of each source; `precision` is the model's (`auto`: as saved on a GPU, float32 elsewhere).
+
+        Samples of like length go through the model together, at most `batch_tokens` tokens with their padding (default:
+        1,024 on a CPU, 8,192 on CUDA); a batch that does not fit into memory is halved. `gradient_checkpointing` takes
+        less memory and more time. A model with layers that can't be batched goes one sample at a time,
+        and the report's `notes` say so. Under `torchrun` the samples are shared out among the processes, all of which
+        must call it.
+
+        Raises
+        ------
+        NameUnknownError, CheckpointChangedError, CheckpointError, StoreBusyError, InputError
+        """
+        from lark_store.ingest.run import Request, ingest
+
+        names = (list(checkpoints), list(sources), list(variants), sketcher)
+        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
+        return ingest(self._db, request, on_progress)
+
+    def plan(
+        self,
+        checkpoints: Sequence[str],
+        sources: Sequence[str],
+        variants: Sequence[str],
+        *,
+        sketcher: str = DEFAULT_SKETCHER,
+        limit: int | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PlanReport:
+        """Say what an `ingest` with the same arguments would take: sketches, bytes, time and memory.
+
+        Nothing is written and no weights are loaded: a few batches of the samples' lengths are run through a model of
+        the checkpoint's config.
+
+        Raises
+        ------
+        NameUnknownError, CheckpointChangedError, CheckpointError, InputError
+        """
+        from lark_store.ingest.plan import plan
+        from lark_store.ingest.run import Request
+
+        names = (list(checkpoints), list(sources), list(variants), sketcher)
+        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
+        return plan(self._db, request, on_progress)
+
+    def verify(
+        self,
+        *,
+        sketches: int = 20,
+        sketcher: str | None = None,
+        checkpoint: str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        on_progress: OnProgress | None = None,
+    ) -> pl.DataFrame:
+        """Compute stored sketches again, each sample alone, and compare.
+
+        Takes `sketches` rows at random (always the same ones) of the sketcher and checkpoint asked for (default: of
+        all). Returns a row each: sketcher, checkpoint, source, variant, sample_id, cosine, norm_ratio (new / stored),
+        limit and ok. The limit is a cosine of 0.9999 for gradients made in float32, 0.999 for half precision.
+
+        Raises
+        ------
+        NameUnknownError, CheckpointChangedError, CheckpointError, InputError
+        """
+        from lark_store.ingest.verify import verify
+
+        return verify(self._db, sketches, sketcher, checkpoint, device, precision, on_progress)
+
+    def attribute(
+        self,
+        checkpoints: Sequence[str],
+        *,
+        queries: str | None = None,
+        sources: Sequence[str] = (),
+        query_checkpoint: str | None = None,
+        query_variant: str | None = None,
+        sketcher: str = DEFAULT_SKETCHER,
+        method: str | None = None,
+        hits: int = 100,
+        on_progress: OnProgress | None = None,
+    ) -> pl.DataFrame:
+        """Score queries against sources, group by group, where sketches were added since the last time.
+
+        Writes the tables `influence` (the best `hits` samples per query and group) and `source_influence`. Influence is
+        signed: above 0, training on the sample lowers the query's loss. `method` is `cosine` or `dot`; `dot` is the
+        default when the queries' sketches come from another checkpoint, the two-stage dot product of the multi-stage
+        literature. Returns a row per group: scored, or current already.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError
+        """
+        from lark_store.query.attribute import attribute
+        from lark_store.query.groups import ask
+
+        questions = [
+            question
+            for checkpoint in checkpoints
+            for question in ask(
+                self._db,
+                checkpoint=checkpoint,
+                queries=queries,
+                sources=sources,
+                query_checkpoint=query_checkpoint,
+                query_variant=query_variant,
+                sketcher=sketcher,
+                method=method,
+            )
+        ]
+        return attribute(self._db, questions, hits=hits, on_progress=on_progress)

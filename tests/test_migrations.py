@@ -22,8 +22,8 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade():
@@ -142,10 +142,10 @@ def test_a_newer_schema_is_neither_opened_nor_upgraded(path, catalog):
 def test_an_older_schema_is_not_opened_and_not_changed(path, catalog, next_schema):
     next_schema(NEXT)
     before = catalog.read_bytes()
-    with pytest.raises(OlderSchemaError, match="has schema 0001; this lark-store needs 0002") as caught:
+    with pytest.raises(OlderSchemaError, match="has schema 0002; this lark-store needs 0003") as caught:
         Store.open(path)
     assert "`lark-store db upgrade`" in caught.value.hint
-    assert Store.db_status(path) == ("0001", "0002")
+    assert Store.db_status(path) == ("0002", "0003")
     assert catalog.read_bytes() == before
 
 
@@ -153,10 +153,10 @@ def test_an_upgrade_brings_the_newest_schema_and_keeps_a_backup(path, catalog, n
     execute(catalog, "UPDATE sketcher SET name = 'kept'")
     next_schema(NEXT)
     backup = Store.db_upgrade(path)
-    assert Store.db_status(path) == ("0002", "0002")
+    assert Store.db_status(path) == ("0003", "0003")
     assert "note" in [row[1] for row in execute(catalog, "PRAGMA table_info(source)")]
     assert execute(catalog, "SELECT name FROM sketcher") == execute(backup, "SELECT name FROM sketcher") == [("kept",)]
-    assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0001",)]
+    assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0002",)]
     with Store.open(path) as opened:
         assert opened.show().sketchers["name"].to_list() == ["kept"]
     assert Store.db_upgrade(path) is None

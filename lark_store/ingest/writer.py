@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from lark_store.schema.catalog import IngestRun, Sketcher, now
-from lark_store.schema.vectors import FAILURES, ROWS_PER_BATCH, row_key, sketch_schema, where
+from lark_store.schema.vectors import FAILURES, ROWS_PER_BATCH, row_key, sketch_rows, where
 
 if TYPE_CHECKING:
     from lark_store.ingest.gradients import Sketch
@@ -40,7 +40,6 @@ class SketchWriter:
         ranks: Ranks,
     ) -> None:
         self.db, self.run, self.names, self.ranks = db, run, names, ranks
-        self.schema = sketch_schema(sketcher.k, sketcher.dtype)
         self.numpy_dtype = np.dtype(sketcher.dtype)
         ranks.once(lambda: db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype).name)  # made here alone
         self.table = db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype)
@@ -110,10 +109,7 @@ class SketchWriter:
         self._record()
 
     def _arrow(self, rows: list[dict[str, Any]], vectors: list[np.ndarray[Any, Any]]) -> pa.Table:
-        scalars = pa.Table.from_pylist(rows, schema=self.schema.remove(len(self.schema) - 1))
-        field = self.schema.field("vector")
-        values = pa.array(np.concatenate(vectors), type=field.type.value_type)
-        return scalars.append_column(field, pa.FixedSizeListArray.from_arrays(values, type=field.type))
+        return sketch_rows(rows, np.stack(vectors), self.table.schema)
 
     def finish(self, status: str, seconds: float, error: str | None = None) -> None:
         """Commit what is left and close the run; one rank that fails or is interrupted does not wait for others."""

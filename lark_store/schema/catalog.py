@@ -235,3 +235,21 @@ class ScoreRun(Run, Base):
     query_variant: Mapped[FormatVariant] = relationship(foreign_keys=[query_variant_id])
     source: Mapped[Source] = relationship(foreign_keys=[source_id])
     variant: Mapped[FormatVariant] = relationship(foreign_keys=[variant_id])
+
+
+class SearchIndex(Base):
+    """What `index build` found about the codes of one sketch table: how far an approximate search can be trusted.
+
+    `candidates` sketches are read for each query; `recall` is the share of the exact ten best that were among them, on
+    queries that had no part in choosing that number.
+    """
+
+    __tablename__ = "search_index"
+    __table_args__ = STRICT
+
+    fingerprint: Mapped[str] = mapped_column(primary_key=True)
+    candidates: Mapped[int]
+    recall: Mapped[float]
+    n_queries: Mapped[int]
+    n_rows: Mapped[int]
+    built_at: Mapped[dt.datetime] = mapped_column(default=now)

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from lark_store.schema.codes import code_bytes, codes_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import polars as pl
+    from numpy.typing import NDArray
 
 ROWS_PER_BATCH = 64
 ROWS_PER_TEXT_BATCH = 4096
@@ -110,10 +113,11 @@ SKETCH_COLUMNS = (
 
 
 def sketch_schema(k: int, dtype: str) -> pa.Schema:
-    """Return the schema of a sketch table: the columns of `SKETCH_COLUMNS` and `vector`, (k,) of `dtype`.
+    """Return the schema of a sketch table: the columns of `SKETCH_COLUMNS`, `code` and `vector`, (k,) of `dtype`.
 
-    `vector` is the sketch scaled to norm √k (so that float16's range is well used); `grad_norm` is the sketch's own
-    norm, the estimate of ‖∇L‖ that turns cosines back into unbiased dot products; `loss` is in nats per target token.
+    `code` is the vector's code (`lark_store.schema.codes`). `vector` is the unit-norm sketch scaled to norm √k (so that
+    float16's range is well used); `grad_norm` is the sketch's own norm, the estimate of ‖∇L‖ that turns cosines back
+    into unbiased dot products; `loss` is in nats per target token.
     """
     value = pa.float16() if dtype == "float16" else pa.float32()
     kinds: dict[str, pa.DataType] = {
@@ -124,7 +128,21 @@ def sketch_schema(k: int, dtype: str) -> pa.Schema:
         "grad_norm": pa.float32(),
     }
     scalars = [_field(name, kinds.get(name, pa.string())) for name in SKETCH_COLUMNS]
-    return pa.schema([*scalars, _field("vector", pa.list_(value, k))])
+    code = _field("code", pa.list_(pa.uint8(), code_bytes(k)))
+    return pa.schema([*scalars, code, _field("vector", pa.list_(value, k))])
+
+
+def sketch_rows(rows: list[dict[str, Any]], vectors_NK: NDArray[Any], schema: pa.Schema) -> pa.Table:
+    """Build rows of a sketch table: the columns of `SKETCH_COLUMNS` as dicts, the vectors as an array (N, K)."""
+    table = pa.Table.from_pylist(rows, schema=pa.schema([schema.field(name) for name in SKETCH_COLUMNS]))
+    arrays = {"vector": vectors_NK}
+    if "code" in schema.names:  # a table made by an older lark-store gets its codes from `index build`
+        arrays["code"] = codes_of(vectors_NK)
+    for name in schema.names[len(SKETCH_COLUMNS) :]:
+        kind = schema.field(name).type
+        values = pa.array(arrays[name].reshape(-1), type=kind.value_type)
+        table = table.append_column(schema.field(name), pa.FixedSizeListArray.from_arrays(values, type=kind))
+    return table
 
 
 def row_key(checkpoint: str, source: str, variant: str, sample_id: str) -> str:

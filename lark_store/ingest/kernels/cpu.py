@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from lark_store.compiled import compiled
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lark_store.ingest.oporp import Oporp
@@ -26,15 +25,7 @@ _PARTS = 2  # Z: a sample's work for two threads; each takes 4 K bytes a sample,
 _ALONE = 1 << 16  # coordinates that are done before a second thread has woken up
 
 
-def _compile(function: Callable[..., Any]) -> Any:
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep compiled code in
-        return numba.njit(**options)(function)
-
-
-@_compile
+@compiled
 def _mix(x: np.uint64) -> np.uint64:
     """Hash a 32-bit value, as `oporp.mix` does."""
     x = (((x >> np.uint64(16)) ^ x) * np.uint64(0x7FEB352D)) & np.uint64(0xFFFFFFFF)
@@ -42,7 +33,7 @@ def _mix(x: np.uint64) -> np.uint64:
     return (x >> np.uint64(16)) ^ x
 
 
-@_compile
+@compiled
 def _map_chunk(chunk: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.uint64], codes: NDArray[np.uint64]) -> None:
     """Work out where a chunk's runs go: `rows` (R,), and `codes` (R, 2): the lane code and 64 sign bits."""
     n_rows = np.uint64(len(rows))
@@ -64,7 +55,7 @@ def _map_chunk(chunk: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.uint
         codes[r, 1] = _mix(run ^ keys[3]) | (_mix(run ^ keys[4]) << np.uint64(32))
 
 
-@_compile
+@compiled
 def _map_chunks(first_chunk: int, n_chunks: int, n_rows: int, keys: NDArray[np.uint64]) -> Any:
     """Work out where the runs of some chunks go: rows (C, R) and codes (C, R, 2)."""
     rows, codes = np.empty((n_chunks, n_rows), np.uint64), np.empty((n_chunks, n_rows, 2), np.uint64)
@@ -73,7 +64,7 @@ def _map_chunks(first_chunk: int, n_chunks: int, n_rows: int, keys: NDArray[np.u
     return rows, codes
 
 
-@_compile
+@compiled
 def _add_part(
     values: NDArray[np.float32],
     rows: NDArray[np.uint64],

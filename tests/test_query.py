@@ -68,7 +68,10 @@ def test_top_shows_the_text_and_says_how_it_was_made(scored):
         n = int(row["sample_id"][1:])
         answer = ("yes", "no", "maybe")[n % 3]
         assert row["text"] == f"Context: Seen in {n}.\n\nQuestion: Is organ {n} affected?\n{answer}"
-    assert hits.how == "exact cosine over 6 sketches at `base`, query as `chatml`; ingest runs 1"
+    assert hits.how == (
+        "exact cosine over 6 sketches at `base`, query as `chatml`; ingest runs 1\n"
+        f"against shuffled signs: {hits.n_significant} of 3 hits at q ≤ 0.05"
+    )
     assert pl.DataFrame(hits).equals(hits.frame)
     assert "<table" in hits._repr_html_()
 
@@ -118,14 +121,11 @@ def test_only_the_best_hits_are_kept_over_many_batches(scored_copy, tmp_path):
 
 
 def test_scoring_in_small_blocks_of_memory_gives_the_same(scored_copy):
-    from lark_store.query.attribute import attribute
-    from lark_store.query.groups import ask
-
     before = scored_copy.sql(
         "select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'"
     )
-    questions = ask(scored_copy._db, checkpoint="base", queries="test", sketcher="small")
-    attribute(scored_copy._db, questions, hits=99, memory=4 * 1024 * 3)  # three queries at a time
+    memory = 4 * 1024 * 3  # three queries at a time
+    scored_copy.attribute(["base"], queries="test", sketcher="small", hits=99, memory=memory)
     after = scored_copy.sql(
         "select query_id, source, variant, sample_id, score, rank from influence where checkpoint='base'"
     )

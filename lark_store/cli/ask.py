@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lark_store.cli.options import (
     DEFAULT_SKETCHER,
-    CheckpointOption,
+    CheckpointsOption,
+    DeviceOption,
     Format,
     FormatOption,
     MethodOption,
@@ -20,18 +22,31 @@ from lark_store.cli.options import (
     VariantsOption,
     open_store,
 )
-from lark_store.cli.output import emit, say
+from lark_store.cli.output import ProgressBar, emit, say
 
 
 def top(
-    query: Annotated[str, typer.Argument(help="The id of a query.")],
-    checkpoint: CheckpointOption,
+    query: Annotated[str | None, typer.Argument(help="The id of a query; or leave it out and give a text.")] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint; several with `--method tracin`."),
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
     source: SourcesOption = None,
     variant: VariantsOption = None,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help="Only samples that satisfy this, as `n_tokens < 300 and year > 2015`."),
+    ] = None,
     opponents: Annotated[
         bool, typer.Option("--opponents", help="The most negative influence instead of the most positive.")
     ] = False,
+    prompt: Annotated[str | None, typer.Option(help="A new query's prompt, with `--response`.")] = None,
+    response: Annotated[str | None, typer.Option(help="A new query's response.")] = None,
+    text: Annotated[str | None, typer.Option(help="A new query that is one text.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A new query from a file: text, or the first row of a .jsonl, .parquet or .csv.")
+    ] = None,
     queries: Annotated[
         str | None, typer.Option("--queries", "-q", metavar="NAME", help="The query's source, if several have the id.")
     ] = None,
@@ -39,29 +54,80 @@ def top(
     query_variant: QueryVariantOption = None,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
+    null: Annotated[
+        str | None,
+        typer.Option(help="What p-values are against: `sources`, `signs`, `none` or the name of a source."),
+    ] = None,
+    approximate: Annotated[bool, typer.Option("--approximate", help="Search by the index (`index build`).")] = False,
+    device: DeviceOption = "auto",
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
-    """Print the samples with the most influence on one query, exact, with their text.
+    """Print the samples with the most influence on one query, with their text and how far to trust each score.
 
-    Example: `lark-store top 21645374 --checkpoint epoch-2 -k 10 --source pubmed --variant raw`
+    `noise` is the score's standard deviation from sketching; `q_value` at most 0.05 means: of such hits 5% are false, if
+    the null is right (`--null`). A new query is sketched on the spot, with the checkpoint's model.
+
+    Example: `lark-store top 21645374 --checkpoint epoch-2 -k 10 --source pubmed --where "n_tokens < 300"`
+
+    Example: `lark-store top --prompt "Is aspirin safe?" --response yes --checkpoint epoch-2`
     """
+    from lark_store.schema.records import NewText
+
+    new = None if (prompt or response or text or file) is None else NewText(prompt, response, text, file)
     with open_store(store) as opened:
         hits = opened.top(
             query,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint or (),
             k=k,
             sources=source or (),
             variants=variant or (),
+            where=where,
             opponents=opponents,
             queries=queries,
             query_checkpoint=query_checkpoint,
             query_variant=query_variant,
             sketcher=sketcher,
             method=method,
+            null=null,
+            approximate=approximate,
+            new=new,
+            device=device,
         )
     emit(hits.frame, form)
     say(hits.how)
+
+
+def self_influence(
+    checkpoint: CheckpointsOption,
+    source: SourcesOption = None,
+    k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
+    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Print the samples with the longest gradients: hard, rare or mislabelled ones.
+
+    Self-influence is the squared norm of a sample's gradient, over several checkpoints weighted by learning rate.
+
+    Example: `lark-store self-influence --checkpoint epoch-2 --source finetune`
+    """
+    with open_store(store) as opened:
+        emit(opened.self_influence(checkpoints=checkpoint, sources=source or (), k=k, sketcher=sketcher), form)
+
+
+def index_build(
+    sketcher: Annotated[str, typer.Argument(help="The sketcher.")] = DEFAULT_SKETCHER,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Measure how many candidates an approximate search must read, for `top --approximate`.
+
+    The index itself, 512 bytes beside every sketch, is written with the sketches; where it is missing it is added.
+    """
+    with open_store(store) as opened, ProgressBar() as bar:
+        frame = opened.index_build(sketcher, on_progress=bar)
+    emit(frame, form)
 
 
 def metrics(
@@ -107,5 +173,8 @@ def sql(
 
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
-    for command in (top, metrics, sql):
+    for command in (top, metrics, sql, self_influence):
         app.command()(command)
+    group = typer.Typer(help="The approximate search.", no_args_is_help=True, rich_markup_mode="markdown")
+    group.command("build")(index_build)
+    app.add_typer(group, name="index")

@@ -26,7 +26,6 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", metavar="PATH", envvar=ENVIRONMENT, help="The store (default: ./lark.store).")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", "-f", help="How to print the rows.")]
-CheckpointOption = Annotated[str, typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint.")]
 CheckpointsOption = Annotated[
     list[str], typer.Option("--checkpoint", "-c", metavar="NAME", help="A checkpoint; may be given several times.")
 ]
@@ -47,7 +46,11 @@ VariantsOption = Annotated[
 SketcherOption = Annotated[str, typer.Option("--sketcher", metavar="NAME", help="The sketcher.")]
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", help="`cosine` (default) or `dot` (default with another `--query-checkpoint`)."),
+    typer.Option(
+        "--method",
+        help="`cosine` (default), `dot` (default with another `--query-checkpoint`), `tracin`, `bm25`, `bm25-okapi` or "
+        "`hybrid`.",
+    ),
 ]
 QueryCheckpointOption = Annotated[
     str | None,

@@ -188,12 +188,15 @@ def attribute(
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
     hits: Annotated[int, typer.Option(help="Rows of `influence` kept per query and group.")] = 100,
+    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for the queries' sketches, in MiB.")] = 1024,
+    device: DeviceOption = "auto",
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Score queries against sources, where sketches were added since the last time.
 
-    Fills the tables `influence` and `source_influence`, which `metrics` and `sql` read.
+    Fills the tables `influence` and `source_influence`, which `metrics` and `sql` read. Each sketch is read once, for all
+    queries that fit into `--memory`. `--method tracin` sums over the checkpoints given and is kept under the last.
 
     Example: `lark-store attribute --checkpoint epoch-2 --queries test`
     """
@@ -207,6 +210,8 @@ def attribute(
             sketcher=sketcher,
             method=method,
             hits=hits,
+            memory=memory << 20,
+            device=device,
             on_progress=bar,
         )
     emit(report, form)

@@ -1,12 +1,14 @@
 """`attribute`: score every group that has new sketches, and commit influence rows group by group.
 
 A group's rows carry their score run. Its commit, in the catalog, makes the new run current and the one before it
-superseded in one transaction; readers join on current runs, so they never see half a group or one twice.
+superseded in one transaction; readers join on current runs, so they never see half a group or one twice. All groups of
+a question are scored in one pass over the sketches. Where sketches were only added, only those are read: what the run
+before found is merged with what they give.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +19,21 @@ import torch
 from sqlalchemy import select
 
 from lark_store.errors import InputError
-from lark_store.query.scoring import GroupScores, load_queries, score_group
+from lark_store.query.scores import DEFAULT_MEMORY, Search
+from lark_store.query.tally import GroupScores, Tally
 from lark_store.schema.catalog import ScoreRun, now
 from lark_store.schema.records import OnProgress, Progress
 from lark_store.schema.vectors import INFLUENCE, SOURCE_INFLUENCE, where
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from lark_store.query.groups import Group, Question
+    from lark_store.query.scores import Asked
     from lark_store.schema.database import Database
 
 DEFAULT_HITS = 100
-DEFAULT_MEMORY = 1 << 30
+_ADDING = ("cosine", "dot")  # a sample's score does not depend on the other samples
 _REPORT = {
     "checkpoint": pl.String,
     "queries": pl.String,
@@ -41,13 +47,15 @@ _REPORT = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """One group to score against one set of queries."""
+    """One group to score against one set of queries: its run and, where sketches were only added, the run before."""
 
     question: Question
     group: Group
     hits: int
+    run: ScoreRun | None = None
+    before: ScoreRun | None = None
 
     @property
     def ids(self) -> dict[str, Any]:
@@ -68,12 +76,31 @@ class _Job:
     @property
     def recipe(self) -> dict[str, Any]:
         """What the answer depends on besides: a run with another recipe is out of date."""
-        asked = self.question.queries
-        return {
+        terms = self.question.terms
+        recipe = {
             "hits": self.hits,
             "ingest_runs": list(self.group.runs),
-            "query_ingest_runs": list(asked.runs),
+            "query_ingest_runs": [run for term in terms if term.queries for run in term.queries.runs],
         }
+        if self.question.method == "tracin":
+            recipe["weights"] = {term.checkpoint.name: term.weight for term in terms}
+        if self.question.method not in _ADDING:  # the score depends on what else is searched
+            recipe["with"] = sorted({run for term in terms for group in term.groups for run in group.runs})
+        return recipe
+
+    def extends(self, run: ScoreRun) -> bool:
+        """Tell whether a committed run lacks nothing but sketches that were added since."""
+        if self.question.method not in _ADDING:
+            return False
+        mine, theirs = self.recipe, dict(run.recipe)
+        added = set(mine.pop("ingest_runs")) > set(theirs.pop("ingest_runs"))
+        return added and mine == theirs
+
+    @property
+    def new_group(self) -> Group:
+        """The group with the ingest runs that are to be read."""
+        done = set(self.before.recipe["ingest_runs"]) if self.before else set()
+        return replace(self.group, runs=tuple(run for run in self.group.runs if run not in done))
 
 
 def attribute(
@@ -82,81 +109,148 @@ def attribute(
     *,
     hits: int = DEFAULT_HITS,
     memory: int = DEFAULT_MEMORY,
+    device: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> pl.DataFrame:
     """Score what changed; see `Store.attribute`."""
     if hits < 1:
         raise InputError(f"{hits} hits per group are too few", "the default is 100")
-    jobs = [_Job(question, group, hits) for question in questions for group in question.groups]
-    rows = []
-    for number, job in enumerate(jobs):
-        if on_progress:
-            on_progress(Progress(f"{job.group.checkpoint.name}: scoring {job.group.label}", number, len(jobs)))
-        current = _current(db, job)
-        run = current or _score(db, job, memory)
-        names = (job.group.checkpoint.name, job.question.queries.source.name, job.group.source.name)
-        status = "empty" if run.n_samples == 0 else "current" if current else "scored"
-        facts = (job.group.variant.name, run.method, run.n_queries, run.n_samples, status, run.id)
-        rows.append((*names, *facts))
+    rows: list[tuple[Any, ...]] = []
+    for question in questions:
+        jobs = [_Job(question, group, hits) for group in question.groups]
+        for job in jobs:
+            job.run, job.before = _known(db, job)
+        todo = [job for job in jobs if job.run is None]
+        if todo:
+            _score(db, question, todo, memory, device, on_progress)
+        rows += [_row(job, scored=job in todo) for job in jobs]
     if any(row[7] == "scored" for row in rows):
         for name in ("influence", "source_influence"):
             db.vectors.refresh_indices(db.vectors.table(name))
-    if on_progress and jobs:
-        on_progress(Progress("scored", len(jobs), len(jobs)))
     return pl.DataFrame(rows, schema=_REPORT, orient="row")
 
 
-def _current(db: Database, job: _Job) -> ScoreRun | None:
-    """Return the committed run that answers the job, if no sketch was added since."""
+def _row(job: _Job, *, scored: bool) -> tuple[Any, ...]:
+    run = job.run
+    assert run is not None
+    status = "empty" if run.n_samples == 0 else "scored" if scored else "current"
+    names = (job.group.checkpoint.name, job.question.queries.source.name, job.group.source.name)
+    return (*names, job.group.variant.name, run.method, run.n_queries, run.n_samples, status, run.id)
+
+
+def _known(db: Database, job: _Job) -> tuple[ScoreRun | None, ScoreRun | None]:
+    """Return the committed run that answers the job, or else one that it extends."""
+    before = None
     with db.session() as session:
         for run in session.scalars(select(ScoreRun).filter_by(**job.ids, status="done")):
             if run.recipe == job.recipe:
-                return run
-    return None
+                return run, None
+            if job.extends(run):
+                before = run
+    return None, before
 
 
-def _score(db: Database, job: _Job, memory: int) -> ScoreRun:
+def _score(
+    db: Database, question: Question, jobs: list[_Job], memory: int, device: str, on_progress: OnProgress | None
+) -> None:
+    """Score some groups of a question in one pass, and commit each."""
     how = {
-        "recipe": job.recipe,
-        "versions": {
-            "lark-store": version("lark-store"),
-            "torch": torch.__version__,
-            "lancedb": version("lancedb"),
-        },
-        "device": f"cpu ({torch.get_num_threads()} threads)",
+        "versions": {name: version(name) for name in ("lark-store", "torch", "lancedb")},
+        "device": device if device != "auto" else f"cpu ({torch.get_num_threads()} threads)",
     }
-    run = ScoreRun(**job.ids, **how, status="running")
+    for job in jobs:
+        job.run = ScoreRun(**job.ids, **how, recipe=job.recipe, status="running")
     with db.session() as session:
-        session.add(run)
+        session.add_all([job.run for job in jobs])
     try:
-        _write(db, job, run, memory)
+        _write(db, question, jobs, memory, device, on_progress)
     except BaseException as error:
-        run.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        run.error, run.finished_at = f"{type(error).__name__}: {error}", now()
         with db.session() as session:
-            session.merge(run)
+            for job in jobs:
+                assert job.run is not None
+                job.run.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                job.run.error, job.run.finished_at = f"{type(error).__name__}: {error}", now()
+                session.merge(job.run)
         raise
-    _commit(db, job, run)
-    return run
+    for job in jobs:
+        assert job.run is not None
+        _commit(db, job, job.run)
 
 
-def _write(db: Database, job: _Job, run: ScoreRun, memory: int) -> None:
+def _write(
+    db: Database, question: Question, jobs: list[_Job], memory: int, device: str, on_progress: OnProgress | None
+) -> None:
     """Score block after block of queries, as many as `memory` bytes hold, and write their rows."""
-    asked = job.question.queries
+    asked = question.queries
     ids = sorted(db.vectors.read(asked.table, ["sample_id"], asked.filter)["sample_id"])
-    block = max(1, memory // (4 * asked.sketcher.k))
-    for start in range(0, len(ids), block):
-        some = load_queries(db.vectors, asked, ids[start : start + block])
-        scores = score_group(db.vectors, job.group, some, job.question.method, job.hits)
-        if scores is None:
-            continue
-        run.n_queries += len(some.ids)
-        run.n_samples = scores.n
-        keys = {"score_run": run.id, "checkpoint": job.group.checkpoint.name}
-        keys |= {"source": job.group.source.name, "variant": job.group.variant.name}
-        db.vectors.append(db.vectors.table("influence"), _influence_rows(keys, some.ids, scores))
-        table = db.vectors.table("source_influence")
-        run.lance_version = db.vectors.append(table, _source_rows(keys, some.ids, scores))
+    searched = [job.new_group for job in jobs] if question.method in _ADDING else question.groups
+    terms = [*question.terms[:-1], replace(question.terms[-1], groups=searched)]
+    search = Search(db, replace(question, terms=terms), device=device)
+    label = f"{question.terms[-1].checkpoint.name}: scoring {asked.source.name} by {question.method}"
+    total = len(ids) * len(search.rows)
+    done = 0
+    for block in search.blocks(ids, memory):
+
+        def scored(n: int, block: Asked = block) -> None:
+            nonlocal done
+            done += n * len(block.ids)
+            if on_progress:
+                on_progress(Progress(label, done, total))
+
+        tallies = [_tally(db, job, block.ids) for job in jobs]
+        for number, ids_B, scores_QB in _parts(search, block, searched, jobs, scored):
+            tallies[number].take(ids_B, scores_QB)
+        for job, tally in zip(jobs, tallies, strict=True):
+            _append(db, job, block.ids, tally)
+
+
+def _parts(
+    search: Search, block: Asked, searched: list[Group], jobs: list[_Job], scored: Callable[[int], None]
+) -> Iterator[tuple[int, list[str], np.ndarray[Any, Any]]]:
+    """Yield the numbers of jobs with sample ids (B) and scores (Q, B) of their groups, as the pass goes on."""
+    of_group = {(job.group.source.id, job.group.variant.id): number for number, job in enumerate(jobs)}
+    job_of = np.array([of_group.get((group.source.id, group.variant.id), -1) for group in searched])
+    jobs_N, ids_N = job_of[search.rows.frame["group"].to_numpy()], search.rows.frame["sample_id"].to_numpy()
+    for numbers, scores_QB in search.stream(block):
+        for job in np.unique(jobs_N[numbers]):
+            if job >= 0:
+                mine = jobs_N[numbers] == job
+                yield int(job), ids_N[numbers[mine]].tolist(), scores_QB[:, mine]
+        scored(len(numbers))
+
+
+def _tally(db: Database, job: _Job, ids: list[str]) -> Tally:
+    """Return an empty tally, or one that holds what the run before found."""
+    tally = Tally(len(ids), job.hits)
+    if job.before is None:
+        return tally
+    keys = where(score_run=job.before.id, query_id=ids)
+    hits = db.vectors.read("influence", ["query_id", "sample_id", "score", "rank"], keys).sort("query_id", "rank")
+    sums = db.vectors.read("source_influence", ["query_id", "mean", "std", "n"], keys).sort("query_id")
+    if sums.is_empty():  # the run before had no sample
+        return tally
+    width = len(hits) // len(ids)
+    tally.resume(
+        hits["sample_id"].to_numpy().reshape(len(ids), width),
+        hits["score"].to_numpy().reshape(len(ids), width),
+        sums["mean"].to_numpy(),
+        sums["std"].to_numpy(),
+        int(sums["n"][0]),
+    )
+    return tally
+
+
+def _append(db: Database, job: _Job, ids: list[str], tally: Tally) -> None:
+    run, scores = job.run, tally.result()
+    assert run is not None
+    if scores is None:
+        return
+    run.n_queries += len(ids)
+    run.n_samples = scores.n
+    keys = {"score_run": run.id, "checkpoint": job.group.checkpoint.name}
+    keys |= {"source": job.group.source.name, "variant": job.group.variant.name}
+    db.vectors.append(db.vectors.table("influence"), _influence_rows(keys, ids, scores))
+    run.lance_version = db.vectors.append(db.vectors.table("source_influence"), _source_rows(keys, ids, scores))
 
 
 def _table(columns: dict[str, Any], schema: pa.Schema, n: int) -> pa.Table:

@@ -1,4 +1,8 @@
-"""Which sketches a question is about: groups (checkpoint × source × variant) of committed rows, and the queries."""
+"""Which sketches a question is about: groups (checkpoint × source × variant) of committed rows, and the queries.
+
+A question has one term per checkpoint that it looks at: one, or with `tracin` several, whose weighted dot products are
+summed. Every term has the same query source and the same groups.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,14 @@ from lark_store.schema.database import Database, find
 from lark_store.schema.vectors import sketch_table, where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from sqlalchemy.orm import Session
 
-METHODS = ("cosine", "dot")
+# What the score of a sample for a query is made of, and what it takes to compute.
+GRADIENT = ("cosine", "dot", "tracin")
+LEXICAL = ("bm25", "bm25-okapi")
+METHODS = (*GRADIENT, *LEXICAL, "hybrid")
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,37 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Question:
-    """Queries (a group of stage `query`), the groups to score them against, and the method."""
+class Term:
+    """Queries (a group of stage `query`; None where a new text is asked about) and the groups to score, at a weight."""
 
-    queries: Group
+    queries: Group | None
     groups: list[Group]
+    weight: float = 1.0
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the groups were sketched."""
+        return self.groups[0].checkpoint
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the terms, in the checkpoints' order, and the method."""
+
+    terms: list[Term]
     method: str
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups of the last term."""
+        return self.terms[-1].groups
+
+    @property
+    def queries(self) -> Group:
+        """The queries of the last term, where there are any."""
+        queries = self.terms[-1].queries
+        assert queries is not None
+        return queries
 
 
 def check_method(method: str) -> str:
@@ -81,52 +113,128 @@ def committed_groups(session: Session, sketcher: Sketcher, checkpoint: Checkpoin
     ]
 
 
-def ask(
-    db: Database,
-    *,
-    checkpoint: str,
-    queries: str | None,
-    sources: Iterable[str] = (),
-    variants: Iterable[str] = (),
-    query_checkpoint: str | None = None,
-    query_variant: str | None = None,
-    sketcher: str,
-    method: str | None = None,
-) -> list[Question]:
+@dataclass(frozen=True)
+class Wanted:
+    """What a question was asked about, by name; see `Store.top`."""
+
+    checkpoints: Sequence[str]
+    sketcher: str
+    queries: str | None = None
+    sources: Sequence[str] = ()
+    variants: Sequence[str] = ()
+    query_checkpoint: str | None = None
+    query_variant: str | None = None
+    method: str | None = None
+
+    def resolved_method(self) -> str:
+        """Return the method, chosen or by default.
+
+        Raises
+        ------
+        InputError
+            There is no such method, or it does not go with the checkpoints asked for.
+        """
+        other = self.query_checkpoint is not None and [self.query_checkpoint] != list(self.checkpoints)
+        method = check_method(self.method or ("dot" if other else "cosine"))
+        if method != "tracin" and len(self.checkpoints) > 1:
+            named = ", ".join(f"`{name}`" for name in self.checkpoints)
+            raise InputError(
+                f"`{method}` looks at one checkpoint, not at {named}", "`--method tracin` sums over several"
+            )
+        if method == "tracin" and other:
+            raise InputError("`tracin` takes queries and samples from the same checkpoints", "leave one of them out")
+        return method
+
+
+def ask(db: Database, wanted: Wanted) -> list[Question]:
     """Resolve names into questions: one, or with `queries` None one for each source of stage `query`.
 
     Raises
     ------
     NameUnknownError, NothingToScoreError, InputError
     """
-    method = check_method(method or ("dot" if query_checkpoint and query_checkpoint != checkpoint else "cosine"))
+    method = wanted.resolved_method()
+    per_checkpoint = [_terms(db, wanted, name, method) for name in wanted.checkpoints]
+    names = list(per_checkpoint[0])
+    for terms in per_checkpoint[1:]:
+        names = [name for name in names if name in terms]
+    return [Question([terms[name] for terms in per_checkpoint], method) for name in names]
+
+
+def ask_new(db: Database, wanted: Wanted, fingerprint: str) -> Question:
+    """Resolve names into a question about a text that is not in the store, sketched as `fingerprint`."""
+    method = wanted.resolved_method()
+    if len(wanted.checkpoints) > 1:
+        raise InputError("a new text is sketched at one checkpoint", "give one `--checkpoint`")
     with db.session() as session:
-        by = find(session, Sketcher, sketcher)
-        at = find(session, Checkpoint, checkpoint)
-        query_at = find(session, Checkpoint, query_checkpoint or checkpoint)
-        for kind, names in ((Source, sources), (FormatVariant, variants)):
-            for name in names:
-                find(session, kind, name)
-        if queries is not None and find(session, Source, queries).stage != "query":
-            raise InputError(f"source `{queries}` has not the stage `query`", "queries are samples of such a source")
-        if query_variant is not None:
-            find(session, FormatVariant, query_variant)
+        by, at, weight = _found(session, wanted, wanted.checkpoints[0], method)
+        here = committed_groups(session, by, at)
+    groups = [g for g in _searched(db, wanted, here, by, at) if g.fingerprint == fingerprint]
+    if not groups:
+        raise NothingToScoreError(
+            f"no sketches at `{at.name}` can be compared with the text's: the models' parameters differ",
+            "ask at a checkpoint of the same model",
+        )
+    return Question([Term(None, groups, weight)], method)
+
+
+def searched_groups(db: Database, wanted: Wanted) -> list[Group]:
+    """Return the groups that would be searched at the last checkpoint."""
+    with db.session() as session:
+        by, at, _ = _found(session, wanted, wanted.checkpoints[-1], "cosine")
+        here = committed_groups(session, by, at)
+    return _searched(db, wanted, here, by, at)
+
+
+def _found(session: Session, wanted: Wanted, checkpoint: str, method: str) -> tuple[Sketcher, Checkpoint, float]:
+    """Find what is named; returns the sketcher, the checkpoint and its weight."""
+    by, at = find(session, Sketcher, wanted.sketcher), find(session, Checkpoint, checkpoint)
+    for kind, names in ((Source, wanted.sources), (FormatVariant, wanted.variants)):
+        for name in names:
+            find(session, kind, name)
+    if wanted.queries is not None and find(session, Source, wanted.queries).stage != "query":
+        raise InputError(f"source `{wanted.queries}` has not the stage `query`", "queries are samples of such a source")
+    if wanted.query_variant is not None:
+        find(session, FormatVariant, wanted.query_variant)
+    if method != "tracin":
+        return by, at, 1.0
+    if at.learning_rate is None:
+        raise InputError(
+            f"`tracin` weighs checkpoints by learning rate, and `{at.name}` has none",
+            "add the checkpoint with `--learning-rate`",
+        )
+    return by, at, at.learning_rate
+
+
+def _terms(db: Database, wanted: Wanted, checkpoint: str, method: str) -> dict[str, Term]:
+    """Return one checkpoint's term for each query source."""
+    with db.session() as session:
+        by, at, weight = _found(session, wanted, checkpoint, method)
+        query_at = find(session, Checkpoint, wanted.query_checkpoint or checkpoint)
         here, there = committed_groups(session, by, at), committed_groups(session, by, query_at)
-    asked = _query_groups(there, queries, query_variant)
+    asked = _query_groups(there, wanted.queries, wanted.query_variant)
     if not asked:
-        what = (f"`{queries}`" if queries else "any queries") + (f" as `{query_variant}`" if query_variant else "")
+        what = f"`{wanted.queries}`" if wanted.queries else "any queries"
+        what += f" as `{wanted.query_variant}`" if wanted.query_variant else ""
         raise _nothing(db, what, query_at, by)
-    wanted = [
+    groups = _searched(db, wanted, here, by, at)
+    return {q.source.name: Term(q, _comparable(q, groups), weight) for q in asked}
+
+
+def _searched(db: Database, wanted: Wanted, here: list[Group], by: Sketcher, at: Checkpoint) -> list[Group]:
+    """Return the groups to search: of the sources and variants named, else all that are no queries."""
+    sources, variants = wanted.sources, wanted.variants
+    groups = [
         g
         for g in here
         if (g.source.name in sources if sources else g.source.stage != "query")
         and (not variants or g.variant.name in variants)
     ]
-    missing = set(sources) - {g.source.name for g in wanted}
-    if not wanted or missing:
+    missing = set(sources) - {g.source.name for g in groups}
+    if not groups or missing:
         what = " and ".join(f"`{name}`" for name in (*(sorted(missing) or sources), *variants)) or "any source"
         raise _nothing(db, what, at, by)
-    return [Question(q, _comparable(q, wanted), method) for q in asked]
+    return groups
 
 
 def _query_groups(groups: list[Group], queries: str | None, variant: str | None) -> list[Group]:

@@ -1,26 +1,37 @@
-"""The scoring pass: stream sketches, multiply them with the queries', keep what is asked. Memory does not grow with N.
+"""The products of sketches: streamed from the table, multiplied with the queries'. Memory does not grow with N.
 
-Shape letters: Q queries, B rows of a batch, K sketch bins, N samples of a group, H hits kept per query.
+Lance reads and decodes in threads of its own, some batches ahead, while this thread multiplies. A batch is widened to
+float32 just before it is multiplied, and every sum is float32.
+
+Shape letters: Q queries, B rows of a batch, K sketch bins, N rows.
 """
 
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lark_store.errors import InputError
 from lark_store.schema.vectors import ROWS_PER_BATCH, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import pyarrow as pa
+    from numpy.typing import NDArray
 
     from lark_store.query.groups import Group
+    from lark_store.query.rows import Rows
     from lark_store.schema.vectors import VectorStore
+
+_BLOCK = 256  # rows of a product of many queries
+_FEW = 8  # so many queries are multiplied row by row, which one thread does as fast as memory gives
+_STRETCH = 8  # rows widened at once for few queries: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -33,110 +44,128 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class GroupScores:
-    """One group's scores against Q queries.
+class Products:
+    """Of one batch: the rows' `numbers` (B), cosines with the queries (Q, B), and the sign-null's scales or None.
 
-    `top_ids`, `top_scores` (Q, H) hold the highest scores of each query, best first, ties by sample id (which of
-    those that tie for the last place is kept is not said);
-    `max_Q`, `mean_Q`, `std_Q` (the population's) and `argmax` are over all N samples.
+    `scale_QB` is √Σ (q_i z_i)² over the bins, the standard deviation of a cosine whose signs are drawn at random.
     """
 
-    top_ids: np.ndarray[Any, Any]
-    top_scores: np.ndarray[Any, Any]
-    max_Q: np.ndarray[Any, Any]
-    argmax: np.ndarray[Any, Any]
-    mean_Q: np.ndarray[Any, Any]
-    std_Q: np.ndarray[Any, Any]
-    n: int
+    numbers: NDArray[np.int64]
+    cosine_QB: torch.Tensor
+    scale_QB: torch.Tensor | None = None
 
 
-def vectors_of(batch: pa.RecordBatch) -> torch.Tensor:
-    """Return a batch's sketches, (B, K) float32 with norm 1."""
-    column = batch.column("vector")
-    k = column.type.list_size
+def pick_device(name: str) -> torch.device:
+    """Return where products are made: `auto` takes CUDA where there is one, else the CPU.
+
+    Raises
+    ------
+    InputError
+        There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"there is no device `{name}` here", "use `--device auto`, `cpu` or `cuda`") from error
+
+
+def stored_of(column: pa.Array) -> torch.Tensor:
+    """Return a column of sketches as it is stored, (B, K) float16 or float32 with norm √K, in place."""
     flat = column.flatten().to_numpy(zero_copy_only=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
-        stored = torch.from_numpy(flat).view(-1, k)
-    scaled: torch.Tensor = stored.float() * k**-0.5
-    return scaled
-
-
-def _norms(batch: pa.RecordBatch) -> torch.Tensor:
-    return torch.tensor(batch.column("grad_norm").to_numpy(), dtype=torch.float32)
+        return torch.from_numpy(flat).view(-1, column.type.list_size)
 
 
 def load_queries(vectors: VectorStore, group: Group, ids: list[str] | None = None) -> Queries:
     """Read the sketches of a group's queries, or of those with the given ids, in order of id."""
     chosen = group.filter if ids is None else f"{group.filter} AND {where(sample_id=ids)}"
     names: list[str] = []
-    parts, norms = [], []
+    parts: list[torch.Tensor] = []
+    norms: list[float] = []
     for batch in vectors.scan(group.table, ["sample_id", "grad_norm", "vector"], chosen, ROWS_PER_BATCH):
         names += batch.column("sample_id").to_pylist()
-        parts.append(vectors_of(batch))
-        norms.append(_norms(batch))
+        parts.append(stored_of(batch.column("vector")).float())
+        norms += batch.column("grad_norm").to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)
     if not order:
         return Queries([], torch.empty(0, 0), torch.empty(0))
-    return Queries([names[i] for i in order], torch.cat(parts)[order], torch.cat(norms)[order])
+    stored = torch.cat(parts)[order]
+    return Queries([names[i] for i in order], stored.mul_(stored.shape[1] ** -0.5), torch.tensor(norms)[order])
 
 
-def score_batches(
-    vectors: VectorStore, group: Group, queries: Queries, method: str
-) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Yield sample ids (B) and their scores (Q, B) float32, batch by batch.
-
-    `cosine` is the cosine of sketches; `dot` the cosine times both gradients' norms. Positive: training on the sample
-    lowers the query's loss (to first order).
-    """
-    for batch in vectors.scan(group.table, ["sample_id", "grad_norm", "vector"], group.filter, ROWS_PER_BATCH):
-        scores = queries.unit_QK @ vectors_of(batch).T
-        if method == "dot":
-            scores *= queries.norm_Q[:, None] * _norms(batch)[None, :]
-        yield batch.column("sample_id").to_pylist(), scores
+def products(rows: Rows, queries: Queries, *, device: str = "auto", scales: bool = False) -> Iterator[Products]:
+    """Stream the rows' sketches and multiply them with the queries'."""
+    where_to = pick_device(device)
+    if len(queries.ids) <= _FEW and where_to.type == "cpu":
+        with _one_thread():
+            yield from _few(rows, queries, scales=scales)
+    else:
+        yield from _many(rows, queries, where_to, scales=scales)
 
 
-class _Top:
-    """The H best of each query over a stream."""
-
-    def __init__(self, n_queries: int, hits: int) -> None:
-        self.hits = hits
-        self.n = 0
-        self.scores_QH = torch.empty(n_queries, 0)
-        self.ids_QH = np.empty((n_queries, 0), dtype=object)
-
-    def take(self, ids: list[str], scores_QB: torch.Tensor) -> None:
-        names = np.broadcast_to(np.array(ids, dtype=object), tuple(scores_QB.shape))
-        scores = torch.cat([self.scores_QH, scores_QB], dim=1)
-        self.scores_QH, kept = scores.topk(min(self.hits, scores.shape[1]), dim=1)
-        self.ids_QH = np.take_along_axis(np.concatenate([self.ids_QH, names], axis=1), kept.numpy(), 1)
-        self.n += len(ids)
-
-    def result(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return the ids and scores, (Q, ≤H), best first, ties in order of id."""
-        ids, scores = self.ids_QH, self.scores_QH.numpy()
-        by_id = np.argsort(ids, axis=1)
-        by_score = np.argsort(-np.take_along_axis(scores, by_id, 1), axis=1, kind="stable")
-        order = np.take_along_axis(by_id, by_score, 1)
-        return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch on this thread: for products this small, waking others takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def score_group(vectors: VectorStore, group: Group, queries: Queries, method: str, hits: int) -> GroupScores | None:
-    """Score one group in one pass over its sketches; None if it holds none."""
-    top = _Top(len(queries.ids), hits)
-    total_Q = torch.zeros(len(queries.ids), dtype=torch.float64)
-    square_Q = torch.zeros_like(total_Q)
-    for ids, scores_QB in score_batches(vectors, group, queries, method):
-        exact = scores_QB.double()
-        total_Q += exact.sum(dim=1)
-        square_Q += exact.square().sum(dim=1)
-        top.take(ids, scores_QB)
-    n = top.n
-    if n == 0:
-        return None
-    top_ids, top_scores = top.result()
-    mean_Q = total_Q / n
-    std_Q = (square_Q / n - mean_Q.square()).clamp(min=0).sqrt()
-    return GroupScores(
-        top_ids, top_scores, top_scores[:, 0], top_ids[:, 0], mean_Q.float().numpy(), std_Q.float().numpy(), n
-    )
+def _few(rows: Rows, queries: Queries, *, scales: bool) -> Iterator[Products]:
+    unit = queries.unit_QK
+    k = unit.shape[1]
+    wide = torch.empty(_STRETCH, k)
+    squared = unit.square() if scales else None
+    for numbers, column in rows.stream():
+        stored = stored_of(column)
+        cosine = torch.empty(len(unit), len(stored))
+        scale = torch.empty_like(cosine) if scales else None
+        for start in range(0, len(stored), _STRETCH):
+            some = stored[start : start + _STRETCH]
+            part = wide[: len(some)].copy_(some)
+            for number, query in enumerate(unit):
+                torch.mv(part, query, out=cosine[number, start : start + len(some)])
+            if scale is not None and squared is not None:
+                scale[:, start : start + len(some)] = squared @ part.square_().T
+        yield Products(numbers, cosine.mul_(k**-0.5), None if scale is None else scale.div_(k).sqrt_())
+
+
+def _many(rows: Rows, queries: Queries, device: torch.device, *, scales: bool) -> Iterator[Products]:
+    unit = queries.unit_QK.to(device)
+    k = unit.shape[1]
+    wide = torch.empty(_BLOCK, k, device=device)
+    held: list[NDArray[np.int64]] = []
+    filled = 0
+
+    def multiply() -> Products:
+        part = wide[:filled]
+        cosine = (unit @ part.T).mul_(k**-0.5).cpu()
+        scale = (unit.square() @ part.square_().T).div_(k).sqrt_().cpu() if scales else None
+        return Products(np.concatenate(held), cosine, scale)
+
+    for numbers, column in rows.stream():
+        if filled + len(numbers) > _BLOCK:
+            yield multiply()
+            held, filled = [], 0
+        wide[filled : filled + len(numbers)] = stored_of(column).to(device, non_blocking=True)
+        held.append(numbers)
+        filled += len(numbers)
+    if filled:
+        yield multiply()
+
+
+def matrix(rows: Rows, queries: Queries, **how: Any) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Return all cosines, (Q, N), and the scales where they are asked for."""
+    cosine = np.empty((len(queries.ids), len(rows)), np.float32)
+    scale = np.empty_like(cosine) if how.get("scales") else None
+    for made in products(rows, queries, **how):
+        cosine[:, made.numbers] = made.cosine_QB.numpy()
+        if scale is not None and made.scale_QB is not None:
+            scale[:, made.numbers] = made.scale_QB.numpy()
+    return cosine, scale

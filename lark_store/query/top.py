@@ -1,96 +1,269 @@
-"""`top`: the samples with the most influence on one query, exact, from the sketches themselves."""
+"""`top`: the samples with the most influence on a query, from the sketches themselves, with their statistics."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
-from lark_store.query.scoring import load_queries, score_batches
+from lark_store.query.groups import LEXICAL, searched_groups
+from lark_store.query.index import find_index
+from lark_store.query.scores import Asked, Scores, Search
+from lark_store.query.significance import benjamini_hochberg_within, sign_null_p, source_null_p
 from lark_store.schema.records import Hits
 from lark_store.schema.vectors import where
 
 if TYPE_CHECKING:
-    from lark_store.query.groups import Question
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from lark_store.query.groups import Group, Question, Wanted
+    from lark_store.schema.catalog import SearchIndex
     from lark_store.schema.database import Database
     from lark_store.schema.vectors import VectorStore
 
+    Columns = dict[str, NDArray[Any] | None]
+
 _MOST_HITS = 1_000_000
-_COLUMNS = ("rank", "score", "source", "stage", "variant", "sample_id", "text")
+NULLS = ("sources", "signs", "none")
 
 
-def top(db: Database, query_id: str, questions: list[Question], *, k: int, opponents: bool) -> Hits:
-    """Rank all sketches of the question's groups for one query; see `Store.top`."""
-    if not 1 <= k <= _MOST_HITS:
-        raise InputError(f"k = {k} is not from 1 to {_MOST_HITS}", "try `-k 10`")
-    question = _find(db, query_id, questions)
-    asked = question.queries
-    query = load_queries(db.vectors, asked, [query_id])
-    kept = pl.DataFrame(schema={"sample_id": pl.String, "score": pl.Float32, "group": pl.Int64})
-    n_searched = 0
-    for number, group in enumerate(question.groups):
-        for ids, scores in score_batches(db.vectors, group, query, question.method):
-            n_searched += len(ids)
-            batch = pl.DataFrame({"sample_id": ids, "score": scores[0].numpy()}).with_columns(
-                group=pl.lit(number, pl.Int64)
+@dataclass(frozen=True)
+class Ranking:
+    """How to rank; see `Store.top`. `null_groups` are those of a source that is named as the null."""
+
+    k: int = 10
+    opponents: bool = False
+    condition: str | None = None
+    null: str | None = None
+    null_groups: tuple[Group, ...] = ()
+    approximate: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= _MOST_HITS:
+            raise InputError(f"k = {self.k} is not from 1 to {_MOST_HITS}", "try `-k 10`")
+
+
+def top(db: Database, queries: Sequence[str], questions: list[Question], ranking: Ranking) -> list[Hits]:
+    """Rank the rows of the questions' groups for each query, in the queries' order; see `Store.top`."""
+    found: dict[str, Hits] = {}
+    for question, ids in _found(db, queries, questions):
+        searcher = _Searcher(db, question, ranking)
+        for asked in searcher.search.blocks(ids):
+            found |= {hits.query_id: hits for hits in searcher.hits(asked)}
+    return [found[query] for query in queries]
+
+
+def top_of_new(db: Database, asked: Asked, question: Question, ranking: Ranking, variant: str) -> Hits:
+    """Rank the rows of a question's groups for a text that is not in the store, sketched as `variant`."""
+    (hits,) = _Searcher(db, question, ranking, variant).hits(asked)
+    return hits
+
+
+def null_groups(db: Database, wanted: Wanted, source: str) -> tuple[Group, ...]:
+    """Return the groups of a source that is named as the null, at the last checkpoint.
+
+    Raises
+    ------
+    NameUnknownError, NothingToScoreError
+    """
+    return tuple(searched_groups(db, replace(wanted, sources=[source])))
+
+
+class _Searcher:
+    """Answers queries of one question."""
+
+    def __init__(self, db: Database, question: Question, ranking: Ranking, new_as: str | None = None) -> None:
+        self.db, self.question, self.ranking, self.new_as = db, question, ranking, new_as
+        own = {group.source.name for group in question.groups}
+        extra = [group for group in ranking.null_groups if group.source.name not in own]
+        condition, device = ranking.condition, ranking.device
+        self.search = Search(db, question, condition=condition, null_groups=extra, device=device)
+        rows = self.search.rows
+        groups = rows.groups
+        if rows.frame.is_empty() or self.search.null_only.all():
+            raise _empty(ranking.condition)
+        sources = sorted({group.source.name for group in groups})
+        variants = sorted({group.variant.name for group in groups})
+        of = rows.frame["group"].to_numpy()
+        self.source_N = np.array([sources.index(group.source.name) for group in groups])[of]
+        self.variant_N = np.array([variants.index(group.variant.name) for group in groups])[of]
+        self.stages = [group.source.stage for group in groups]
+        self.null = self._null(sources)
+        self.null_source = sources.index(self.null) if self.null in sources else None
+
+    def _null(self, sources: list[str]) -> str:
+        """Return what hits are held against."""
+        wanted, method = self.ranking.null, self.question.method
+        signs = method in {"cosine", "dot"}
+        if self.ranking.approximate:
+            if wanted not in {None, "none"}:
+                raise InputError("an approximate search has no p-values", "leave out `--approximate`")
+            return "none"
+        if wanted is None:
+            return "sources" if len(set(self.source_N)) > 1 else "signs" if signs else "none"
+        if wanted == "signs" and not signs:
+            raise InputError(f"`{method}` has no signs to shuffle", "`--null sources`, or the name of a source")
+        if wanted not in {*NULLS, *sources}:
+            raise InputError(f"`{wanted}` is no null", "`sources`, `signs`, `none` or the name of a source")
+        return wanted
+
+    def hits(self, asked: Asked) -> Iterator[Hits]:
+        """Yield the answer to each query of a block."""
+        index = self._index() if self.ranking.approximate else None
+        if index:
+            for number in range(len(asked.ids)):
+                yield self._approximate(asked, number, index)
+            return
+        scores = self.search.scores(asked, scales=self.null == "signs")
+        allowed = np.flatnonzero(~self.search.null_only)
+        for number, query in enumerate(asked.ids):
+            best = self._best(scores.score[number], allowed)
+            p, q = self._significance(scores, number)
+            columns: Columns = {"score": scores.score[number][best]}
+            columns["noise"] = None if scores.noise is None else scores.noise[number][best]
+            columns |= {"p_value": p[best], "q_value": q[best]}
+            for name, part in scores.parts.items():
+                columns[name] = part[number][best]
+                columns[f"{name}_rank"] = _ranks(part[number], best)
+            yield self._answer(query, best, columns, None)
+
+    def _best(self, score_N: NDArray[np.float32], allowed: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers of the k best rows among those allowed, best first; ties by group and sample id."""
+        score = score_N[allowed] if self.ranking.opponents else -score_N[allowed]
+        k = min(self.ranking.k, len(score))
+        threshold = np.partition(score, k - 1)[k - 1]
+        near = allowed[score <= threshold]
+        frame = self.search.rows.frame[near].select("group", "sample_id")
+        frame = frame.with_columns(score=pl.Series(score_N[near]), number=pl.Series(near))
+        descending = [not self.ranking.opponents, False, False]
+        frame = frame.sort(["score", "group", "sample_id"], descending=descending)
+        numbers: NDArray[np.int64] = frame.head(k)["number"].to_numpy()
+        return numbers
+
+    def _significance(self, scores: Scores, number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return each row's p- and q-value for one query, (N) both; NaN where it is not tested."""
+        score = scores.score[number]
+        if self.null == "none":
+            nothing = np.full(len(score), np.nan)
+            return nothing, nothing
+        if self.null == "signs":
+            assert scores.scale is not None
+            p = sign_null_p(-score if self.ranking.opponents else score, scores.scale[number])
+        else:
+            against = None if self.null_source is None else {self.null_source}
+            how = {"opponents": self.ranking.opponents, "null_sources": against}
+            p = source_null_p(score, self.source_N, self.variant_N, **how)  # type: ignore[arg-type]
+        p[self.search.null_only] = np.nan
+        return p, benjamini_hochberg_within(p, self.search.rows.frame["group"].to_numpy())
+
+    def _index(self) -> SearchIndex:
+        if self.question.method not in {"cosine", "dot"} or self.ranking.null_groups:
+            raise InputError(
+                f"`{self.question.method}` has no approximate search", "`--approximate` goes with `cosine` and `dot`"
             )
-            kept = _best(pl.concat([kept, batch]), k, opponents=opponents)
-    if n_searched == 0:
-        raise NothingToScoreError(
-            "no sample of these groups has a sketch: all of them failed", "the SQL view `failures` has the reasons"
+        return find_index(self.db, self.question.groups[0].fingerprint, self.question.groups[0].sketcher.name)
+
+    def _approximate(self, asked: Asked, number: int, index: SearchIndex) -> Hits:
+        """Find candidates by their codes and score those exactly."""
+        from lark_store.query.candidates import estimates
+
+        rows, sketches = self.search.rows, asked.sketches[0]
+        guess = estimates(self.db, rows, sketches.unit_QK[number].numpy())
+        if self.question.method == "dot":
+            guess *= rows.frame["grad_norm"].to_numpy()
+        n = min(len(rows), max(index.candidates, index.candidates * self.ranking.k // 10))
+        chosen = np.argpartition(guess if self.ranking.opponents else -guess, n - 1)[:n]
+        query = type(sketches)([asked.ids[number]], sketches.unit_QK[number : number + 1], sketches.norm_Q[number:][:1])
+        made = self.search.of_candidates(query, chosen)
+        score = np.full(len(rows), np.nan, np.float32)
+        score[chosen] = made.score[0]
+        noise = np.full(len(rows), np.nan, np.float32)
+        noise[chosen] = np.nan if made.noise is None else made.noise[0]
+        best = self._best(score, chosen)
+        columns: Columns = {"score": score[best], "noise": noise[best], "p_value": None, "q_value": None}
+        return self._answer(asked.ids[number], best, columns, index)
+
+    def _answer(self, query: str, best: NDArray[np.int64], columns: Columns, index: SearchIndex | None) -> Hits:
+        rows, question = self.search.rows, self.question
+        picked = rows.frame[best]
+        frame = pl.DataFrame({"rank": np.arange(1, len(best) + 1, dtype=np.int32)})
+        frame = frame.with_columns(pl.lit(v).alias(n) if v is None else pl.Series(n, v) for n, v in columns.items())
+        frame = frame.with_columns(pl.col("noise", "p_value", "q_value").cast(pl.Float64).fill_nan(None))
+        stages = pl.Series("stage", [self.stages[group] for group in picked["group"]], dtype=pl.String)
+        frame = frame.with_columns(picked["source"], stages, picked["variant"], picked["sample_id"])
+        keys = ["source", "sample_id"]
+        frame = frame.join(texts_of_frame(self.db.vectors, frame), on=keys, how="left", maintain_order="left")
+        last = question.terms[-1]
+        return Hits(
+            frame=frame,
+            query_id=query,
+            checkpoint=", ".join(term.checkpoint.name for term in question.terms),
+            query_checkpoint=(last.queries or last.groups[0]).checkpoint.name,
+            query_variant=self.new_as or question.queries.variant.name,
+            method=question.method,
+            n_searched=len(rows) - int(self.search.null_only.sum()),
+            ingest_runs=sorted({run for term in question.terms for group in term.groups for run in group.runs}),
+            exact=index is None,
+            condition=self.ranking.condition,
+            null=self.null,
+            recall=index.recall if index else None,
+            candidates=index.candidates if index else None,
         )
-    frame = pl.DataFrame(
-        {
-            "rank": range(1, len(kept) + 1),
-            "score": kept["score"],
-            "source": [question.groups[g].source.name for g in kept["group"]],
-            "stage": [question.groups[g].source.stage for g in kept["group"]],
-            "variant": [question.groups[g].variant.name for g in kept["group"]],
-            "sample_id": kept["sample_id"],
-        },
-        schema_overrides={"rank": pl.Int32},
-    )
-    frame = frame.join(_texts(db.vectors, frame), on=["source", "sample_id"], how="left", maintain_order="left")
-    return Hits(
-        frame=frame.select(_COLUMNS),
-        query_id=query_id,
-        checkpoint=question.groups[0].checkpoint.name,
-        query_checkpoint=asked.checkpoint.name,
-        query_variant=asked.variant.name,
-        method=question.method,
-        n_searched=n_searched,
-        ingest_runs=sorted({run for group in question.groups for run in group.runs}),
+
+
+def _ranks(score_N: NDArray[np.float32], chosen: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the ranks, from 1, that some rows have among all by one score; ties share the best."""
+    below = np.searchsorted(np.sort(-score_N), -score_N[chosen], side="left")
+    return (below + 1).astype(np.int32)
+
+
+def _empty(condition: str | None) -> NothingToScoreError:
+    if condition is not None:
+        return NothingToScoreError(f"no sketch satisfies `{condition}`", "count with `lark-store sql` what is there")
+    return NothingToScoreError(
+        "no sample of these groups has a sketch: all of them failed", "the SQL view `failures` has the reasons"
     )
 
 
-def _best(frame: pl.DataFrame, k: int, *, opponents: bool) -> pl.DataFrame:
-    return frame.sort(["score", "group", "sample_id"], descending=[not opponents, False, False]).head(k)
-
-
-def _find(db: Database, query_id: str, questions: list[Question]) -> Question:
-    """Return the question whose queries hold this id."""
-    holding = []
+def _found(db: Database, queries: Sequence[str], questions: list[Question]) -> list[tuple[Question, list[str]]]:
+    """Return each question with those of the queries that its query source holds."""
     known: list[str] = []
+    holding: dict[str, list[Question]] = {query: [] for query in queries}
     for question in questions:
-        ids = db.vectors.read(question.queries.table, ["sample_id"], question.queries.filter)["sample_id"].to_list()
+        group = question.queries
+        if question.method in LEXICAL:  # the text is enough
+            filter_ = where(source=group.source.name)
+            ids = set(db.vectors.read("samples", ["sample_id"], filter_)["sample_id"])
+        else:
+            ids = set(db.vectors.read(group.table, ["sample_id"], group.filter)["sample_id"])
         known += ids
-        if query_id in ids:
-            holding.append(question)
-    if not holding:
-        raise NameUnknownError.of("query", query_id, known, "ingest a source of stage `query`")
-    if len(holding) > 1:
-        names = ", ".join(f"`{q.queries.source.name}`" for q in holding)
-        raise NothingToScoreError(f"query `{query_id}` is in {names}", "say which with `--queries NAME`")
-    return holding[0]
+        for query in holding.keys() & ids:
+            holding[query].append(question)
+    for query, found in holding.items():
+        if not found:
+            raise NameUnknownError.of("query", query, known, "ingest a source of stage `query`")
+        if len(found) > 1:
+            names = ", ".join(f"`{q.queries.source.name}`" for q in found)
+            raise NothingToScoreError(f"query `{query}` is in {names}", "say which with `--queries NAME`")
+    return [
+        (question, mine)
+        for question in questions
+        if (mine := [query for query in holding if holding[query][0] is question])
+    ]
 
 
-def _texts(vectors: VectorStore, frame: pl.DataFrame) -> pl.DataFrame:
+def texts_of_frame(vectors: VectorStore, frame: pl.DataFrame) -> pl.DataFrame:
     """Return source, sample_id and text (a prompt and its response as one) of the samples in a frame."""
     columns = ["source", "sample_id", "prompt", "response", "text"]
     parts = [vectors.read("samples", columns, "false")]
     for (source,), same in frame.group_by("source", maintain_order=True):
-        wanted = where(source=str(source), sample_id=same["sample_id"].to_list())
+        wanted = where(source=str(source), sample_id=same["sample_id"].unique().to_list())
         parts.append(vectors.read("samples", columns, wanted))
     joined = pl.concat_str(["prompt", "response"], separator="\n")
     return pl.concat(parts).select("source", "sample_id", text=pl.coalesce("text", joined))

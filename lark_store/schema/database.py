@@ -15,12 +15,13 @@ from lark_store.schema.names import check_name
 from lark_store.schema.vectors import VectorStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 APPLICATION_ID = 0x4C41524B  # "LARK" in the header of the SQLite file
 BUSY_TIMEOUT_S = 30
 N = TypeVar("N", bound=Named)
+V = TypeVar("V")
 
 _KINDS: dict[type[Named], tuple[str, str]] = {
     Checkpoint: ("checkpoint", "add it with `lark-store checkpoint add`"),
@@ -80,9 +81,19 @@ class Database:
         self.engine: Engine = create_engine(URL.create("sqlite", database=str(location.catalog)))
         event.listen(self.engine, "connect", _configure)
         self.vectors = VectorStore(str(location.vectors))
+        self._memory: dict[str, tuple[object, Any]] = {}
+
+    def remember(self, what: str, state: object, make: Callable[[], V]) -> V:
+        """Return `what` as it was made for this state of the store, or make it; one state of it is kept."""
+        held = self._memory.get(what)
+        if held is None or held[0] != state:
+            self._memory[what] = held = (state, make())
+        found: V = held[1]
+        return found
 
     def close(self) -> None:
-        """Let go of the catalog."""
+        """Let go of the catalog and of what is remembered."""
+        self._memory.clear()
         self.engine.dispose()
 
     @contextmanager

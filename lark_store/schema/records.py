@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import polars as pl
 
@@ -136,11 +137,31 @@ class PlanReport:
 
 
 @dataclass(frozen=True)
+class NewText:
+    """A query that is not in the store: `prompt` and `response`, or `text`, or a `file` with one of these.
+
+    A file is .jsonl, .parquet, .csv or .tsv with the columns of a source, whose first row is taken, or plain text.
+    `precision` is the model's while the text is sketched.
+    """
+
+    prompt: str | None = None
+    response: str | None = None
+    text: str | None = None
+    file: Path | None = None
+    precision: str = "auto"
+
+
+SIGNIFICANT = 0.05  # the false discovery rate at which hits are counted
+
+
+@dataclass(frozen=True)
 class Hits:
     """The answer to `top`, and how it was made.
 
-    `frame` has the columns rank, score, source, stage, variant, sample_id, text. Offers the Arrow stream
-    interface, so polars, pandas and DuckDB take it as it is.
+    `frame` has the columns rank, score, noise (the score's standard deviation from sketching, in the score's unit),
+    p_value and q_value (against `null`), source, stage, variant, sample_id and text; of a hybrid also cosine,
+    cosine_rank, bm25 and bm25_rank. What there is none of is null. Offers the Arrow stream interface, so polars,
+    pandas and DuckDB take it as it is.
     """
 
     frame: pl.DataFrame
@@ -152,6 +173,10 @@ class Hits:
     n_searched: int
     ingest_runs: list[int]
     exact: bool = True
+    condition: str | None = None
+    null: str = "none"
+    recall: float | None = None
+    candidates: int | None = None
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         return self.frame.__arrow_c_stream__(requested_schema)
@@ -163,15 +188,35 @@ class Hits:
         return len(self.frame)
 
     @property
+    def n_significant(self) -> int:
+        """How many of the hits have a q-value of at most 0.05."""
+        return int((self.frame["q_value"] <= SIGNIFICANT).sum())
+
+    @property
     def how(self) -> str:
-        """One line: exact or approximate, what was searched, from which runs."""
-        kind = "exact" if self.exact else "approximate"
-        at = "" if self.query_checkpoint == self.checkpoint else f", query at `{self.query_checkpoint}`"
+        """How the answer was made: exact or not, what was searched, from which runs, and what is significant."""
         runs = ", ".join(map(str, self.ingest_runs))
+        at = "" if self.query_checkpoint in self.checkpoint.split(", ") else f", query at `{self.query_checkpoint}`"
+        under = f" where {self.condition}" if self.condition else ""
         return (
-            f"{kind} {self.method} over {self.n_searched} sketches at `{self.checkpoint}`{at}, "
-            f"query as `{self.query_variant}`; ingest runs {runs}"
+            f"{self._kind} {self.method} over {self.n_searched} sketches at `{self.checkpoint}`{under}{at}, "
+            f"query as `{self.query_variant}`; ingest runs {runs}{self._significance}"
         )
+
+    @property
+    def _kind(self) -> str:
+        if self.exact:
+            return "exact"
+        return f"approximate (recall@10 {self.recall:.3f} when measured, {self.candidates} candidates)"
+
+    @property
+    def _significance(self) -> str:
+        if self.null == "none":
+            return ""
+        against = {"sources": "the other sources' samples", "signs": "shuffled signs"}.get(self.null, f"`{self.null}`")
+        n = self.n_significant
+        found = f"{n} of {len(self)} hits" if n else "nothing significant"
+        return f"\nagainst {against}: {found} at q ≤ {SIGNIFICANT}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lark_store.errors import InputError
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from lark_store.schema.records import Hits
+    from lark_store.query.groups import Wanted
+    from lark_store.query.top import Ranking
+    from lark_store.schema.records import Hits, NewText, OnProgress
 
 
 class Ask(Part):
@@ -19,42 +22,119 @@ class Ask(Part):
 
     def top(
         self,
-        query: str,
+        query: str | None = None,
         *,
-        checkpoint: str,
+        checkpoint: str | Sequence[str],
         k: int = 10,
         sources: Sequence[str] = (),
         variants: Sequence[str] = (),
+        where: str | None = None,
         opponents: bool = False,
         queries: str | None = None,
         query_checkpoint: str | None = None,
         query_variant: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
+        null: str | None = None,
+        approximate: bool = False,
+        new: NewText | None = None,
+        device: str = "auto",
     ) -> Hits:
         """Return the `k` samples with the highest (`opponents`: the lowest) influence on a query, with their text.
 
-        Exact, from the sketches themselves; `attribute` need not have run.
+        The query is one in the store, by id, or a `new` one, whose gradient is computed on the spot. `where` is any
+        condition of SQL that holds before the ranking, on the columns of a sketch (source, stage, domain, variant,
+        sample_id, n_tokens, n_loss_tokens, loss, grad_norm), of its sample (prompt, response, text, label, meta) and
+        on the keys of the sample's metadata.
+
+        `method` is `cosine`, `dot`, `tracin` (over several checkpoints), `bm25`, `bm25-okapi` or `hybrid` (z(cosine) +
+        z(bm25)). Exact, from the sketches themselves, and `attribute` need not have run; `approximate` reads the
+        candidates that the index names, which `index_build` must have measured.
+
+        `null` is what a score is held against for its p-value: `sources` (the scores of the other sources that are
+        searched, in the same variant), the name of one source (searched or not), `signs` (shuffled signs of the sketch)
+        or `none`; by default `sources`, or `signs` where one source is searched. q-values are Benjamini–Hochberg's
+        within each source and variant, times their number: see `lark_store.query.significance`.
 
         Raises
         ------
-        NameUnknownError, NothingToScoreError, InputError
+        NameUnknownError, NothingToScoreError, InputError, QueryError
         """
-        from lark_store.query.groups import ask
-        from lark_store.query.top import top
+        from dataclasses import replace
 
-        questions = ask(
-            self._db,
-            checkpoint=checkpoint,
-            queries=queries,
-            sources=sources,
-            variants=variants,
-            query_checkpoint=query_checkpoint,
-            query_variant=query_variant,
-            sketcher=sketcher,
-            method=method,
-        )
-        return top(self._db, query, questions, k=k, opponents=opponents)
+        from lark_store.query.groups import Wanted, ask
+        from lark_store.query.top import NULLS, Ranking, null_groups, top
+
+        checkpoints = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
+        if not checkpoints:
+            raise InputError("no checkpoint is named", "give it with `--checkpoint NAME`")
+        wanted = Wanted(checkpoints, sketcher, queries, sources, variants, query_checkpoint, query_variant, method)
+        ranking = Ranking(k, opponents, where, null, (), approximate, device)
+        if null is not None and null not in NULLS:
+            ranking = replace(ranking, null_groups=null_groups(self._db, wanted, null))
+        if (query is None) == (new is None):
+            raise InputError("one query is needed", "give the id of a query, or a new text")
+        if new is not None:
+            return self._top_of_new(new, wanted, ranking)
+        assert query is not None
+        return top(self._db, [query], ask(self._db, wanted), ranking)[0]
+
+    def _top_of_new(self, new: NewText, wanted: Wanted, ranking: Ranking) -> Hits:
+        """Sketch a text and ask with it: what needs both ingest and query is put together here."""
+        import torch
+
+        from lark_store.ingest.asked import read_sample, sample_of, sketch_new
+        from lark_store.query.groups import ask_new
+        from lark_store.query.scores import Asked
+        from lark_store.query.scoring import Queries
+        from lark_store.query.top import top_of_new
+
+        parts = {"prompt": new.prompt, "response": new.response, "text": new.text}
+        sample = read_sample(new.file) if new.file else sample_of(parts)
+        variant = wanted.query_variant or "chatml"
+        at = wanted.query_checkpoint or wanted.checkpoints[0]
+        how = {"device": ranking.device, "precision": new.precision}
+        made = sketch_new(self._db, sample, sketcher=wanted.sketcher, checkpoint=at, variant=variant, **how)
+        question = ask_new(self._db, wanted, made.fingerprint)
+        unit = made.sketch.vector * made.sketch.vector.numel() ** -0.5
+        sketch = Queries(["new"], unit[None], torch.tensor([made.sketch.grad_norm]))
+        return top_of_new(self._db, Asked(["new"], [sketch], [made.text]), question, ranking, variant)
+
+    def self_influence(
+        self,
+        *,
+        checkpoints: Sequence[str] = (),
+        sources: Sequence[str] = (),
+        k: int = 10,
+        sketcher: str = DEFAULT_SKETCHER,
+    ) -> pl.DataFrame:
+        """Return the `k` samples with the highest self-influence, the squared norm of their gradient, with their text.
+
+        Summed over the checkpoints given, weighted by learning rate where there are several (TracIn's; Pruthi et al.
+        2020). High values mark samples that are hard, rare or mislabelled. `loss` is the mean over the checkpoints.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError
+        """
+        from lark_store.query.itself import self_influence
+
+        return self_influence(self._db, list(checkpoints), list(sources), k, sketcher)
+
+    def index_build(self, sketcher: str = DEFAULT_SKETCHER, *, on_progress: OnProgress | None = None) -> pl.DataFrame:
+        """Make a sketcher's approximate index and measure it; a row per table of sketches.
+
+        The index is a code of 512 bytes beside every sketch, written with it; here those that are missing are added,
+        and it is measured how many candidates a search must read. Columns: fingerprint, n_rows, candidates, recall
+        (recall@10 on queries that had no part in choosing that number) and n_queries.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError
+        """
+        from lark_store.query.index import build, report
+
+        return report(build(self._db, sketcher, on_progress))
 
     def metrics(
         self,

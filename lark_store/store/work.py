@@ -117,34 +117,35 @@ class Work(Part):
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
         hits: int = 100,
+        device: str = "auto",
+        memory: int = 1 << 30,
         on_progress: OnProgress | None = None,
     ) -> pl.DataFrame:
         """Score queries against sources, group by group, where sketches were added since the last time.
 
         Writes the tables `influence` (the best `hits` samples per query and group) and `source_influence`. Influence is
-        signed: above 0, training on the sample lowers the query's loss. `method` is `cosine` or `dot`; `dot` is the
-        default when the queries' sketches come from another checkpoint, the two-stage dot product of the multi-stage
-        literature. Returns a row per group: scored, or current already.
+        signed: above 0, training on the sample lowers the query's loss. All groups of a checkpoint are scored in one
+        pass over its sketches; as many queries at a time as fit into `memory` bytes.
+
+        `method` is `cosine`, `dot`, `tracin` (Σ of learning rate × dot over the checkpoints given, kept under the last
+        of them), `bm25`, `bm25-okapi` or `hybrid`. `dot` is the default when the queries' sketches come from another
+        checkpoint, the two-stage dot product of the multi-stage literature. Returns a row per group: scored, or
+        current already.
 
         Raises
         ------
         NameUnknownError, NothingToScoreError, InputError
         """
         from lark_store.query.attribute import attribute
-        from lark_store.query.groups import ask
+        from lark_store.query.groups import Wanted, ask
 
+        passes = [list(checkpoints)] if method == "tracin" else [[name] for name in checkpoints]
         questions = [
             question
-            for checkpoint in checkpoints
+            for names in passes
             for question in ask(
                 self._db,
-                checkpoint=checkpoint,
-                queries=queries,
-                sources=sources,
-                query_checkpoint=query_checkpoint,
-                query_variant=query_variant,
-                sketcher=sketcher,
-                method=method,
+                Wanted(names, sketcher, queries, sources, (), query_checkpoint, query_variant, method),
             )
         ]
-        return attribute(self._db, questions, hits=hits, on_progress=on_progress)
+        return attribute(self._db, questions, hits=hits, memory=memory, device=device, on_progress=on_progress)

@@ -1,0 +1,101 @@
+"""`--where`: any condition of SQL on a sketch, its sample and the sample's metadata, before anything is ranked."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import duckdb
+import polars as pl
+
+from lark_store.errors import InputError, QueryError
+from lark_store.query.sandbox import one_select, sandbox
+
+if TYPE_CHECKING:
+    from lark_store.schema.database import Database
+
+_OF_SKETCHES = ("source", "stage", "domain", "variant", "sample_id", "n_tokens", "n_loss_tokens", "loss", "grad_norm")
+_OF_SAMPLES = ("prompt", "response", "text", "label", "meta")
+COLUMNS = (*_OF_SKETCHES, *_OF_SAMPLES)
+_UNKNOWN_COLUMN = re.compile(r"Referenced column|Referenced table")
+
+
+def satisfying(db: Database, frame: pl.DataFrame, condition: str) -> pl.Series:
+    """Return which rows of a frame of sketches satisfy a condition, as booleans.
+
+    The columns are `COLUMNS`, those of the sketch, of its source and of its sample, and the keys of `meta`.
+
+    Raises
+    ------
+    QueryError
+        The condition is no SQL, names an unknown column, or is more than a condition.
+    InputError
+        It is empty.
+    """
+    if not condition.strip():
+        raise InputError("the condition is empty", 'for example `--where "n_tokens < 300"`')
+    connection = sandbox()
+    try:
+        connection.register("_rows", frame.select(*_OF_SKETCHES).with_row_index("_row").to_arrow())
+        connection.register("_samples", db.vectors.table("samples").to_lance())
+        rows = _rows(connection, condition)
+    except duckdb.Error as error:
+        raise QueryError(
+            f"the condition `{condition}` fails: {str(error).strip()}",
+            f"the columns are {', '.join(COLUMNS)} and the keys of `meta`",
+        ) from error
+    finally:
+        connection.close()
+    return pl.select(pl.int_range(len(frame), dtype=pl.UInt32).is_in(rows.implode())).to_series()
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, condition: str) -> pl.Series:
+    """Return the numbers of the rows; the metadata is taken apart only where the condition names a key of it."""
+    _make_view(connection, "{}")
+    try:
+        return _chosen(connection, condition)
+    except duckdb.BinderException as error:
+        keys = _keys(connection) if _UNKNOWN_COLUMN.search(str(error)) else "{}"
+        if keys == "{}":
+            raise
+    _make_view(connection, keys)
+    return _chosen(connection, condition)
+
+
+def _chosen(connection: duckdb.DuckDBPyConnection, condition: str) -> pl.Series:
+    statement = one_select(connection, f"SELECT _row FROM candidates WHERE (\n{condition}\n)")  # noqa: S608
+    found = pl.DataFrame(connection.sql(statement).to_arrow_table())
+    if found.schema != {"_row": pl.UInt32}:
+        raise QueryError(
+            f"`{condition}` is more than a condition", "for example `n_tokens < 300 and source = 'pubmed'`"
+        )
+    return found["_row"]
+
+
+def _keys(connection: duckdb.DuckDBPyConnection) -> str:
+    """Return the keys of the samples' metadata with their types, as DuckDB writes a structure in JSON."""
+    query = "SELECT json_group_structure(meta) FROM _samples WHERE source IN (SELECT DISTINCT source FROM _rows)"
+    found = connection.execute(query).fetchone()
+    structure = json.loads(found[0]) if found and found[0] else {}
+    if not isinstance(structure, dict):
+        return "{}"
+    taken = set(COLUMNS)
+    chosen = {}
+    for key, kind in structure.items():
+        if key.lower() not in taken:
+            chosen[key] = "VARCHAR" if kind == "NULL" else kind
+            taken.add(key.lower())
+    return json.dumps(chosen, ensure_ascii=False)
+
+
+def _make_view(connection: duckdb.DuckDBPyConnection, keys: str) -> None:
+    """Make the view that a condition reads; `keys` become columns beside the others."""
+    samples = ", ".join(f"s.{name}" for name in _OF_SAMPLES)
+    literal = "'" + keys.replace("'", "''") + "'"
+    meta = "" if keys == "{}" else f", json_transform(s.meta, {literal}) AS _meta"
+    star = "*" if keys == "{}" else "* EXCLUDE (_meta), _meta.*"
+    connection.execute(
+        f"CREATE OR REPLACE TEMP VIEW candidates AS SELECT {star} FROM (SELECT r.*, {samples}{meta} "  # noqa: S608
+        "FROM _rows r LEFT JOIN _samples s ON s.source = r.source AND s.sample_id = r.sample_id)"
+    )

@@ -1,0 +1,134 @@
+"""BM25 over the samples' texts: the lexical rival of gradients, with the same samples and filters.
+
+The corpus is every sample of the store that is no query, whatever a question searches, so that scores of several
+sources can be compared. `bm25` is Lucene's variant by bm25s, made for large sources; its index is kept in the store's
+folder and made anew when samples were added. `bm25-okapi` is rank-bm25's BM25Okapi, the paper's baseline, made anew in
+each process. Both read the same words: lower case, two letters or more, without English stop words.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from lark_store.errors import NothingToScoreError
+from lark_store.schema.catalog import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from lark_store.query.rows import Rows
+    from lark_store.schema.database import Database
+
+_KEPT_FROM = 2_000  # documents; a smaller index is made faster than it is read
+_TEXT = pl.coalesce("text", pl.concat_str(["prompt", "response"], separator="\n"))
+_KEYS = "documents.parquet"
+
+
+@dataclass(frozen=True)
+class Lexical:
+    """A BM25 index: `documents` (source, sample_id) in the order of its scores."""
+
+    engine: str
+    documents: pl.DataFrame
+    _index: Any
+
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the BM25 score of every document for each text, (Q, documents)."""
+        made = np.zeros((len(texts), len(self.documents)), np.float32)
+        for row, words in zip(made, _words(texts), strict=True):
+            if words:
+                row[:] = self._index.get_scores(words)
+        return made
+
+    def of_rows(self, rows: Rows, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the scores of some sketches' samples, (Q, N)."""
+        keys = ["source", "sample_id"]
+        numbered = self.documents.with_row_index("_document")
+        places = rows.frame.join(numbered, on=keys, how="left", maintain_order="left")["_document"]
+        if places.null_count():
+            raise NothingToScoreError(
+                f"{places.null_count()} sketches have no sample in the store, so no text",
+                "`lark-store source add` them again",
+            )
+        found: NDArray[np.float32] = self.scores(texts)[:, places.to_numpy()]
+        return found
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    import bm25s
+
+    found: list[list[str]] = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+    return found
+
+
+def texts_of(db: Database, source: str, ids: Sequence[str]) -> list[str]:
+    """Return samples' texts, a prompt and its response as one, in the order of `ids`."""
+    from lark_store.schema.vectors import where
+
+    columns = ["sample_id", "prompt", "response", "text"]
+    found = db.vectors.read("samples", columns, where(source=source, sample_id=list(ids)))
+    by_id = dict(found.select("sample_id", _TEXT).iter_rows())
+    return [by_id[name] for name in ids]
+
+
+def open_lexical(db: Database, engine: str) -> Lexical:
+    """Open the index of the samples as they are now, made if it is not there."""
+    version = db.vectors.table("samples").version
+    return db.remember(f"lexical {engine}", version, lambda: _open(db, engine, version))
+
+
+def _open(db: Database, engine: str, version: int) -> Lexical:
+    kept = db.location.root / "lexical" / f"samples-{version}"
+    if engine == "bm25" and (kept / _KEYS).is_file():
+        import bm25s
+
+        return Lexical(engine, pl.read_parquet(kept / _KEYS), bm25s.BM25.load(str(kept), mmap=True))
+    documents, texts = _corpus(db)
+    if documents.is_empty():
+        raise NothingToScoreError("there is no sample but queries", "add a source with `lark-store source add`")
+    if engine == "bm25-okapi":
+        from rank_bm25 import BM25Okapi
+
+        return Lexical(engine, documents, BM25Okapi(_words(texts)))
+    import bm25s
+
+    index = bm25s.BM25(method="lucene")
+    index.index(_words(texts), show_progress=False)
+    if len(documents) >= _KEPT_FROM:
+        _keep(index, documents, kept)
+    return Lexical(engine, documents, index)
+
+
+def _corpus(db: Database) -> tuple[pl.DataFrame, list[str]]:
+    from sqlalchemy import select
+
+    with db.session() as session:
+        queries = list(session.scalars(select(Source.name).where(Source.stage == "query")))
+    columns = ["source", "sample_id", "prompt", "response", "text"]
+    found = db.vectors.read("samples", columns).filter(~pl.col("source").is_in(queries))
+    return found.select("source", "sample_id"), found.select(_TEXT).to_series().to_list()
+
+
+def _keep(index: Any, documents: pl.DataFrame, place: Path) -> None:
+    """Write an index beside the store's tables, whole or not at all; older ones go."""
+    place.parent.mkdir(exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=place.parent))
+    try:
+        index.save(str(draft), show_progress=False)
+        documents.write_parquet(draft / _KEYS)
+        for old in place.parent.glob("samples-*"):
+            if old != place:
+                shutil.rmtree(old, ignore_errors=True)
+        if not place.exists():
+            draft.rename(place)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""The rows that a question searches, at one version of their table, and the stream of their vectors.
+
+First the small columns of all rows are read, and a condition is put to them; then the vectors of those that are left
+are streamed. A row's place in the frame is its number, from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from lark_store.query.condition import satisfying
+from lark_store.schema.vectors import ROWS_PER_BATCH, where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    from lark_store.query.groups import Group
+    from lark_store.schema.database import Database
+
+_SCALARS = ("ingest_run", "sample_id", "n_tokens", "n_loss_tokens", "loss", "grad_norm")
+# Below this share of the table's rows they are fetched one by one, above it all are read and some thrown away.
+_FETCH_BELOW = 0.25
+_BATCHES_AHEAD = 4
+_KEPT = ["row_id", "group", "source", "variant", "sample_id", "loss", "grad_norm"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of some groups.
+
+    `frame` has row_id, group (the place in `groups`), source, variant, sample_id, loss and grad_norm. `n_there` rows
+    satisfy `filter`; the frame holds those of them that were chosen.
+    """
+
+    groups: Sequence[Group]
+    table: Any
+    filter: str
+    frame: pl.DataFrame
+    n_there: int
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def only(self, numbers: NDArray[np.int64]) -> Rows:
+        """Return some of the rows, by number."""
+        return replace(self, frame=self.frame[numbers])
+
+    def stream(
+        self, column: str = "vector", batch_rows: int = ROWS_PER_BATCH
+    ) -> Iterator[tuple[NDArray[np.int64], pa.Array]]:
+        """Yield the rows' numbers (B) and their values of a column (B), in the table's order, batch by batch."""
+        if self.frame.is_empty():
+            return
+        ids = self.frame["row_id"].to_numpy()
+        order = np.argsort(ids, kind="stable")
+        in_order = ids[order]
+        few = len(ids) < _FETCH_BELOW * self.n_there
+        batches = self._fetched(in_order, column, batch_rows) if few else self._scanned(column, batch_rows)
+        for batch in batches:
+            there = batch.column("_rowid").to_numpy()
+            places = np.searchsorted(in_order, there)
+            places[places == len(ids)] = 0
+            chosen = in_order[places] == there
+            values = batch.column(column)
+            if not chosen.all():
+                values, places = values.filter(chosen), places[chosen]
+            if len(places):
+                yield order[places], values
+
+    def _scanned(self, column: str, batch_rows: int) -> Iterator[pa.RecordBatch]:
+        scanner = self.table.to_lance().scanner(
+            columns=[column],
+            filter=self.filter,
+            with_row_id=True,
+            batch_size=batch_rows,
+            batch_readahead=_BATCHES_AHEAD,
+        )
+        yield from scanner.to_batches()
+
+    def _fetched(self, row_ids: NDArray[np.uint64], column: str, batch_rows: int) -> Iterator[pa.RecordBatch]:
+        for start in range(0, len(row_ids), batch_rows):
+            some = self.table.take_row_ids(row_ids[start : start + batch_rows].tolist())
+            yield from some.select([column]).with_row_id().to_arrow().to_batches()
+
+
+def find_rows(db: Database, groups: Sequence[Group], condition: str | None = None, *, exempt: int = 0) -> Rows:
+    """Find the committed rows of groups (of one checkpoint and sketcher) that satisfy a condition in SQL.
+
+    The last `exempt` groups are taken whole.
+
+    Raises
+    ------
+    QueryError
+        The condition is no SQL, names an unknown column, or is more than a condition.
+    """
+    runs = {run: number for number, group in enumerate(groups) for run in group.runs}
+    table = db.vectors.table(groups[0].table)
+    filter_ = where(checkpoint=groups[0].checkpoint.name, ingest_run=list(runs))
+    found = table.to_lance().scanner(columns=list(_SCALARS), filter=filter_, with_row_id=True).to_table()
+    frame = pl.DataFrame(pl.from_arrow(found)).select(
+        pl.col("_rowid").alias("row_id"),
+        pl.col("ingest_run").replace_strict(runs, return_dtype=pl.Int32).alias("group"),
+        *_SCALARS,
+    )
+    names = pl.DataFrame(
+        [(n, g.source.name, g.source.stage, g.source.domain, g.variant.name) for n, g in enumerate(groups)],
+        schema={
+            "group": pl.Int32,
+            "source": pl.String,
+            "stage": pl.String,
+            "domain": pl.String,
+            "variant": pl.String,
+        },
+        orient="row",
+    )
+    frame = frame.join(names, on="group", maintain_order="left")
+    if condition is None:
+        kept = frame
+    else:
+        kept = frame.filter(satisfying(db, frame, condition) | (frame["group"] >= len(groups) - exempt))
+    return Rows(
+        groups,
+        table,
+        filter_,
+        kept.select(_KEPT),
+        len(frame),
+    )

@@ -37,13 +37,13 @@ HELP = r"""A query ends with `;` and may take several lines.
 \q         end, as Ctrl-D       Ctrl-C     end a query, or drop what is typed"""
 _COMMANDS = (r"\d", r"\f", r"\q", r"\?")
 _KEYWORDS = """
-SELECT DISTINCT FROM WHERE GROUP BY ALL HAVING ORDER ASC DESC NULLS FIRST LAST LIMIT OFFSET QUALIFY WINDOW OVER PARTITION
-WITH RECURSIVE AS JOIN LEFT RIGHT FULL OUTER INNER CROSS LATERAL ASOF ON USING UNION EXCEPT INTERSECT EXCLUDE REPLACE
+SELECT DISTINCT FROM WHERE GROUP BY ALL HAVING ORDER ASC DESC NULLS FIRST LAST LIMIT OFFSET QUALIFY WINDOW OVER
+PARTITION WITH RECURSIVE AS JOIN LEFT RIGHT FULL OUTER INNER CROSS LATERAL ASOF ON USING UNION EXCEPT INTERSECT EXCLUDE REPLACE
 AND OR NOT IN IS NULL LIKE ILIKE BETWEEN EXISTS CASE WHEN THEN ELSE END CAST FILTER VALUES PIVOT UNPIVOT EXPLAIN
 ANALYZE DESCRIBE SUMMARIZE TRUE FALSE ROWS RANGE PRECEDING FOLLOWING UNBOUNDED CURRENT ROW SAMPLE
 count sum avg min max median quantile_cont stddev_pop corr any_value arg_max arg_min string_agg list unnest row_number
 rank lag lead coalesce round abs sqrt lower upper length substr regexp_matches
-""".split()
+"""
 _TABLE_COMES = re.compile(r"\b(?:from|join)\s+(?:\w+\s*,\s*)*\w*$", re.IGNORECASE)
 _OF_A_TABLE = re.compile(r"(\w+)\.\w*$")
 _TABLES = re.compile(rf"\b({'|'.join(VIEWS)})\b(?:\s+(?:as\s+)?(\w+))?", re.IGNORECASE)
@@ -73,7 +73,7 @@ class SqlCompleter(Completer):
 
     def _candidates(self, before: str, text: str) -> Iterator[tuple[str, str]]:
         """Yield words and their kind, the likeliest first."""
-        tables = {name: "view" for name in VIEWS} | {name: "function" for name in FUNCTIONS}
+        tables = dict.fromkeys(VIEWS, "view") | dict.fromkeys(FUNCTIONS, "function")
         known = VIEWS | FUNCTIONS
         named = {alias or view: view.lower() for view, alias in _TABLES.findall(text)}
         named |= {view.lower(): view.lower() for view, _ in _TABLES.findall(text)}
@@ -89,7 +89,7 @@ class SqlCompleter(Completer):
             here = dict.fromkeys(named.values()) or dict.fromkeys(known)
             yield from {column: "column" for table in here for column in known[table].columns}.items()
             yield from tables.items()
-            yield from ((keyword, "") for keyword in _KEYWORDS)
+            yield from ((keyword, "") for keyword in _KEYWORDS.split())
 
 
 def _words(before: str, tables: dict[str, str]) -> Iterable[tuple[str, str]]:

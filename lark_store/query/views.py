@@ -68,7 +68,7 @@ _HOW_SCORED = _METHOD | _SKETCHER | _QUERY_SIDE | _SCORE_RUN
 _RUN = (
     _text(
         device="what it ran on",
-        fingerprint="sha256 of the sketcher and the model's layout; equal ones can be compared",
+        fingerprint="sha256 of sketcher and layout; equal ones can be compared",
         recipe="how it was done, JSON",
         versions="versions of the software, JSON",
     )
@@ -114,7 +114,7 @@ VIEWS = {
         "SELECT * EXCLUDE (id) FROM _source",
     ),
     "variants": View(
-        "A format variant: how a sample becomes text, and which tokens are targets",
+        "How a sample becomes text, and which tokens are targets",
         _text(
             name="name of the variant",
             template="built-in template or file",
@@ -132,7 +132,7 @@ VIEWS = {
         | _whole(k="bins of a sketch", seed="seed of the map", map_version="version of the map's codes")
         | _text(
             dtype="type of the stored bins: float16 or float32",
-            parameters="pattern of the parameters' names that are sketched; null: all",
+            parameters="pattern of the names of what is sketched; null: all",
             exclude="pattern of those that are left out",
             correction="none: the plain gradient",
             positions="which target tokens count",
@@ -141,7 +141,7 @@ VIEWS = {
         "SELECT * EXCLUDE (id) FROM _sketcher",
     ),
     "samples": View(
-        "A sample with its text; a query is a sample of a source of stage query",
+        "A sample; queries are those of sources of stage query",
         _text(source="name of the source")
         | _SAMPLE
         | _text(
@@ -155,7 +155,7 @@ VIEWS = {
         "SELECT * FROM _samples",
     ),
     "ingest_runs": View(
-        "The sketching of one source, in one variant, at one checkpoint, by one sketcher",
+        "The sketching of one source in one variant at one checkpoint",
         _INGEST_RUN
         | _STATUS
         | _SKETCHER
@@ -176,7 +176,7 @@ VIEWS = {
         JOIN _source s ON s.id = r.source_id JOIN _variant v ON v.id = r.variant_id""",
     ),
     "score_runs": View(
-        "The scoring of one group (source and variant) against one set of queries",
+        "The scoring of one source in one variant for some queries",
         _SCORE_RUN
         | _STATUS
         | _METHOD
@@ -199,9 +199,9 @@ VIEWS = {
         JOIN _variant v ON v.id = r.variant_id""",
     ),
     "sketches": View(
-        "A sample's sketch at a checkpoint, without its vector; committed runs only",
+        "A sample's sketch at a checkpoint, without its vector",
         _SKETCHER
-        | _text(row_key="checkpoint/source/variant/sample_id: its key within the sketcher")
+        | _text(row_key="checkpoint/source/variant/sample_id, a sketcher's key")
         | _CHECKPOINT
         | _GROUP
         | _SAMPLE
@@ -209,20 +209,20 @@ VIEWS = {
         | _columns("INTEGER", n_tokens="tokens of the text", n_loss_tokens="tokens that are targets")
         | _float(
             loss="mean loss, in nats per target token",
-            grad_norm="norm of the sketch: an estimate of the norm of the loss's gradient",
+            grad_norm="norm of the sketch: an estimate of the gradient's norm",
         ),
         "SELECT r.sketcher, x.* FROM _sketches x JOIN ingest_runs r USING (ingest_run) WHERE r.status = 'done'",
     ),
     "self_influence": View(
-        "How much a sample's gradient would lower its own loss at a checkpoint; committed runs only",
+        "A sample's influence on itself at a checkpoint",
         _SKETCHER
         | _CHECKPOINT
         | _GROUP
         | _SAMPLE
         | _double(
-            self_influence="grad_norm²: an unbiased estimate of the gradient's squared norm",
+            self_influence="grad_norm²: unbiased, the gradient's squared norm",
             learning_rate="learning rate of the checkpoint",
-            tracin="learning_rate × self_influence; its sum over checkpoints is TracIn's",
+            tracin="learning_rate × self_influence: the checkpoint's TracIn",
         ),
         """
         SELECT x.sketcher, x.checkpoint, x.source, x.variant, x.sample_id,
@@ -231,17 +231,17 @@ VIEWS = {
         FROM sketches x JOIN _checkpoint c ON c.name = x.checkpoint""",
     ),
     "failures": View(
-        "A try of a sample that failed; several tries are several rows",
+        "A try of a sample that failed: a row for each try",
         _INGEST_RUN | _CHECKPOINT | _GROUP | _SAMPLE | _text(reason="why it failed"),
         "SELECT * FROM _failures",
     ),
     "influence": View(
-        "The influence of a sample on a query: the best 100 (`attribute --hits`) of each query and group",
+        "A sample's influence on a query: the best 100 of each group",
         _CHECKPOINT
         | _QUERY
         | _GROUP
         | _columns("INTEGER", rank="place among the group's samples, from 1")
-        | _float(score="influence; > 0: training on the sample lowers the query's loss")
+        | _float(score="> 0: training on the sample lowers the query's loss")
         | _SAMPLE
         | _HOW_SCORED,
         """
@@ -250,7 +250,7 @@ VIEWS = {
         FROM _influence i JOIN score_runs r USING (score_run) WHERE r.status = 'done'""",
     ),
     "source_influence": View(
-        "The influence of a whole group (source and variant) on a query",
+        "The influence of a source, in one variant, on a query",
         _CHECKPOINT
         | _QUERY
         | _GROUP

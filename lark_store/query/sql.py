@@ -86,7 +86,6 @@ def connect(db: Database, *, stop: Stop | None = None, memory: int | None = None
         "python_enable_replacements": False,
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
-        "enable_progress_bar": False,
     }
     if memory is not None:
         config["memory_limit"] = f"{memory}B"
@@ -117,6 +116,7 @@ def _fill(db: Database, connection: duckdb.DuckDBPyConnection, stop: Stop) -> No
     for function in FUNCTIONS.values():
         function.register(connection, db, stop)
     connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET enable_progress_bar = false")  # DuckDB would draw it on stdout
     connection.execute("SET lock_configuration = true")
 
 

@@ -1,7 +1,7 @@
 # make install   set up .venv with everything (also done by the others)
 # make demo      the whole job on a real model and real text
 # make test      lint and all tests; make lint: ruff, mypy, import-linter
-# make docs      write docs/reference/cli.md from the commands themselves
+# make docs      write docs/reference/cli.md from the commands themselves, the views of sql.md from their columns
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,7 @@ lint: install
 
 docs: install
 	$(BIN)/typer lark_store.cli.app utils docs --name lark-store --output docs/reference/cli.md
+	$(BIN)/python -m lark_store.query.reference docs/reference/sql.md
 
 clean:
 	rm -rf $(VENV) demo/.work

@@ -1,4 +1,4 @@
-"""Commands that answer: top, metrics and sql."""
+"""Commands that answer: top and metrics."""
 
 from __future__ import annotations
 
@@ -154,26 +154,9 @@ def metrics(
     emit(frame, form)
 
 
-def sql(
-    query: Annotated[str, typer.Argument(help="One SELECT.")],
-    store: StoreOption = None,
-    form: FormatOption = Format.table,
-) -> None:
-    """Run one SELECT over the store (DuckDB's SQL, read-only).
-
-    Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, samples, sketches (without vectors),
-    ingest_runs, failures, score_runs, influence, source_influence.
-
-    Example: `lark-store sql "select source, variant, avg(max) from source_influence where checkpoint = 'epoch-2' group
-    by all"`
-    """
-    with open_store(store) as opened:
-        emit(opened.sql(query), form)
-
-
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
-    for command in (top, metrics, sql, self_influence):
+    for command in (top, metrics, self_influence):
         app.command()(command)
     group = typer.Typer(help="The approximate search.", no_args_is_help=True, rich_markup_mode="markdown")
     group.command("build")(index_build)

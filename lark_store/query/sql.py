@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -9,7 +11,10 @@ import polars as pl
 import pyarrow as pa
 from sqlalchemy import inspect, select
 
-from lark_store.errors import QueryError
+from lark_store.errors import InputError, LarkStoreError, QueryError
+from lark_store.query.functions import FUNCTIONS
+from lark_store.query.stop import Stop, too_large
+from lark_store.query.views import VIEWS
 from lark_store.schema.catalog import (
     Base,
     Checkpoint,
@@ -25,11 +30,19 @@ from lark_store.schema.catalog import (
 from lark_store.schema.vectors import SKETCH_COLUMNS, sketch_schema, sketch_table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from sqlalchemy.orm import Session
 
     from lark_store.schema.database import Database
 
+    Parameters = Sequence[Any] | Mapping[str, Any]
+
+DEFAULT_MEMORY = "4GB"
 _SNAPSHOT_ATTEMPTS = 10
+_ROWS_PER_BATCH = 8192
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_UNITS |= {"Ki": 1024, "Mi": 1024**2, "Gi": 1024**3, "Ti": 1024**4}
 _CATALOG: dict[str, type[Base]] = {
     "_checkpoint": Checkpoint,
     "_metric": CheckpointMetric,
@@ -38,44 +51,6 @@ _CATALOG: dict[str, type[Base]] = {
     "_sketcher": Sketcher,
     "_ingest_run": IngestRun,
     "_score_run": ScoreRun,
-}
-
-# The views people see; everything is joined on names.
-VIEWS = {
-    "checkpoints": "SELECT * EXCLUDE (id) FROM _checkpoint",
-    "checkpoint_metrics": (
-        "SELECT c.name AS checkpoint, m.name, m.value FROM _metric m JOIN _checkpoint c ON c.id = m.checkpoint_id"
-    ),
-    "sources": "SELECT * EXCLUDE (id) FROM _source",
-    "variants": "SELECT * EXCLUDE (id) FROM _variant",
-    "sketchers": "SELECT * EXCLUDE (id) FROM _sketcher",
-    "samples": "SELECT * FROM _samples",
-    "ingest_runs": """
-        SELECT r.id AS ingest_run, r.status, k.name AS sketcher, c.name AS checkpoint, s.name AS source,
-               v.name AS variant, r.n_existing, r.n_sketched, r.n_failed, r.seconds, r.device, r.fingerprint,
-               r.recipe, r.versions, r.lance_version, r.started_at, r.finished_at, r.error
-        FROM _ingest_run r JOIN _sketcher k ON k.id = r.sketcher_id JOIN _checkpoint c ON c.id = r.checkpoint_id
-        JOIN _source s ON s.id = r.source_id JOIN _variant v ON v.id = r.variant_id""",
-    "score_runs": """
-        SELECT r.id AS score_run, r.status, r.method, k.name AS sketcher, c.name AS checkpoint,
-               qc.name AS query_checkpoint, q.name AS queries, qv.name AS query_variant, s.name AS source,
-               v.name AS variant, r.n_queries, r.n_samples, r.device, r.fingerprint, r.recipe, r.versions,
-               r.lance_version, r.started_at, r.finished_at, r.error
-        FROM _score_run r JOIN _sketcher k ON k.id = r.sketcher_id JOIN _checkpoint c ON c.id = r.checkpoint_id
-        JOIN _checkpoint qc ON qc.id = r.query_checkpoint_id JOIN _source q ON q.id = r.queries_id
-        JOIN _variant qv ON qv.id = r.query_variant_id JOIN _source s ON s.id = r.source_id
-        JOIN _variant v ON v.id = r.variant_id""",
-    "sketches": """
-        SELECT r.sketcher, x.* FROM _sketches x JOIN ingest_runs r USING (ingest_run) WHERE r.status = 'done'""",
-    "failures": "SELECT * FROM _failures",
-    "influence": """
-        SELECT i.checkpoint, r.queries, i.query_id, i.source, i.variant, i.rank, i.score, i.sample_id,
-               r.method, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
-        FROM _influence i JOIN score_runs r USING (score_run) WHERE r.status = 'done'""",
-    "source_influence": """
-        SELECT i.checkpoint, r.queries, i.query_id, i.source, i.variant, i.max, i.argmax, i.mean, i.std, i.n,
-               r.method, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
-        FROM _source_influence i JOIN score_runs r USING (score_run) WHERE r.status = 'done'""",
 }
 
 
@@ -100,17 +75,31 @@ def _arrow(session: Session, kind: type[Base]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=pa.schema(list(types.items())))
 
 
-def connect(db: Database) -> duckdb.DuckDBPyConnection:
-    """Open a throw-away DuckDB that sees the store's views and nothing else of this machine."""
-    connection = duckdb.connect(
-        config={
-            "enable_external_access": False,
-            "temp_directory": "",
-            "python_enable_replacements": False,
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
-    )
+def connect(db: Database, *, stop: Stop | None = None, memory: int | None = None) -> duckdb.DuckDBPyConnection:
+    """Open a throw-away DuckDB that sees the store's views and nothing else of this machine.
+
+    `stop` is what the table functions look at while they compute; `memory` is the most bytes that DuckDB may take.
+    """
+    config: dict[str, Any] = {
+        "enable_external_access": False,
+        "temp_directory": "",
+        "python_enable_replacements": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    if memory is not None:
+        config["memory_limit"] = f"{memory}B"
+    connection = duckdb.connect(config=config)
+    try:
+        _fill(db, connection, stop or Stop())
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _fill(db: Database, connection: duckdb.DuckDBPyConnection, stop: Stop) -> None:
+    """Make the views and the table functions, and lock the door."""
     _register(db, connection)
     with db.session() as session:
         committed = select(IngestRun.fingerprint).where(IngestRun.status == "done", IngestRun.n_sketched > 0).distinct()
@@ -123,10 +112,12 @@ def connect(db: Database) -> duckdb.DuckDBPyConnection:
     union = " UNION ALL ".join(f"FROM _{name}" for name in ["no_sketches", *tables])
     connection.execute(f"CREATE TEMP VIEW _sketches AS {union}")
     for name, view in VIEWS.items():
-        connection.execute(f"CREATE TEMP VIEW {name} AS {view}")
+        connection.execute(f"CREATE TEMP VIEW {name} AS {view.sql}")
+    for function in FUNCTIONS.values():
+        function.register(connection, db, stop)
     connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET enable_progress_bar = false")  # DuckDB would draw it on stdout
     connection.execute("SET lock_configuration = true")
-    return connection
 
 
 def _register(db: Database, connection: duckdb.DuckDBPyConnection) -> None:
@@ -149,10 +140,28 @@ def _statuses(session: Session) -> list[tuple[int, str]]:
 
 
 def fetch(
-    connection: duckdb.DuckDBPyConnection, query: str | duckdb.Statement, parameters: list[Any] | None = None
+    connection: duckdb.DuckDBPyConnection,
+    query: str | duckdb.Statement,
+    parameters: Parameters | None = None,
+    *,
+    max_rows: int | None = None,
+    max_bytes: int | None = None,
 ) -> pl.DataFrame:
-    """Run a query and return its rows."""
-    table = connection.sql(query, params=parameters).to_arrow_table()
+    """Run a query and return its rows, or the first `max_rows` of them; more than `max_bytes` are an error."""
+    reader = connection.sql(query, params=parameters).to_arrow_reader(_ROWS_PER_BATCH)
+    batches, rows, size = [], 0, 0
+    for batch in reader:
+        kept = batch if max_rows is None else batch.slice(0, max_rows - rows)
+        batches.append(kept)
+        rows, size = rows + len(kept), size + kept.nbytes
+        if max_bytes is not None and size > max_bytes:
+            raise too_large("the result needs more memory than it may have")
+        if max_rows is not None and rows >= max_rows:
+            break
+    return _frame(pa.Table.from_batches(batches, reader.schema))
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
     try:
         frame = pl.from_arrow(table.rename_columns(_distinct(table.column_names)))
     except pl.exceptions.PolarsError as error:
@@ -188,22 +197,61 @@ def _distinct(names: list[str]) -> list[str]:
     return out
 
 
-def run(db: Database, query: str) -> pl.DataFrame:
+def run(
+    db: Database,
+    query: str,
+    parameters: Parameters | None = None,
+    *,
+    timeout: float | None = None,
+    memory: str = DEFAULT_MEMORY,
+    max_rows: int | None = None,
+) -> pl.DataFrame:
     """Run one SELECT; see `Store.sql`."""
-    connection = connect(db)
+    limit = _bytes(memory)
+    stop = Stop(timeout, growth=2 * limit)
     try:
-        statements = connection.extract_statements(query)
-        kinds = [_kind(statement) for statement in statements]
-        if kinds not in (["SELECT"], ["EXPLAIN"]):
-            raise QueryError(
-                f"one SELECT is allowed, this is {', '.join(kinds) or 'nothing'}",
-                "the store is changed by its commands, not by SQL",
-            )
-        return fetch(connection, statements[0])
+        connection = connect(db, stop=stop, memory=limit)
     except duckdb.Error as error:
-        raise QueryError(str(error).strip(), _hint(error)) from error
-    finally:
-        connection.close()
+        raise _refusal(error) from error
+
+    def work() -> pl.DataFrame:
+        try:
+            return fetch(connection, _one(connection, query), parameters, max_rows=max_rows, max_bytes=limit)
+        except duckdb.Error as error:
+            raise _refusal(error) from error
+        finally:
+            connection.close()
+
+    def interrupt() -> None:
+        with contextlib.suppress(duckdb.Error):  # it is closed by now
+            connection.interrupt()
+
+    return stop.watch(work, interrupt)
+
+
+def _bytes(size: str) -> int:
+    """Read a size.
+
+    >>> _bytes("2GB"), _bytes("1.5 MiB")
+    (2000000000, 1572864)
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]i?)?B?", size.strip(), re.IGNORECASE)
+    number = float(found[1]) * _UNITS[(found[2] or "").capitalize()] if found else 0
+    if number < 1:
+        raise InputError(f"`{size}` is no size of memory", "for example `4GB` or `512MiB`")
+    return int(number)
+
+
+def _one(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
+    """Return the one SELECT or EXPLAIN that a query must be."""
+    statements = connection.extract_statements(query)
+    kinds = [_kind(statement) for statement in statements]
+    if kinds not in (["SELECT"], ["EXPLAIN"]):
+        raise QueryError(
+            f"one SELECT is allowed, this is {', '.join(kinds) or 'nothing'}",
+            "the store is changed by its commands, not by SQL",
+        )
+    return statements[0]
 
 
 def _kind(statement: duckdb.Statement) -> str:
@@ -213,9 +261,17 @@ def _kind(statement: duckdb.Statement) -> str:
         return "another statement"
 
 
+def _refusal(error: duckdb.Error) -> LarkStoreError:
+    """Return DuckDB's error as one of ours, with a hint where there is one."""
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return too_large()
+    return QueryError(str(error).strip(), _hint(error))
+
+
 def _hint(error: Any) -> str | None:
     if isinstance(error, duckdb.CatalogException | duckdb.BinderException):
-        return f"the views are {', '.join(VIEWS)}"
+        names = ", ".join([*VIEWS, *(function.signature for function in FUNCTIONS.values())])
+        return f"the views are {names}; their columns: `lark-store sql --schema`"
     if isinstance(error, duckdb.PermissionException):
         return "SQL here reads the store's views and nothing else"
     return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import polars as pl
 
@@ -158,16 +158,28 @@ class Ask(Part):
 
         return measure(self._db, checkpoint, view, method, sketcher, query_variant)
 
-    def sql(self, query: str) -> pl.DataFrame:
+    def sql(
+        self,
+        query: str,
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        memory: str = "4GB",
+        max_rows: int | None = None,
+    ) -> pl.DataFrame:
         """Run one SELECT (DuckDB's SQL) over the store's views, read-only.
 
-        Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, samples, sketches (without vectors),
-        ingest_runs, failures, score_runs, influence, source_influence.
+        Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, samples, ingest_runs, score_runs,
+        sketches (without vectors), self_influence, failures, influence, source_influence.
+
+        `parameters` are the values of `?` or `$1` (a sequence) or of `$name` (a mapping). The query ends with an error
+        after `timeout` seconds, and when its work or its result needs more than `memory`; of a longer result the first
+        `max_rows` rows are returned.
 
         Raises
         ------
-        QueryError
+        QueryError, InputError
         """
         from lark_store.query.sql import run
 
-        return run(self._db, query)
+        return run(self._db, query, parameters, timeout=timeout, memory=memory, max_rows=max_rows)

@@ -65,8 +65,8 @@ def top(
 ) -> None:
     """Print the samples with the most influence on one query, with their text and how far to trust each score.
 
-    `noise` is the score's standard deviation from sketching; `q_value` at most 0.05 means: of such hits 5% are false, if
-    the null is right (`--null`). A new query is sketched on the spot, with the checkpoint's model.
+    `noise` is the score's standard deviation from sketching; `q_value` at most 0.05 means: of such hits 5% are false,
+    if the null is right (`--null`). A new query is sketched on the spot, with the checkpoint's model.
 
     Example: `lark-store top 21645374 --checkpoint epoch-2 -k 10 --source pubmed --where "n_tokens < 300"`
 

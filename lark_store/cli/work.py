@@ -195,8 +195,8 @@ def attribute(
 ) -> None:
     """Score queries against sources, where sketches were added since the last time.
 
-    Fills the tables `influence` and `source_influence`, which `metrics` and `sql` read. Each sketch is read once, for all
-    queries that fit into `--memory`. `--method tracin` sums over the checkpoints given and is kept under the last.
+    Fills the tables `influence` and `source_influence`, which `metrics` and `sql` read. Each sketch is read once, for
+    all queries that fit into `--memory`. `--method tracin` sums over the checkpoints given and is kept under the last.
 
     Example: `lark-store attribute --checkpoint epoch-2 --queries test`
     """

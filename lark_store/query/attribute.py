@@ -19,6 +19,7 @@ import torch
 from sqlalchemy import select
 
 from lark_store.errors import InputError
+from lark_store.query.groups import ADDING
 from lark_store.query.scores import DEFAULT_MEMORY, Search
 from lark_store.query.tally import GroupScores, Tally
 from lark_store.schema.catalog import ScoreRun, now
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from lark_store.schema.database import Database
 
 DEFAULT_HITS = 100
-_ADDING = ("cosine", "dot")  # a sample's score does not depend on the other samples
 _REPORT = {
     "checkpoint": pl.String,
     "queries": pl.String,
@@ -84,13 +84,13 @@ class _Job:
         }
         if self.question.method == "tracin":
             recipe["weights"] = {term.checkpoint.name: term.weight for term in terms}
-        if self.question.method not in _ADDING:  # the score depends on what else is searched
+        if self.question.method not in ADDING:  # the score depends on what else is searched
             recipe["with"] = sorted({run for term in terms for group in term.groups for run in group.runs})
         return recipe
 
     def extends(self, run: ScoreRun) -> bool:
         """Tell whether a committed run lacks nothing but sketches that were added since."""
-        if self.question.method not in _ADDING:
+        if self.question.method not in ADDING:
             return False
         mine, theirs = self.recipe, dict(run.recipe)
         added = set(mine.pop("ingest_runs")) > set(theirs.pop("ingest_runs"))
@@ -183,7 +183,7 @@ def _write(
     """Score block after block of queries, as many as `memory` bytes hold, and write their rows."""
     asked = question.queries
     ids = sorted(db.vectors.read(asked.table, ["sample_id"], asked.filter)["sample_id"])
-    searched = [job.new_group for job in jobs] if question.method in _ADDING else question.groups
+    searched = [job.new_group for job in jobs] if question.method in ADDING else question.groups
     terms = [*question.terms[:-1], replace(question.terms[-1], groups=searched)]
     search = Search(db, replace(question, terms=terms), device=device)
     label = f"{question.terms[-1].checkpoint.name}: scoring {asked.source.name} by {question.method}"

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 # What the score of a sample for a query is made of, and what it takes to compute.
-GRADIENT = ("cosine", "dot", "tracin")
+ADDING = ("cosine", "dot")  # a sample's score depends on nothing but the sample and the query, at one checkpoint
+GRADIENT = (*ADDING, "tracin")
 LEXICAL = ("bm25", "bm25-okapi")
 METHODS = (*GRADIENT, *LEXICAL, "hybrid")
 

@@ -16,7 +16,7 @@ from lark_store.query.condition import satisfying
 from lark_store.schema.vectors import ROWS_PER_BATCH, where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import pyarrow as pa
     from numpy.typing import NDArray
@@ -36,7 +36,8 @@ class Rows:
     """Rows of some groups.
 
     `frame` has row_id, group (the place in `groups`), source, variant, sample_id, loss and grad_norm. `n_there` rows
-    satisfy `filter`; the frame holds those of them that were chosen.
+    satisfy `filter`; the frame holds those of them that were chosen. `check` is called at each batch, to raise where
+    the search must end.
     """
 
     groups: Sequence[Group]
@@ -44,6 +45,7 @@ class Rows:
     filter: str
     frame: pl.DataFrame
     n_there: int
+    check: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -64,6 +66,8 @@ class Rows:
         few = len(ids) < _FETCH_BELOW * self.n_there
         batches = self._fetched(in_order, column, batch_rows) if few else self._scanned(column, batch_rows)
         for batch in batches:
+            if self.check:
+                self.check()
             there = batch.column("_rowid").to_numpy()
             places = np.searchsorted(in_order, there)
             places[places == len(ids)] = 0
@@ -90,7 +94,14 @@ class Rows:
             yield from some.select([column]).with_row_id().to_arrow().to_batches()
 
 
-def find_rows(db: Database, groups: Sequence[Group], condition: str | None = None, *, exempt: int = 0) -> Rows:
+def find_rows(
+    db: Database,
+    groups: Sequence[Group],
+    condition: str | None = None,
+    *,
+    exempt: int = 0,
+    check: Callable[[], None] | None = None,
+) -> Rows:
     """Find the committed rows of groups (of one checkpoint and sketcher) that satisfy a condition in SQL.
 
     The last `exempt` groups are taken whole.
@@ -125,10 +136,4 @@ def find_rows(db: Database, groups: Sequence[Group], condition: str | None = Non
         kept = frame
     else:
         kept = frame.filter(satisfying(db, frame, condition) | (frame["group"] >= len(groups) - exempt))
-    return Rows(
-        groups,
-        table,
-        filter_,
-        kept.select(_KEPT),
-        len(frame),
-    )
+    return Rows(groups, table, filter_, kept.select(_KEPT), len(frame), check)

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from lark_store.query.groups import LEXICAL
+from lark_store.query.groups import ADDING, LEXICAL
 from lark_store.query.lexical import open_lexical, texts_of
 from lark_store.query.rows import Rows, find_rows
 from lark_store.query.scoring import Queries, load_queries, matrix, products
 from lark_store.query.significance import sketch_noise, z_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -70,11 +70,12 @@ class Search:
         condition: str | None = None,
         null_groups: Sequence[Group] = (),
         device: str = "auto",
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.db, self.question, self.device = db, question, device
         *before, last = question.terms
-        found = find_rows(db, [*last.groups, *null_groups], condition, exempt=len(null_groups))
-        others = [find_rows(db, term.groups) for term in before]
+        found = find_rows(db, [*last.groups, *null_groups], condition, exempt=len(null_groups), check=check)
+        others = [find_rows(db, term.groups, check=check) for term in before]
         self.of_terms = _common([*others, found])
         self.rows = self.of_terms[-1]
         self.n_left_out = len(found) - len(self.rows)
@@ -93,7 +94,7 @@ class Search:
     def blocks(self, ids: Sequence[str], memory: int = DEFAULT_MEMORY) -> Iterator[Asked]:
         """Yield the queries with these ids, block after block, as many as `memory` bytes hold with their scores."""
         queries = self.question.queries
-        streamed = self.question.method in {"cosine", "dot"}
+        streamed = self.question.method in ADDING
         per_query = 4 * queries.sketcher.k * len(self.question.terms) + (0 if streamed else 16 * len(self.rows))
         block = max(1, memory // per_query)
         for start in range(0, len(ids), block):
@@ -129,7 +130,7 @@ class Search:
     def stream(self, asked: Asked) -> Iterator[tuple[NDArray[np.int64], Matrix]]:
         """Yield rows' numbers (B) and their scores (Q, B): as they are read if that gives the score, else at once."""
         method = self.question.method
-        if method not in {"cosine", "dot"}:
+        if method not in ADDING:
             yield np.arange(len(self.rows)), self.scores(asked).score
             return
         (queries,) = asked.sketches

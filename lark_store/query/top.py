@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
-from lark_store.query.groups import LEXICAL, searched_groups
+from lark_store.query.groups import ADDING, LEXICAL, searched_groups
 from lark_store.query.index import find_index
 from lark_store.query.scores import Asked, Scores, Search
 from lark_store.query.significance import benjamini_hochberg_within, sign_null_p, source_null_p
@@ -17,7 +17,7 @@ from lark_store.schema.records import Hits
 from lark_store.schema.vectors import where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -34,7 +34,10 @@ NULLS = ("sources", "signs", "none")
 
 @dataclass(frozen=True)
 class Ranking:
-    """How to rank; see `Store.top`. `null_groups` are those of a source that is named as the null."""
+    """How to rank; see `Store.top`. `null_groups` are those of a source that is named as the null.
+
+    `check` is called now and then, to raise where the search must end.
+    """
 
     k: int = 10
     opponents: bool = False
@@ -43,20 +46,24 @@ class Ranking:
     null_groups: tuple[Group, ...] = ()
     approximate: bool = False
     device: str = "auto"
+    check: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= _MOST_HITS:
             raise InputError(f"k = {self.k} is not from 1 to {_MOST_HITS}", "try `-k 10`")
 
 
-def top(db: Database, queries: Sequence[str], questions: list[Question], ranking: Ranking) -> list[Hits]:
-    """Rank the rows of the questions' groups for each query, in the queries' order; see `Store.top`."""
+def top(db: Database, queries: Sequence[str], questions: list[Question], ranking: Ranking) -> dict[str, Hits]:
+    """Rank the rows of the questions' groups for each query; see `Store.top`.
+
+    Of several queries, those that have a sample and no sketch have no answer; one alone is an error then.
+    """
     found: dict[str, Hits] = {}
     for question, ids in _found(db, queries, questions):
         searcher = _Searcher(db, question, ranking)
         for asked in searcher.search.blocks(ids):
             found |= {hits.query_id: hits for hits in searcher.hits(asked)}
-    return [found[query] for query in queries]
+    return found
 
 
 def top_of_new(db: Database, asked: Asked, question: Question, ranking: Ranking, variant: str) -> Hits:
@@ -82,8 +89,8 @@ class _Searcher:
         self.db, self.question, self.ranking, self.new_as = db, question, ranking, new_as
         own = {group.source.name for group in question.groups}
         extra = [group for group in ranking.null_groups if group.source.name not in own]
-        condition, device = ranking.condition, ranking.device
-        self.search = Search(db, question, condition=condition, null_groups=extra, device=device)
+        how = {"device": ranking.device, "check": ranking.check}
+        self.search = Search(db, question, condition=ranking.condition, null_groups=extra, **how)  # type: ignore[arg-type]
         rows = self.search.rows
         groups = rows.groups
         if rows.frame.is_empty() or self.search.null_only.all():
@@ -100,7 +107,7 @@ class _Searcher:
     def _null(self, sources: list[str]) -> str:
         """Return what hits are held against."""
         wanted, method = self.ranking.null, self.question.method
-        signs = method in {"cosine", "dot"}
+        signs = method in ADDING
         if self.ranking.approximate:
             if wanted not in {None, "none"}:
                 raise InputError("an approximate search has no p-values", "leave out `--approximate`")
@@ -163,7 +170,7 @@ class _Searcher:
         return p, benjamini_hochberg_within(p, self.search.rows.frame["group"].to_numpy())
 
     def _index(self) -> SearchIndex:
-        if self.question.method not in {"cosine", "dot"} or self.ranking.null_groups:
+        if self.question.method not in ADDING or self.ranking.null_groups:
             raise InputError(
                 f"`{self.question.method}` has no approximate search", "`--approximate` goes with `cosine` and `dot`"
             )
@@ -246,7 +253,7 @@ def _found(db: Database, queries: Sequence[str], questions: list[Question]) -> l
         for query in holding.keys() & ids:
             holding[query].append(question)
     for query, found in holding.items():
-        if not found:
+        if not found and (len(holding) == 1 or query not in _samples(db, questions)):
             raise NameUnknownError.of("query", query, known, "ingest a source of stage `query`")
         if len(found) > 1:
             names = ", ".join(f"`{q.queries.source.name}`" for q in found)
@@ -254,8 +261,14 @@ def _found(db: Database, queries: Sequence[str], questions: list[Question]) -> l
     return [
         (question, mine)
         for question in questions
-        if (mine := [query for query in holding if holding[query][0] is question])
+        if (mine := [query for query, found in holding.items() if question in found])
     ]
+
+
+def _samples(db: Database, questions: list[Question]) -> set[str]:
+    """Return the ids of all samples of the questions' query sources."""
+    filter_ = where(source=[question.queries.source.name for question in questions])
+    return set(db.vectors.read("samples", ["sample_id"], filter_)["sample_id"])
 
 
 def texts_of_frame(vectors: VectorStore, frame: pl.DataFrame) -> pl.DataFrame:

@@ -77,7 +77,7 @@ class Ask(Part):
         if new is not None:
             return self._top_of_new(new, wanted, ranking)
         assert query is not None
-        return top(self._db, [query], ask(self._db, wanted), ranking)[0]
+        return top(self._db, [query], ask(self._db, wanted), ranking)[query]
 
     def _top_of_new(self, new: NewText, wanted: Wanted, ranking: Ranking) -> Hits:
         """Sketch a text and ask with it: what needs both ingest and query is put together here."""
@@ -99,6 +99,73 @@ class Ask(Part):
         unit = made.sketch.vector * made.sketch.vector.numel() ** -0.5
         sketch = Queries(["new"], unit[None], torch.tensor([made.sketch.grad_norm]))
         return top_of_new(self._db, Asked(["new"], [sketch], [made.text]), question, ranking, variant)
+
+    def ft_pt(
+        self,
+        checkpoint: str,
+        *,
+        queries: str | None = None,
+        query_variant: str | None = None,
+        sketcher: str = DEFAULT_SKETCHER,
+        method: str | None = None,
+    ) -> pl.DataFrame:
+        """Return, for each query and pair of a fine-tuning and a pretraining group, which of the two reaches further.
+
+        Computed on the spot. Columns: checkpoint, queries, query_id, source, variant (the fine-tuning group),
+        against_source, against_variant (the pretraining group), ft and pt (Φ, the highest score in each), ratio
+        (ft / pt, null where pt ≤ 0) and winner (`finetune`, `pretrain` or `tie`).
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError
+        """
+        from lark_store.query.answers import ft_pt
+        from lark_store.query.groups import Wanted
+
+        return ft_pt(self._db, Wanted([checkpoint], sketcher, queries, query_variant=query_variant, method=method))
+
+    def trajectory(
+        self,
+        query: str,
+        sample_id: str,
+        *,
+        source: str | None = None,
+        variant: str | None = None,
+        queries: str | None = None,
+        query_variant: str | None = None,
+        sketcher: str = DEFAULT_SKETCHER,
+        method: str | None = None,
+    ) -> pl.DataFrame:
+        """Return one sample's influence on one query at every checkpoint that has both sketches, by epoch.
+
+        Columns: checkpoint, epoch, learning_rate, step, queries, query_id, source, variant, sample_id, score, noise
+        (the score's standard deviation from sketching), query_loss and sample_loss (nats per target token).
+
+        Raises
+        ------
+        NameUnknownError, InputError
+        """
+        from lark_store.query.answers import trajectory
+        from lark_store.query.groups import Wanted
+
+        sources, variants = [source] if source else (), [variant] if variant else ()
+        wanted = Wanted([], sketcher, queries, sources, variants, None, query_variant, method)
+        return trajectory(self._db, query, sample_id, wanted)
+
+    def similar_text(
+        self, query: str | None = None, *, text: str | None = None, k: int = 10, sources: Sequence[str] = ()
+    ) -> pl.DataFrame:
+        """Return the `k` samples whose texts share most with a query's, or with any `text`, by BM25.
+
+        Columns: rank, score, source, stage, sample_id, text. See `lark_store.query.lexical`.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError
+        """
+        from lark_store.query.answers import similar_text
+
+        return similar_text(self._db, query, text=text, k=k, sources=sources)
 
     def self_influence(
         self,

@@ -178,7 +178,7 @@ def test_top_is_that_of_the_api(scored, line, options):
     assert (result.rows, result.err) == (as_json(hits.frame), hits.how + "\n")
 
 
-@pytest.mark.parametrize("view", ["all", "influence", "dominance"])
+@pytest.mark.parametrize("view", ["all", "influence", "dominance", "comparisons"])
 def test_metrics_are_those_of_the_api(scored, view):
     result = lark(f"metrics --view {view} -c epoch-1 --sketcher small -f json", "--store", scored.path)
     assert result.rows == as_json(scored.metrics(view=view, checkpoint="epoch-1", sketcher="small"))
@@ -252,7 +252,11 @@ ERRORS = [
     ("ingest -c base -s finetun --variant raw", "no source `finetun`", "did you mean `finetune`?"),
     ("attribute -c base --queries tests", "no source `tests`", "did you mean `test`?"),
     ("metrics -c nothing", "no checkpoint `nothing`", "the store has `base`, `epoch-1`"),
-    ("metrics --view most", "`most` is no view of the metrics", "the views are `all`, `influence`, `dominance`"),
+    (
+        "metrics --view most",
+        "`most` is no view of the metrics",
+        "the views are `all`, `influence`, `dominance`, `comparisons`",
+    ),
     ("variant show chatm --sample q0", "no variant `chatm`", "did you mean `chatml`?"),
     ("variant show raw --sample kidney0", "no sample `kidney0`", "did you mean `kidney-0`?"),
     ("sql 'SELECT 1; SELECT 2'", "one SELECT is allowed, this is SELECT, SELECT", SELECT),

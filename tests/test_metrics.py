@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -10,9 +11,10 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from lark_store.query import metrics
-from lark_store.query.metrics import bootstrap
+from lark_store.query.compare import RESAMPLES, intervals, permutation_p
 
 STAGES = {"ft": "finetune", "ft2": "finetune", "med": "pretrain", "songs": "pretrain"}
 CHECKPOINTS = ("base", "epoch-1")
@@ -44,50 +46,135 @@ def frame(scores: dict[tuple[str, str, str, str], float]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema)
 
 
-def brute_force(scores: dict[tuple[str, str, str, str], float]) -> dict[tuple[str | None, ...], tuple[float, int]]:
-    """Every figure by loops: (metric, checkpoint, source, variant, against source, against variant) to (value, n)."""
-    out: dict[tuple[str | None, ...], tuple[float, int]] = {}
-    groups = {(c, s, v) for c, _, s, v in scores}
+def exact_p(left, right):
+    """The paired permutation test by enumeration, in whole tenths so that equal sums are equal."""
+    d = [round(10 * a) - round(10 * b) for a, b in zip(left, right, strict=True)]
+    sums = [sum(s * x for s, x in zip(signs, d, strict=True)) for signs in itertools.product((1, -1), repeat=len(d))]
+    return min(1, 2 * min(sum(s >= sum(d) for s in sums), sum(s <= sum(d) for s in sums)) / len(sums))
 
-    def of(c, s, v):
-        return {q: phi for (c2, q, s2, v2), phi in scores.items() if (c, s, v) == (c2, s2, v2)}
 
-    def put(key, values):
-        out[key] = (sum(values) / len(values) if values else math.nan, len(values))
+def mean(values):
+    return sum(values) / len(values) if values else math.nan
 
-    for c, s, v in groups:
-        put(("mean_max_influence", c, s, v, None, None), list(of(c, s, v).values()))
-        for c2, s2, v2 in groups:
-            mine, theirs = of(c, s, v), of(c2, s2, v2)
-            shared = [q for q in mine if q in theirs]
-            if c != c2 or not shared:
-                continue
-            key = (c, s, v, s2, v2)
-            if (STAGES[s], STAGES[s2]) == ("finetune", "pretrain"):
-                put(("ft_pt_ratio", *key), [mine[q] / theirs[q] for q in shared if theirs[q] > 0])
-                put(("ft_wins", *key), [mine[q] > theirs[q] for q in shared])
-                put(("pt_dominance", *key), [theirs[q] > mine[q] for q in shared])
-            if s == s2 and (v, v2) == ("chatml", "raw"):
-                bottom = sum(theirs[q] for q in shared)
-                value = sum(mine[q] for q in shared) / bottom if bottom > 1e-12 else math.nan
-                out["format_effect", *key] = (value, len(shared))
+
+def pair_figures(key, scores, left, right, p):
+    """The figures of two groups at one checkpoint: `left` and `right` on their shared queries."""
+    _, s, v, s2, v2, _ = key
+    d = [a - b for a, b in zip(left, right, strict=True)]
+    sources = [*dict.fromkeys(name for _, _, name, _ in scores)]
+    out = {}
+    if (STAGES[s], STAGES[s2]) == ("finetune", "pretrain"):
+        ratios = [a / b for a, b in zip(left, right, strict=True) if b > 0]
+        out["ft_pt_ratio", *key] = (mean(ratios), len(ratios), p)
+        out["ft_wins", *key] = (mean([x > 0 for x in d]), len(d), p)
+        out["pt_dominance", *key] = (mean([x < 0 for x in d]), len(d), p)
+    if s == s2 and (v, v2) == ("chatml", "raw"):
+        out["format_effect", *key] = (sum(left) / sum(right) if sum(right) > 1e-12 else math.nan, len(d), p)
+    if v == v2 and sources.index(s) < sources.index(s2):
+        out["difference", *key] = (mean(d), len(d), p)
     return out
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_all_metrics_equal_brute_force(seed):
-    scores = random_scores(seed, n=12)
+def brute_force(scores, *, tests=True):
+    """Every figure by loops: (metric, what, against what: source, variant, checkpoint) to (value, n, p)."""
+    groups = {}
+    for (c, q, s, v), phi in scores.items():
+        groups.setdefault((c, s, v), {})[q] = phi
+    out = {}
+    for (c, s, v), mine in groups.items():
+        out["mean_max_influence", c, s, v, None, None, None] = (mean([*mine.values()]), len(mine), None)
+        earlier = [c2 for c2 in CHECKPOINTS[: CHECKPOINTS.index(c)] if (c2, s, v) in groups]
+        for (c2, s2, v2), theirs in groups.items():
+            shared = [q for q in mine if q in theirs]
+            left, right = [mine[q] for q in shared], [theirs[q] for q in shared]
+            p = exact_p(left, right) if tests and shared else None
+            if shared and (s, v, [c2]) == (s2, v2, earlier[-1:]):
+                d = [a - b for a, b in zip(left, right, strict=True)]
+                out["change", c, s, v, s, v, c2] = (mean(d), len(d), p)
+            if shared and c == c2:
+                out |= pair_figures((c, s, v, s2, v2, None), scores, left, right, p)
+    return out
+
+
+KEY = ["metric", "checkpoint", "source", "variant", "against_source", "against_variant", "against_checkpoint"]
+
+
+@pytest.mark.parametrize(("seed", "n"), [(0, 10), (1, 9), (2, 12), (3, 3), (4, 30)])
+def test_all_metrics_equal_brute_force(seed, n):
+    scores = random_scores(seed, n)
     found = metrics.all_metrics(frame(scores))
-    key = ["metric", "checkpoint", "source", "variant", "against_source", "against_variant"]
-    made = {tuple(row[name] for name in key): row for row in found.iter_rows(named=True)}
-    expected = brute_force(scores)
+    made = {tuple(row[name] for name in KEY): row for row in found.iter_rows(named=True)}
+    expected = brute_force(scores, tests=n < 14)
+    assert len(made) == len(found)
     assert made.keys() == expected.keys()
-    for name, (value, n) in expected.items():
-        assert made[name]["n_queries"] == n
+    for name, (value, n_queries, p) in expected.items():
+        assert made[name]["n_queries"] == n_queries
         if math.isnan(value):
             assert made[name]["value"] is None
         else:
             assert made[name]["value"] == pytest.approx(value, rel=1e-9, abs=1e-12)
+        if n < 14:
+            assert made[name]["p_value"] == (None if p is None else pytest.approx(p, rel=1e-12))
+
+
+def test_over_more_queries_the_test_is_sampled_near_the_exact_one():
+    scores = random_scores(5, n=17)
+    found = metrics.difference(frame(scores)).filter(pl.col("n_queries").is_between(14, 16))
+    assert len(found) >= 3
+    for row in found.head(3).iter_rows(named=True):
+        mine, theirs = (
+            {q: scores.get((row["checkpoint"], q, row[which], row["variant"])) for q in (f"q{i}" for i in range(17))}
+            for which in ("source", "against_source")
+        )
+        shared = [q for q in mine if mine[q] is not None and theirs[q] is not None]
+        exact = exact_p([mine[q] for q in shared], [theirs[q] for q in shared])
+        assert row["p_value"] == pytest.approx(exact, abs=4 * math.sqrt(exact / RESAMPLES) + 2 / RESAMPLES)
+
+
+@pytest.mark.parametrize("n", [8, 200])
+def test_without_a_difference_p_values_are_uniform(n):
+    rng = np.random.default_rng(0)
+    p = np.concatenate(
+        [permutation_p(rng.normal(size=(n, 1000)), 999), permutation_p(rng.standard_t(2, (n, 1000)), 999)]
+    )
+    assert ((p > 0) & (p <= 1)).all()
+    for level in (0.05, 0.2):
+        grid = 256 if n == 8 else 1000  # p is twice a whole number over this
+        nominal = 2 * math.floor(level * grid / 2 + 1e-9) / grid
+        assert abs((p <= level).mean() - nominal) <= 3 * math.sqrt(nominal * (1 - nominal) / len(p))
+
+
+def test_a_difference_is_seen():
+    rng = np.random.default_rng(0)
+    assert (permutation_p(rng.normal(1.0, 1.0, (100, 20))) <= 2 / (RESAMPLES + 1)).all()
+    assert permutation_p(np.ones((4, 1))) == [0.125]  # the least that 4 queries can say
+    assert permutation_p(np.zeros((5, 1))) == [1.0]
+    assert permutation_p(np.full((1, 1), 3.0)) == [1.0]
+
+
+def test_comparisons_are_differences_and_changes_with_q_values():
+    phi = frame(random_scores(3, n=12))
+    found = metrics.comparisons(phi)
+    every = metrics.all_metrics(phi).filter(pl.col("metric").is_in(["difference", "change"]))
+    assert found.drop("q_value").equals(every)
+    assert found["metric"].unique(maintain_order=True).to_list() == ["difference", "change"]
+    ranks = found["p_value"].rank("max")
+    raw = found["p_value"] * len(found) / ranks
+    least = [min(raw.filter(found["p_value"] >= p)) for p in found["p_value"]]
+    assert found["q_value"].to_list() == pytest.approx(least)
+    assert metrics.comparisons(frame({})).schema == {
+        **{name: kind for name, kind in metrics.COLUMNS.items() if name != "n_queries"},
+        "q_value": pl.Float64,
+        "n_queries": pl.Int64,
+    }
+
+
+def test_a_change_is_against_the_last_checkpoint_at_which_the_source_was_scored():
+    scores = {(c, f"q{q}", "ft", "raw"): value for c, value in (("a", 0.1), ("b", 0.4), ("c", 0.2)) for q in range(3)}
+    scores |= {(c, f"q{q}", "med", "raw"): value for c, value in (("a", 0.1), ("c", 0.5)) for q in range(3)}
+    found = metrics.change(frame(scores)).select("source", "checkpoint", "against_checkpoint", "value")
+    rows = {row[:3]: pytest.approx(row[3]) for row in found.iter_rows()}
+    assert rows == {("ft", "b", "a"): 0.3, ("ft", "c", "b"): -0.2, ("med", "c", "a"): 0.4}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -108,9 +195,27 @@ def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
-        low, high = bootstrap(lambda x, axis: x.mean(axis=axis), rng.normal(1.0, 1.0, 40), resamples=500)
-        hits += low <= 1.0 <= high
+        low, high = intervals(rng.normal(1.0, 1.0, (40, 1)), resamples=500)
+        hits += low[0] <= 1.0 <= high[0]
     assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_figures_resampled_together_are_what_scipy_makes_of_each_alone():
+    rng = np.random.default_rng(0)
+    top, bottom = rng.normal(1.0, 0.3, (2, 30, 3))
+    for below in (None, bottom):
+        low, high = intervals(top, below, resamples=999)
+        for f in range(3):
+            data = (top[:, f],) if below is None else (top[:, f], below[:, f])
+            alone = stats.bootstrap(
+                data,
+                (lambda x, axis: x.mean(axis)) if below is None else lambda x, y, axis: x.mean(axis) / y.mean(axis),
+                n_resamples=999,
+                paired=below is not None,
+                method="percentile",
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+            assert (low[f], high[f]) == pytest.approx((alone.low, alone.high), rel=1e-12)
 
 
 def test_one_query_has_no_interval():
@@ -138,9 +243,11 @@ def test_the_papers_tables_show_the_same_figures():
     table = metrics.dominance_table(found)
     assert len(table) == len(found.filter(metric="ft_pt_ratio"))
     row = table.row(0, named=True)
+    assert 0 < row["p_value"] <= 1
     names = {name: row[name] for name in ("checkpoint", "source", "variant", "against_source", "against_variant")}
     for column, metric in (("ratio", "ft_pt_ratio"), ("ft_wins", "ft_wins"), ("pt_dominance", "pt_dominance")):
         assert row[column] == found.filter(metric=metric, **names)["value"].item()
+        assert row["p_value"] == found.filter(metric=metric, **names)["p_value"].item()
     own = {"checkpoint": row["checkpoint"], "metric": "mean_max_influence"}
     assert row["ft"] == found.filter(**own, source=row["source"], variant=row["variant"])["value"].item()
     against = found.filter(**own, source=row["against_source"], variant=row["against_variant"])

@@ -206,6 +206,28 @@ def test_metrics_come_from_the_committed_scores(scored):
     ]
 
 
+def test_comparisons_come_from_the_committed_scores(scored):
+    found = scored.metrics(sketcher="small", view="comparisons")
+    assert set(found["metric"]) == {"difference", "change"}
+    changes = found.filter(metric="change")
+    assert set(changes.select("checkpoint", "against_checkpoint").iter_rows()) == {("epoch-1", "base")}
+    mean = {
+        (r["checkpoint"], r["source"], r["variant"]): r["value"]
+        for r in scored.metrics(sketcher="small").filter(metric="mean_max_influence").iter_rows(named=True)
+    }
+    for row in found.iter_rows(named=True):
+        left = mean[row["checkpoint"], row["source"], row["variant"]]
+        against = row["against_checkpoint"] or row["checkpoint"]
+        right = mean[against, row["against_source"], row["against_variant"]]
+        assert row["value"] == pytest.approx(left - right, abs=1e-6)
+        assert 0.125 <= row["p_value"] <= row["q_value"] <= 1  # there are 4 queries
+    assert found.select("source", "against_source").equals(
+        scored.metrics(sketcher="small", view="comparisons").select("source", "against_source")
+    )
+    alone = scored.metrics(sketcher="small", view="comparisons", checkpoint="epoch-1")
+    assert set(alone["metric"]) == {"difference"}
+
+
 def test_the_inventory_counts_what_is_there(scored):
     shown = scored.show()
     assert shown.checkpoints["name"].to_list() == ["base", "epoch-1"]

@@ -135,7 +135,11 @@ def metrics(
         str | None, typer.Option("--checkpoint", "-c", metavar="NAME", help="Only this checkpoint (default: all).")
     ] = None,
     view: Annotated[
-        str, typer.Option(help="`all`, `influence` (the paper's Table I) or `dominance` (Table II).")
+        str,
+        typer.Option(
+            help="`all`, `influence` (the paper's Table I), `dominance` (Table II) or `comparisons` (of two sources, "
+            "and of a checkpoint with the one before, with q-values)."
+        ),
     ] = "all",
     method: Annotated[str, typer.Option(help="`cosine` or `dot`.")] = "cosine",
     sketcher: SketcherOption = DEFAULT_SKETCHER,
@@ -143,9 +147,10 @@ def metrics(
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
-    """Print mean max influence, FT/PT ratio, FT wins, PT dominance and format effect, with 95% intervals.
+    """Print mean max influence, FT/PT ratio, FT wins, PT dominance and format effect, with 95% intervals and p-values.
 
-    Intervals are bootstrapped over queries. `attribute` must have scored before.
+    Intervals are bootstrapped over queries; p-values are of paired permutation tests over queries. Both speak of
+    queries like these, not of other models or seeds. `attribute` must have scored before.
     """
     with open_store(store) as opened:
         frame = opened.metrics(

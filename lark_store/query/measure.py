@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     import polars as pl
 
 _VIEWS: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
-    "all": lambda frame: frame,
-    "influence": metrics.influence_table,
-    "dominance": metrics.dominance_table,
+    "all": metrics.all_metrics,
+    "influence": lambda phi: metrics.influence_table(metrics.paper_metrics(phi)),
+    "dominance": lambda phi: metrics.dominance_table(metrics.paper_metrics(phi)),
+    "comparisons": metrics.comparisons,
 }
 _PHI = """
     SELECT i.query_variant, i.checkpoint, i.queries, i.query_id, i.source, s.stage, i.variant, i.max AS phi
     FROM source_influence i JOIN sources s ON s.name = i.source JOIN checkpoints c ON c.name = i.checkpoint
     WHERE i.method = ? AND i.sketcher = ? AND i.query_checkpoint = i.checkpoint AND (? IS NULL OR i.checkpoint = ?)
       AND (? IS NULL OR i.query_variant = ?)
-    ORDER BY c.epoch NULLS FIRST, c.created_at, i.queries, i.score_run, i.query_id"""
+    ORDER BY c.epoch NULLS FIRST, c.created_at, i.queries, i.score_run, i.query_id, s.created_at, i.source, i.variant"""
 
 
 def measure(
@@ -58,4 +59,4 @@ def measure(
         raise InputError(
             f"the queries are scored as {', '.join(f'`{v}`' for v in variants)}", "choose one with `--query-variant`"
         )
-    return _VIEWS[view](metrics.all_metrics(phi))
+    return _VIEWS[view](phi)

@@ -212,10 +212,13 @@ class Ask(Part):
         sketcher: str = DEFAULT_SKETCHER,
         query_variant: str | None = None,
     ) -> pl.DataFrame:
-        """Return metrics of what `attribute` scored, with 95% bootstrap intervals over queries.
+        """Return metrics of what `attribute` scored, with 95% bootstrap intervals and paired tests over queries.
 
-        `view` is `all` (a row per figure: mean_max_influence, ft_pt_ratio, ft_wins, pt_dominance, format_effect),
-        `influence` (the paper's Table I) or `dominance` (Table II). Definitions: `lark_store.query.metrics`.
+        `view` is `all` (a row per figure: mean_max_influence, ft_pt_ratio, ft_wins, pt_dominance, format_effect,
+        difference, change), `influence` (the paper's Table I), `dominance` (Table II) or `comparisons` (difference of
+        two sources and change since the checkpoint before, with q-values over the rows; with `checkpoint` no change).
+        `p_value` tests that the mean difference over queries is 0: it speaks of queries like these, not of other models
+        or seeds. Definitions: `lark_store.query.metrics`.
 
         Raises
         ------

@@ -10,11 +10,14 @@ import sqlite3
 import subprocess
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 
 from lark_store import Store
+from lark_store.cli.sql import sql
 from lark_store.errors import QueryError
+from lark_store.query.views import VIEWS
 
 NAMED = ["name", "created_at"]
 RUN = ["status", "sketcher", "checkpoint", "source", "variant", "device", "fingerprint", "recipe", "versions"]
@@ -23,6 +26,7 @@ SCORED = ["checkpoint", "queries", "query_id", "source", "variant", "method", "s
 SCORED += ["query_variant", "score_run"]
 CHECKPOINT = ["model", "path", "revision", "weights_sha256", "tokenizer_sha256", "epoch", "step", "learning_rate"]
 SKETCH = ["row_key", "sample_id", "ingest_run", "n_tokens", "n_loss_tokens", "loss", "grad_norm"]
+SELF = ["self_influence", "learning_rate", "tracin"]
 COLUMNS = {
     "checkpoints": [*NAMED, *CHECKPOINT],
     "checkpoint_metrics": ["checkpoint", "name", "value"],
@@ -43,12 +47,13 @@ COLUMNS = {
         "n_queries",
         "n_samples",
     ],
+    "self_influence": ["sketcher", "checkpoint", "source", "variant", "sample_id", *SELF],
     "influence": [*SCORED, "rank", "score", "sample_id"],
     "source_influence": [*SCORED, "max", "argmax", "mean", "std", "n"],
 }
 # What the scored store holds: 2 checkpoints × (6 fine-tuning samples + 4 queries + 2 variants of 5 + 5 samples).
 SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 2, "samples": 20, "sketches": 60}
-SIZES |= {"checkpoint_metrics": 2, "ingest_runs": 12, "failures": 0, "score_runs": 10}
+SIZES |= {"self_influence": 60, "checkpoint_metrics": 2, "ingest_runs": 12, "failures": 0, "score_runs": 10}
 SIZES |= {"influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
 
 
@@ -83,9 +88,33 @@ def test_a_view_has_its_columns_with_or_without_rows(empty, scored, view):
     assert len(frames[1]) == SIZES[view]
 
 
-def test_the_views_are_those_of_the_documentation():
-    listed = Store.sql.__doc__.split("Views: ")[1].split(".\n")[0].replace("(without vectors)", "")
-    assert {name.strip() for name in listed.split(",")} == set(COLUMNS)
+@pytest.mark.parametrize("place", [Store.sql, sql])
+def test_the_views_are_those_of_the_documentation(place):
+    listed = place.__doc__.split("Views: ")[1].split(".\n")[0].split(". ")[0].replace("(without vectors)", "")
+    assert {name.strip() for name in listed.split(",")} == set(COLUMNS) == set(VIEWS)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_documented_columns_and_types_are_duckdbs(empty, view):
+    columns = {name: column.type for name, column in VIEWS[view].columns.items()}
+    assert empty.sql(f"DESCRIBE {view}").select("column_name", "column_type").rows() == list(columns.items())
+    meanings = [VIEWS[view].meaning, *(column.meaning for column in VIEWS[view].columns.values())]
+    assert [text for text in meanings if not 3 < len(text) <= 60] == []  # a table cuts longer cells
+
+
+def test_self_influence_is_the_squared_norm_and_tracin_weighs_it_by_the_learning_rate(scored_copy):
+    with contextlib.closing(sqlite3.connect(scored_copy.path / "catalog.sqlite")) as db, db:
+        db.execute("UPDATE checkpoint SET learning_rate = 0.5 WHERE name = 'base'")
+        db.execute("UPDATE checkpoint SET learning_rate = NULL WHERE name = 'epoch-1'")
+    key = "checkpoint, source, variant, sample_id"
+    made = scored_copy.sql(f"SELECT {key}, self_influence, learning_rate, tracin FROM self_influence ORDER BY ALL")
+    norms = scored_copy.sql(f"SELECT {key}, grad_norm FROM sketches ORDER BY ALL")
+    assert made.select(norms.columns[:4]).equals(norms[:, :4])
+    squared = norms["grad_norm"].to_numpy().astype(np.float64) ** 2
+    np.testing.assert_allclose(made["self_influence"].to_numpy(), squared, rtol=1e-12)
+    rates = np.where(made["checkpoint"] == "base", 0.5, np.nan)
+    np.testing.assert_allclose(made["tracin"].to_numpy(), rates * squared, rtol=1e-12)
+    assert made["learning_rate"].null_count() == made["tracin"].null_count() == 30
 
 
 def test_sketches_join_with_samples_and_checkpoints_by_name(scored):
@@ -148,6 +177,17 @@ SELECT (SELECT content FROM read_text('{secret}')) | WITH t AS (FROM read_text('
 EXPLAIN ANALYZE FROM read_text('{secret}') | FROM duckdb_secrets() | FROM duckdb_extensions()
 SELECT * FROM samples UNION ALL FROM read_csv('{secret}') | FROM 'http://127.0.0.1:9/a.csv'
 FROM read_text('file://{secret}') | FROM read_csv('{folder}/../{folder_name}/secret.csv') | FROM arrow_scan(1, 2, 3)
+SELECT list_transform([1], lambda x: getenv('HOME')) | FROM query_table(['samples', '{secret}'])
+SELECT list_transform(['{secret}'], lambda x: (SELECT content FROM read_text(x))) | FROM read_text(getvariable('p'))
+FROM (VALUES ('{secret}')) t(p), LATERAL (FROM read_text(t.p))
+SELECT set_config('enable_external_access', 'true', false)
+FROM query('FROM query(''FROM read_text(''''{secret}'''')'')') | FROM which_secret('s3://a/b', 's3')
+FROM duckdb_secrets(redact := false) | FROM read_csv('/dev/fd/0') | FROM read_text('/proc/self/environ')
+FROM summary((FROM read_text('{secret}'))) | SELECT try((SELECT content FROM read_text('{secret}')))
+SUMMARIZE '{secret}' | DESCRIBE '{secret}' | FROM samples WHERE text IN (SELECT content FROM read_text('{secret}'))
+FROM read_json_objects('{secret}') | FROM parquet_kv_metadata('{secret}') | FROM read_avro('{secret}')
+FROM postgres_scan('host=127.0.0.1', 'public', 'a') | SELECT load_extension('{secret}')
+FROM pragma_table_info('{secret}')
 FROM pandas_scan(1) | FROM python_map_function((SELECT 1)) | FROM seq_scan('x') | FROM pragma_storage_info('samples')
 """
 CHANGES = """
@@ -166,6 +206,11 @@ TRUNCATE samples | MERGE INTO samples USING sources ON true WHEN MATCHED THEN DE
 ALTER VIEW samples RENAME TO others | COMMENT ON VIEW samples IS 'x' | CALL pragma_version() | CALL duckdb_settings()
 CHECKPOINT | VACUUM | ANALYZE | BEGIN | COMMIT | ROLLBACK | PREPARE p AS SELECT 1 | EXECUTE p | DEALLOCATE p
 FROM enable_logging() | FROM enable_profiling() | FROM force_checkpoint()
+WITH x AS (COPY samples TO '{folder}/out.csv' RETURNING *) FROM x | FROM (COPY samples TO '{folder}/out.csv')
+PIVOT samples ON source USING count(*) | PIVOT (FROM read_csv('{secret}')) ON word USING count(*)
+PIVOT samples ON source IN (SELECT content FROM read_text('{secret}')) USING count(*) | SET memory_limit = '1TB'
+PREPARE p AS FROM read_text('{secret}') | EXECUTE p('{secret}') | SET lock_configuration = false
+SET VARIABLE p = (SELECT content FROM read_text('{secret}')) | CREATE TEMP MACRO m(p) AS TABLE FROM read_text(p)
 SELECT 1; SELECT 2 | SELECT 1; DROP VIEW samples |  | ; | -- a comment alone
 """
 HARMLESS = """
@@ -174,7 +219,10 @@ FROM sqlite_master | FROM duckdb_logs | FROM duckdb_external_file_cache() | FROM
 FROM pragma_database_list | SELECT current_setting('home_directory') | SELECT getvariable('x') | FROM query('SELECT 1')
 FROM query_table('samples') | SHOW TABLES | DESCRIBE samples | SUMMARIZE samples | EXPLAIN FROM samples
 EXPLAIN ANALYZE CREATE TABLE t AS SELECT 1 | FROM checkpoint('memory') | SELECT write_log('x')
-SELECT parse_path('{secret}')
+SELECT parse_path('{secret}') | FROM pg_catalog.pg_settings | FROM pg_catalog.pg_class | FROM duckdb_variables()
+FROM duckdb_prepared_statements() | SELECT current_setting('enable_external_access') | SELECT current_query()
+SELECT json_serialize_plan('FROM read_text(''{secret}'')') | FROM query_table('_checkpoint')
+PIVOT (SELECT stage FROM sources) ON stage IN ('finetune', 'query') USING count(*)
 """
 
 
@@ -246,6 +294,7 @@ def test_one_query_leaves_nothing_for_the_next(scored):
         ("SELECT $1", "Values were not provided", None),
         ("FROM 'a.csv'", "Permission Error", "SQL here reads the store's views and nothing else"),
         ("SELECT 1; SELECT 2", "one SELECT is allowed, this is SELECT, SELECT", "the store is changed by its commands"),
+        ("PIVOT samples ON source USING count(*)", "a PIVOT has to name its values", "for example `PIVOT"),
         ("", "one SELECT is allowed, this is nothing", "the store is changed by its commands"),
     ],
 )

@@ -68,7 +68,10 @@ class SqlCompleter(Completer):
         """Yield what the word before the cursor may become."""
         before = document.text_before_cursor
         word = document.get_word_before_cursor(pattern=re.compile(r"\\?\w+|\\"))
+        kinds: dict[str, str] = {}
         for candidate, kind in self._candidates(before.lstrip(), document.text):
+            kinds.setdefault(candidate, kind)
+        for candidate, kind in kinds.items():
             if candidate.lower().startswith(word.lower()) and candidate != word:
                 yield Completion(candidate, start_position=-len(word), display_meta=kind)
 

@@ -246,6 +246,8 @@ def _one(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
     """Return the one SELECT or EXPLAIN that a query must be."""
     statements = connection.extract_statements(query)
     kinds = [_kind(statement) for statement in statements]
+    if kinds == ["MULTI"]:
+        raise QueryError("a PIVOT has to name its values", "for example `PIVOT … ON stage IN ('finetune', 'query')`")
     if kinds not in (["SELECT"], ["EXPLAIN"]):
         raise QueryError(
             f"one SELECT is allowed, this is {', '.join(kinds) or 'nothing'}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -25,6 +26,8 @@ from lark_store.schema.catalog import (
 from lark_store.schema.vectors import SKETCH_COLUMNS, sketch_schema, sketch_table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy.orm import Session
 
     from lark_store.schema.database import Database
@@ -154,7 +157,7 @@ def fetch(
     """Run a query and return its rows."""
     table = connection.sql(query, params=parameters).to_arrow_table()
     try:
-        frame = pl.from_arrow(table.rename_columns(_distinct(table.column_names)))
+        frame = pl.from_arrow(table.rename_columns(distinct(table.column_names)))
     except pl.exceptions.PolarsError as error:
         raise QueryError(
             f"the result has a column of a type that has no table form: {error}", "cast it, as in `x::VARCHAR`"
@@ -172,10 +175,10 @@ def _number(column: pl.Series) -> pl.Series:
     return column.cast(pl.Float64)
 
 
-def _distinct(names: list[str]) -> list[str]:
+def distinct(names: list[str]) -> list[str]:
     """Tell repeated names, as in a self-join, from each other by numbers.
 
-    >>> _distinct(["a", "a", "a_1"])
+    >>> distinct(["a", "a", "a_1"])
     ['a', 'a_2', 'a_1']
     """
     taken, out = set(names), []
@@ -190,6 +193,13 @@ def _distinct(names: list[str]) -> list[str]:
 
 def run(db: Database, query: str) -> pl.DataFrame:
     """Run one SELECT; see `Store.sql`."""
+    with checked(db, query) as (connection, statement):
+        return fetch(connection, statement)
+
+
+@contextmanager
+def checked(db: Database, query: str) -> Iterator[tuple[duckdb.DuckDBPyConnection, duckdb.Statement]]:
+    """Hand out a throw-away connection and the one SELECT that `query` is; DuckDB's errors become `QueryError`s."""
     connection = connect(db)
     try:
         statements = connection.extract_statements(query)
@@ -199,7 +209,7 @@ def run(db: Database, query: str) -> pl.DataFrame:
                 f"one SELECT is allowed, this is {', '.join(kinds) or 'nothing'}",
                 "the store is changed by its commands, not by SQL",
             )
-        return fetch(connection, statements[0])
+        yield connection, statements[0]
     except duckdb.Error as error:
         raise QueryError(str(error).strip(), _hint(error)) from error
     finally:

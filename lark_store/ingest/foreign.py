@@ -150,9 +150,12 @@ def _numpy(path: Path, ids: list[str] | None) -> Foreign:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise InputError(f"`{path}` is no .npy file: {error}", "save an array of floats with `numpy.save`") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.name not in _FLOATS:
-        what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
-        raise InputError(f"`{path}` holds {what}", "save one array, (N, D), of float16, float32 or float64")
+    wanted = "save one array, (N, D), of float16, float32 or float64"
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise InputError(f"`{path}` holds several arrays", wanted)
+    if array.ndim != 2 or array.dtype.name not in _FLOATS:
+        raise InputError(f"`{path}` holds {array.dtype} of shape {array.shape}", wanted)
     names = _counted(path, len(array), ids, "holds no ids")
     digest = _sha256(path)
     return Foreign(path, "numpy", digest, names, array.shape[1], array.dtype.name, lambda some: _blocks(array, some))

@@ -41,7 +41,7 @@ def export(db: Database, what: str, path: Path, *, overwrite: bool = False) -> i
     _check(path, overwrite=overwrite)
     with checked(db, _query(what)) as (connection, statement):
         reader = connection.sql(statement).to_arrow_reader(ROWS_PER_TEXT_BATCH)
-        schema = pa.schema([pa.field(name, _kind(f.type)) for name, f in _named(reader.schema)])
+        schema = _schema(reader.schema)
         return _write(path, schema, _batches(reader, schema), overwrite=overwrite)
 
 
@@ -117,8 +117,18 @@ def _check(path: Path, *, overwrite: bool) -> None:
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _named(schema: pa.Schema) -> list[tuple[str, pa.Field]]:
-    return list(zip(distinct(schema.names), schema, strict=True))
+def _schema(schema: pa.Schema) -> pa.Schema:
+    """Return the columns that are written of a query's."""
+    for f in schema:
+        if not _has_form(f.type):
+            raise QueryError(f"column `{f.name}` is of a type that files have no form for: {f.type}", _CAST)
+    return pa.schema([pa.field(name, _kind(f.type)) for name, f in zip(distinct(schema.names), schema, strict=True)])
+
+
+def _has_form(kind: pa.DataType) -> bool:
+    if pa.types.is_interval(kind) or pa.types.is_union(kind):
+        return False
+    return not pa.types.is_nested(kind) or all(_has_form(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _kind(kind: pa.DataType) -> pa.DataType:

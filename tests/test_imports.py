@@ -119,6 +119,15 @@ def test_a_row_has_the_norm_of_its_vector_and_says_what_is_not_known(store, tmp_
     assert recipe["sha256"] == digest.stdout.split()[0]
 
 
+@pytest.mark.parametrize("array", [np.asfortranarray(vectors("songs", 4)), vectors("songs", 4).astype(">f8")])
+def test_an_array_may_be_laid_out_in_any_way(store, tmp_path, array):
+    import_numpy(store, tmp_path, "songs", array, dtype="float32")
+    store.export("sketches", tmp_path / "out.parquet", vectors=True, sketcher="trak")
+    frame = pl.read_parquet(tmp_path / "out.parquet").sort("sample_id")
+    unit = vectors("songs", 4) / np.linalg.norm(vectors("songs", 4), axis=1)[:, None]
+    np.testing.assert_allclose(frame["vector"].to_numpy() / 2, unit, rtol=1e-6)
+
+
 # --- kinds of files ------------------------------------------------------------------------------------------------
 
 

@@ -128,15 +128,24 @@ def _rows_per_block(dimensions: int) -> int:
 
 
 def _blocks(
-    array_ND: np.ndarray[Any, Any],
+    array_ND: np.memmap[Any, Any],
     wanted: np.ndarray[Any, Any],
     facts: Callable[[int, int], list[dict[str, Any]]] = lambda start, end: [{}] * (end - start),
 ) -> Iterator[Block]:
-    """Cut a memory-mapped array into blocks; numbers that numpy lacks (bfloat16, as uint16) become float32."""
-    step = _rows_per_block(array_ND.shape[1])
-    for start in range(0, len(array_ND), step):
+    """Cut a memory-mapped array into blocks; numbers that numpy lacks (bfloat16, as uint16) become float32.
+
+    Rows that lie together are read from the file: pages that are mapped count as this process's memory.
+    """
+    n, dimensions = array_ND.shape
+    step, size, number = _rows_per_block(dimensions), dimensions * array_ND.itemsize, array_ND.dtype
+    for start in range(0, n, step):
         if wanted[start : start + step].any():
-            rows = np.asarray(array_ND[start : start + step])
+            if array_ND.flags.c_contiguous:
+                end, at = min(start + step, n), array_ND.offset + start * size
+                flat = np.fromfile(str(array_ND.filename), number, (end - start) * dimensions, offset=at)
+                rows = flat.reshape(-1, dimensions)
+            else:
+                rows = np.asarray(array_ND[start : start + step])
             if rows.dtype == np.uint16:
                 rows = (rows.astype(np.uint32) << 16).view(np.float32)
             yield Block(start, rows, facts(start, start + len(rows)))
@@ -151,7 +160,7 @@ def _numpy(path: Path, ids: list[str] | None) -> Foreign:
     except (ValueError, EOFError) as error:
         raise InputError(f"`{path}` is no .npy file: {error}", "save an array of floats with `numpy.save`") from error
     wanted = "save one array, (N, D), of float16, float32 or float64"
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.memmap):
         array.close()
         raise InputError(f"`{path}` holds several arrays", wanted)
     if array.ndim != 2 or array.dtype.name not in _FLOATS:

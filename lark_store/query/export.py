@@ -238,7 +238,8 @@ def _json(file: BinaryIO, schema: pa.Schema) -> Iterator[Write]:  # noqa: ARG001
 
     def write(table: pa.Table) -> None:
         nonlocal before
-        file.write(before + _frame(table, nested=True).write_json()[1:-1].encode())
+        rows = _frame(table, nested=True).write_ndjson().removesuffix("\n")
+        file.write(before + rows.replace("\n", ",\n").encode())
         before = b",\n"
 
     yield write

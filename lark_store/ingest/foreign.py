@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,18 +46,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A file of vectors: `ids` (N) in its order, the bytes' hash, and what reads it.
+    """A file of vectors: `ids` (N) in its order, the file `held` that has the numbers, and what reads it.
 
     `read` takes which rows are wanted, (N,) bool, and yields at least the blocks that hold some.
     """
 
     path: Path
     kind: str
-    sha256: str
+    held: Path
     ids: list[str]
     dimensions: int
     number: str
     read: Callable[[np.ndarray[Any, Any]], Iterator[Block]]
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file that has the numbers."""
+        with self.held.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_foreign(path: Path, kind: str, ids: Path | None) -> Foreign:
@@ -100,7 +107,7 @@ def _lines(path: Path) -> list[str]:
     if not is_file(path):
         raise InputError(f"there is no file `{path}`", "`--ids` is a text file with one sample_id per line")
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"`{path}` can't be read as text: {error}", "save it as UTF-8") from error
 
@@ -116,11 +123,6 @@ def _counted(path: Path, n: int, ids: list[str] | None, where: str) -> list[str]
     if len(ids) != n:
         raise InputError(f"{len(ids)} ids for the {n} rows of `{path}`", "give one for each row, in the same order")
     return ids
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rows_per_block(dimensions: int) -> int:
@@ -166,8 +168,7 @@ def _numpy(path: Path, ids: list[str] | None) -> Foreign:
     if array.ndim != 2 or array.dtype.name not in _FLOATS:
         raise InputError(f"`{path}` holds {array.dtype} of shape {array.shape}", wanted)
     names = _counted(path, len(array), ids, "holds no ids")
-    digest = _sha256(path)
-    return Foreign(path, "numpy", digest, names, array.shape[1], array.dtype.name, lambda some: _blocks(array, some))
+    return Foreign(path, "numpy", path, names, array.shape[1], array.dtype.name, lambda some: _blocks(array, some))
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------------
@@ -189,9 +190,7 @@ def _parquet(path: Path, ids: list[str] | None) -> Foreign:
         dimensions = kind.list_size if pa.types.is_fixed_size_list(kind) else _first_length(file)
     number = {"halffloat": "float16", "float": "float32", "double": "float64"}[str(kind.value_type)]
     known = [name for name in FACTS if name in schema.names]
-    return Foreign(
-        path, "parquet", _sha256(path), names, dimensions, number, lambda _: _read_parquet(path, dimensions, known)
-    )
+    return Foreign(path, "parquet", path, names, dimensions, number, lambda _: _read_parquet(path, dimensions, known))
 
 
 def _is_vector(kind: pa.DataType) -> bool:
@@ -202,7 +201,7 @@ def _is_vector(kind: pa.DataType) -> bool:
 def _texts(path: Path, column: pa.ChunkedArray) -> list[str]:
     if column.null_count:
         raise InputError(f"`{path}` has {column.null_count} rows without a sample_id", "give each row its id")
-    return [str(value) for value in column.to_pylist()]
+    return [str(value).strip() for value in column.to_pylist()]
 
 
 def _first_length(file: Any) -> int:
@@ -279,7 +278,7 @@ def _bergson(path: Path, ids: list[str] | None) -> Foreign:
     def rows(start: int, end: int) -> list[dict[str, Any]]:
         return [{facts[key]: value for key, value in known[i].items()} for i in range(start, end)]
 
-    return Foreign(path, "bergson", _sha256(file), names, dimensions, number, lambda some: _blocks(array, some, rows))
+    return Foreign(path, "bergson", file, names, dimensions, number, lambda some: _blocks(array, some, rows))
 
 
 def _info(path: Path) -> dict[str, Any]:

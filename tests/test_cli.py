@@ -409,5 +409,5 @@ def test_a_command_and_each_of_its_parameters_has_a_help_text(path):
 
 def test_each_command_is_a_method_of_the_store_and_each_method_a_command():
     leaves = {"_".join(path) for path, command in COMMANDS.items() if not hasattr(command, "commands")}
-    methods = {name for name in vars(Store) if not name.startswith("_") and callable(getattr(Store, name))}
-    assert {"create" if name == "init" else name for name in leaves} == methods - {"open", "close"}
+    methods = {name for name in dir(Store) if not name.startswith("_") and callable(getattr(Store, name))}
+    assert {"create" if name == "init" else name.replace("-", "_") for name in leaves} == methods - {"open", "close"}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lark_store.cli import ask, manage, sql, work
+from lark_store.cli import ask, doors, manage, sql, work
 from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
@@ -54,6 +54,7 @@ manage.register(app)
 work.register(app)
 ask.register(app)
 sql.register(app)
+doors.register(app)
 
 
 def main() -> None:

@@ -9,11 +9,13 @@ import typer
 
 from lark_store.cli.options import (
     DEFAULT_SKETCHER,
+    CheckpointOption,
     CheckpointsOption,
     DeviceOption,
     Format,
     FormatOption,
     MethodOption,
+    QueriesOption,
     QueryCheckpointOption,
     QueryVariantOption,
     SketcherOption,
@@ -47,9 +49,7 @@ def top(
     file: Annotated[
         Path | None, typer.Option(help="A new query from a file: text, or the first row of a .jsonl, .parquet or .csv.")
     ] = None,
-    queries: Annotated[
-        str | None, typer.Option("--queries", "-q", metavar="NAME", help="The query's source, if several have the id.")
-    ] = None,
+    queries: QueriesOption = None,
     query_checkpoint: QueryCheckpointOption = None,
     query_variant: QueryVariantOption = None,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
@@ -96,6 +96,64 @@ def top(
         )
     emit(hits.frame, form)
     say(hits.how)
+
+
+def ft_pt(
+    checkpoint: CheckpointOption,
+    queries: QueriesOption = None,
+    query_variant: QueryVariantOption = None,
+    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    method: MethodOption = None,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Print, query by query, whether fine-tuning or pretraining reaches further, and by how much.
+
+    Computed on the spot: a row per query and pair of a fine-tuning and a pretraining group.
+    """
+    with open_store(store) as opened:
+        how = {"query_variant": query_variant, "sketcher": sketcher, "method": method}
+        emit(opened.ft_pt(checkpoint, queries=queries, **how), form)
+
+
+def trajectory(
+    query: Annotated[str, typer.Argument(help="The id of a query.")],
+    sample_id: Annotated[str, typer.Argument(help="The id of a sample.")],
+    source: Annotated[str | None, typer.Option("--source", "-s", metavar="NAME", help="The sample's source.")] = None,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="The sample's format variant.")] = None,
+    queries: QueriesOption = None,
+    query_variant: QueryVariantOption = None,
+    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    method: MethodOption = None,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Print one sample's influence on one query over the checkpoints."""
+    with open_store(store) as opened:
+        frame = opened.trajectory(
+            query,
+            sample_id,
+            source=source,
+            variant=variant,
+            queries=queries,
+            query_variant=query_variant,
+            sketcher=sketcher,
+            method=method,
+        )
+    emit(frame, form)
+
+
+def similar_text(
+    query: Annotated[str | None, typer.Argument(help="The id of a query.")] = None,
+    text: Annotated[str | None, typer.Option(help="Any text instead.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
+    source: SourcesOption = None,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Print the samples whose texts share most with a query's, by BM25."""
+    with open_store(store) as opened:
+        emit(opened.similar_text(query, text=text, k=k, sources=source or ()), form)
 
 
 def self_influence(
@@ -161,7 +219,7 @@ def metrics(
 
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
-    for command in (top, metrics, self_influence):
+    for command in (top, metrics, ft_pt, trajectory, similar_text, self_influence):
         app.command()(command)
     group = typer.Typer(help="The approximate search.", no_args_is_help=True, rich_markup_mode="markdown")
     group.command("build")(index_build)

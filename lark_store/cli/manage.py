@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lark_store.cli.doors import sketcher_import
 from lark_store.cli.options import Format, FormatOption, StoreOption, open_store
 from lark_store.cli.output import emit, emit_frames, say
 from lark_store.errors import InputError
@@ -218,7 +219,7 @@ def register(app: typer.Typer) -> None:
         ("checkpoint", "Models at one moment of their training.", [checkpoint_add]),
         ("source", "Sets of samples: fine-tuning data, pretraining text, queries.", [source_add]),
         ("variant", "How samples become text and targets.", [variant_add, variant_show]),
-        ("sketcher", "What of a gradient is sketched.", [sketcher_add, sketcher_show]),
+        ("sketcher", "What of a gradient is sketched.", [sketcher_add, sketcher_show, sketcher_import]),
         ("db", "The store's schema.", [db_status, db_upgrade]),
     ]
     app.command()(init)

@@ -26,6 +26,7 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", metavar="PATH", envvar=ENVIRONMENT, help="The store (default: ./lark.store).")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", "-f", help="How to print the rows.")]
+CheckpointOption = Annotated[str, typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint.")]
 CheckpointsOption = Annotated[
     list[str], typer.Option("--checkpoint", "-c", metavar="NAME", help="A checkpoint; may be given several times.")
 ]
@@ -51,6 +52,9 @@ MethodOption = Annotated[
         help="`cosine` (default), `dot` (default with another `--query-checkpoint`), `tracin`, `bm25`, `bm25-okapi` or "
         "`hybrid`.",
     ),
+]
+QueriesOption = Annotated[
+    str | None, typer.Option("--queries", "-q", metavar="NAME", help="The query's source, if several have the id.")
 ]
 QueryCheckpointOption = Annotated[
     str | None,

@@ -79,38 +79,16 @@ def print_table(frame: pl.DataFrame, title: str | None = None, *, markdown: bool
 
 def emit(frame: pl.DataFrame, form: str) -> None:
     """Print a frame on stdout as `table`, `json`, `jsonl`, `csv` or `md`; all but `table` and `md` unrounded."""
+    from lark_store.schema.frames import writable
+
     if form in {"table", "md"}:
         print_table(frame, markdown=form == "md")
     elif form == "json":
-        print(_writable(frame, nested=True).write_json())  # noqa: T201
+        print(writable(frame, nested=True).write_json())  # noqa: T201
     elif form == "jsonl":
-        print(_writable(frame, nested=True).write_ndjson(), end="")  # noqa: T201
+        print(writable(frame, nested=True).write_ndjson(), end="")  # noqa: T201
     else:
-        print(_writable(frame, nested=False).write_csv(), end="")  # noqa: T201
-
-
-def _writable(frame: pl.DataFrame, *, nested: bool) -> pl.DataFrame:
-    """Turn what a format can't hold into text: bytes into hexadecimal digits, for CSV also nested values into JSON."""
-    import json
-
-    import polars as pl
-
-    def text(value: object) -> str | None:
-        return None if value is None else json.dumps(value, ensure_ascii=False, default=_hex)
-
-    columns = []
-    for column in frame:
-        if column.dtype == pl.Binary:
-            columns.append(column.bin.encode("hex"))
-        elif column.dtype.is_nested() and (not nested or "Binary" in str(column.dtype)):
-            columns.append(pl.Series(column.name, [text(value) for value in column.to_list()], dtype=pl.String))
-        else:
-            columns.append(column)
-    return pl.DataFrame(columns)
-
-
-def _hex(value: object) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
+        print(writable(frame, nested=False).write_csv(), end="")  # noqa: T201
 
 
 def emit_frames(frames: dict[str, pl.DataFrame], form: str) -> None:

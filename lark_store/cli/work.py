@@ -29,7 +29,7 @@ from lark_store.cli.options import (
 from lark_store.cli.output import ProgressBar, emit, emit_frames, is_first_rank, say
 
 if TYPE_CHECKING:
-    from lark_store.schema.records import PlanReport
+    from lark_store.schema.records import IngestReport, PlanReport
 
 
 def ingest(
@@ -83,6 +83,11 @@ def ingest(
         )
     if not is_first_rank():
         return  # the first tells, with its exit status too
+    emit_ingested(report, form)
+
+
+def emit_ingested(report: IngestReport, form: str) -> None:
+    """Print what an ingest or an import did; samples that failed are named, and the exit status is 1."""
     emit(report.units, form)
     for note in report.notes:
         say(f"note: {note}")

@@ -11,6 +11,7 @@ from lark_store.errors import InputError, NameUnknownError
 from lark_store.ingest.checkpoints import verify
 from lark_store.ingest.gradients import choose_parameters
 from lark_store.ingest.models import context_length, load_tokenizer, meta_model
+from lark_store.ingest.sketchers import check_ours
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError, show
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
@@ -59,7 +60,7 @@ def preview(db: Database, variant: str, sample: str, source: str | None, checkpo
 def taken(db: Database, sketcher: str, checkpoint: str) -> pl.DataFrame:
     """List a model's parameters and which of them a sketcher takes; see `Store.sketcher_show`."""
     with db.session() as session:
-        row, of = find(session, Sketcher, sketcher), find(session, Checkpoint, checkpoint)
+        row, of = check_ours(find(session, Sketcher, sketcher)), find(session, Checkpoint, checkpoint)
     model = meta_model(verify(of).folder)
     chosen = {name for name, _ in choose_parameters(model, row.parameters, row.exclude)}
     rows = [(name, list(p.shape), p.numel(), name in chosen) for name, p in model.named_parameters()]

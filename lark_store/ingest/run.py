@@ -8,7 +8,6 @@ by the next ingest of the same recipe; what is in the table already is never ske
 from __future__ import annotations
 
 import gc
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,7 +24,7 @@ from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device
 from lark_store.ingest.models import context_length, load_model, load_tokenizer, meta_model
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.ranks import Ranks, joined
-from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of, sketch_bytes
+from lark_store.ingest.sketchers import check_ours, fingerprint, oporp_of, placements_of, sketch_bytes
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.ingest.writer import UNIT_KEYS, SketchWriter
@@ -110,7 +109,7 @@ def ingest(db: Database, request: Request, on_progress: OnProgress | None = None
             worker = _Worker(db, plan(), sketcher, request, device, ranks, on_progress if ranks.is_first else None)
             report += worker.run()
             notes += worker.notes
-    return _report(db, report, notes)
+    return make_report(db, report, notes)
 
 
 def prepare(db: Database, request: Request) -> tuple[Sketcher, list[Callable[[], Plan]]]:
@@ -120,7 +119,7 @@ def prepare(db: Database, request: Request) -> tuple[Sketcher, list[Callable[[],
     if request.batch_tokens is not None and request.batch_tokens < 1:
         raise InputError(f"a batch of {request.batch_tokens} tokens holds no sample", "try `--batch-tokens 1024`")
     with db.session() as session:
-        sketcher = find(session, Sketcher, request.sketcher)
+        sketcher = check_ours(find(session, Sketcher, request.sketcher))
         checkpoints = [find(session, Checkpoint, name) for name in request.checkpoints]
         sources = [find(session, Source, name) for name in request.sources]
         variants = [find(session, FormatVariant, name) for name in request.variants]
@@ -149,10 +148,10 @@ def fill(db: Database, fingerprint: str, unit: Unit, limit: int | None) -> None:
     wanted = ids if limit is None else ids.head(limit)
     unit.n_samples = len(wanted)
     unit.pending = set(wanted)
-    _drop_existing(db, fingerprint, unit)
+    drop_existing(db, fingerprint, unit)
 
 
-def _drop_existing(db: Database, fingerprint: str, unit: Unit) -> None:
+def drop_existing(db: Database, fingerprint: str, unit: Unit) -> None:
     """Take from a unit's pending samples those that have a sketch."""
     table = sketch_table(fingerprint)
     if db.vectors.has(table):
@@ -251,32 +250,23 @@ class _Worker:
 
     def _do(self, unit: Unit) -> dict[str, Any]:
         renderer = Renderer(unit.variant, self.tokenizer, self.plan.context)
-        started = time.perf_counter()
         with ledger.held(self.db, self.plan.fingerprint, unit.label, self.ranks):
             run = self.ranks.once(lambda: self._begin(unit, renderer))
             unit.pending = self.ranks.once(lambda: unit.pending)
             writer = SketchWriter(self.db, run, self.plan.fingerprint, self.sketcher, unit.names, self.ranks)
-            try:
+            with writer.running():
                 self._sketch_all(unit, renderer, writer)
-            except KeyboardInterrupt:
-                writer.finish("interrupted", time.perf_counter() - started)
-                raise
-            except Exception as error:
-                writer.finish("failed", time.perf_counter() - started, f"{type(error).__name__}: {error}")
-                raise
-            seconds = time.perf_counter() - started
-            writer.finish("done", seconds)
         return self.ranks.once(
             lambda: {
                 "n_sketched": writer.n_sketched,
                 "n_failed": writer.n_failed,
                 "run": run.id,
-                "seconds": seconds,
+                "seconds": writer.seconds,
             }
         )
 
     def _begin(self, unit: Unit, renderer: Renderer) -> IngestRun:
-        _drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here before the lock
+        drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here before the lock
         return ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
 
     def _ids(self, unit: Unit) -> ledger.Ids:
@@ -354,7 +344,8 @@ def read_samples(db: Database, unit: Unit) -> Iterator[Sample]:
                 yield Sample(**row)
 
 
-def _report(db: Database, rows: list[dict[str, Any]], notes: list[str]) -> IngestReport:
+def make_report(db: Database, rows: list[dict[str, Any]], notes: list[str]) -> IngestReport:
+    """Make the report of some units' rows, with the reasons of the samples that failed."""
     units = pl.DataFrame(rows, schema=_UNITS)
     runs = [r["run"] for r in rows if r["run"] is not None and r["n_failed"]]
     failures = db.vectors.read("failures", FAILURES.names, where(ingest_run=runs))

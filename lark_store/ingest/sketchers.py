@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from lark_store.ingest.oporp import Placement
 
+IMPORTED = "imported"  # the `correction` and `positions` of a sketcher whose sketches were made elsewhere
+
 
 def make_sketcher(
     name: str,
@@ -50,6 +52,34 @@ def make_sketcher(
         correction="none",
         positions="all",
     )
+
+
+def make_imported(name: str, k: int, dtype: str) -> Sketcher:
+    """Build the sketcher of vectors that were made elsewhere: k dimensions, whatever they are, and no map of ours."""
+    what = {"parameters": None, "exclude": None, "correction": IMPORTED, "positions": IMPORTED}
+    return Sketcher(name=name, k=k, seed=0, map_version=0, dtype=dtype, **what)
+
+
+def check_ours(sketcher: Sketcher) -> Sketcher:
+    """Return a sketcher if it is a map of lark-store's own, by which sketches can be made.
+
+    Raises
+    ------
+    InputError
+        Its sketches were imported.
+    """
+    if sketcher.correction != IMPORTED:
+        return sketcher
+    raise InputError(
+        f"the sketches of `{sketcher.name}` were made elsewhere and imported; lark-store can't make them",
+        "add more with `lark-store sketcher import`",
+    )
+
+
+def imported_fingerprint(sketcher: Sketcher) -> str:
+    """Return what tells comparable sketches of an imported sketcher: those under one name, whatever the model."""
+    identity = {"name": sketcher.name, "k": sketcher.k, "dtype": sketcher.dtype, "made": IMPORTED}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def oporp_of(sketcher: Sketcher) -> Oporp:

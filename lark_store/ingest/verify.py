@@ -17,7 +17,7 @@ from lark_store.ingest.checkpoints import verify as verify_files
 from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, pick_device
 from lark_store.ingest.models import context_length, load_model, load_tokenizer
 from lark_store.ingest.oporp import GradientSketcher
-from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of
+from lark_store.ingest.sketchers import IMPORTED, check_ours, fingerprint, oporp_of, placements_of
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.schema.catalog import Checkpoint, IngestRun, Sketcher
@@ -83,11 +83,12 @@ def _draw(db: Database, n: int, sketcher: str | None, checkpoint: str | None) ->
     with db.session() as session:
         wanted: dict[str, int] = {}
         if sketcher is not None:
-            wanted["sketcher_id"] = find(session, Sketcher, sketcher).id
+            wanted["sketcher_id"] = check_ours(find(session, Sketcher, sketcher)).id
         if checkpoint is not None:
             wanted["checkpoint_id"] = find(session, Checkpoint, checkpoint).id
         query = select(IngestRun).filter_by(status="done", **wanted).where(IngestRun.n_sketched > 0)
-        runs = list(session.scalars(query))
+        ours = IngestRun.sketcher.has(Sketcher.correction != IMPORTED)  # what was imported can't be computed again
+        runs = list(session.scalars(query.where(ours)))
         for run in runs:  # what is read of them once the session is over
             _ = run.sketcher, run.checkpoint, run.source, run.variant
     rows = [

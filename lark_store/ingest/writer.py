@@ -6,6 +6,7 @@ Of several processes each writes its own data files; rank 0 commits them all tog
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from lark_store.schema.catalog import IngestRun, Sketcher, now
 from lark_store.schema.vectors import FAILURES, ROWS_PER_BATCH, row_key, sketch_rows, where
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lark_store.ingest.gradients import Sketch
     from lark_store.ingest.ranks import Ranks
     from lark_store.ingest.variants import Tokens
@@ -22,10 +25,11 @@ if TYPE_CHECKING:
 
 UNIT_KEYS = ("checkpoint", "source", "variant")
 _SECONDS_BETWEEN_COMMITS = 30.0
+_BYTES_PER_COMMIT = 1 << 28  # no fewer rows than 64 up to k = 1,048,576 in float32
 
 
 class SketchWriter:
-    """Writes one run's sketches: a commit every 64 rows or 30 seconds, whichever comes first.
+    """Writes one run's sketches: a commit every 64 rows (fewer of very long ones) or 30 seconds.
 
     Where there are several ranks, `commit` is a meeting of them all, and only the caller calls it.
     """
@@ -41,12 +45,14 @@ class SketchWriter:
     ) -> None:
         self.db, self.run, self.names, self.ranks = db, run, names, ranks
         self.numpy_dtype = np.dtype(sketcher.dtype)
+        self.batch_rows = min(ROWS_PER_BATCH, max(1, _BYTES_PER_COMMIT // (sketcher.k * self.numpy_dtype.itemsize)))
         ranks.once(lambda: db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype).name)  # made here alone
         self.table = db.vectors.sketches(fingerprint, k=sketcher.k, dtype=sketcher.dtype)
         self.failures = db.vectors.table("failures")
         self.n_before = int(self.table.count_rows(where(ingest_run=run.id)))
         self.n_sketched = 0
         self.n_failed = 0
+        self.seconds = 0.0
         self._rows: list[dict[str, Any]] = []
         self._vectors: list[np.ndarray[Any, Any]] = []
         self._failed: list[dict[str, Any]] = []
@@ -56,21 +62,16 @@ class SketchWriter:
 
     def add(self, sample_id: str, tokens: Tokens, sketch: Sketch) -> None:
         """Take one sketch."""
-        self._rows.append(
-            {
-                "row_key": row_key(**self.names, sample_id=sample_id),
-                **self.names,
-                "sample_id": sample_id,
-                "ingest_run": self.run.id,
-                "n_tokens": len(tokens.input_ids),
-                "n_loss_tokens": tokens.n_targets,
-                "loss": sketch.loss,
-                "grad_norm": sketch.grad_norm,
-            }
-        )
-        self._vectors.append(sketch.vector.numpy().astype(self.numpy_dtype))
+        facts = {"n_tokens": len(tokens.input_ids), "n_loss_tokens": tokens.n_targets}
+        self.put(sample_id, sketch.vector.numpy(), facts | {"loss": sketch.loss, "grad_norm": sketch.grad_norm})
+
+    def put(self, sample_id: str, vector: np.ndarray[Any, Any], facts: dict[str, float]) -> None:
+        """Take one row: `vector` (k,) with norm √k, and its n_tokens, n_loss_tokens, loss and grad_norm."""
+        key = row_key(**self.names, sample_id=sample_id)
+        self._rows.append({"row_key": key, **self.names, "sample_id": sample_id, "ingest_run": self.run.id, **facts})
+        self._vectors.append(vector.astype(self.numpy_dtype))
         late = time.monotonic() - self._last_commit > _SECONDS_BETWEEN_COMMITS
-        if self.ranks.size == 1 and (len(self._rows) >= ROWS_PER_BATCH or late):
+        if self.ranks.size == 1 and (len(self._rows) >= self.batch_rows or late):
             self.commit()
 
     def fail(self, sample_id: str, reason: str) -> None:
@@ -110,6 +111,21 @@ class SketchWriter:
 
     def _arrow(self, rows: list[dict[str, Any]], vectors: list[np.ndarray[Any, Any]]) -> pa.Table:
         return sketch_rows(rows, np.stack(vectors), self.table.schema)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Close the run when the work ends, with the status that says how."""
+        started = time.perf_counter()
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.finish("interrupted", time.perf_counter() - started)
+            raise
+        except Exception as error:
+            self.finish("failed", time.perf_counter() - started, f"{type(error).__name__}: {error}")
+            raise
+        self.seconds = time.perf_counter() - started
+        self.finish("done", self.seconds)
 
     def finish(self, status: str, seconds: float, error: str | None = None) -> None:
         """Commit what is left and close the run; one rank that fails or is interrupted does not wait for others."""

@@ -264,6 +264,8 @@ def _nothing(db: Database, what: str, checkpoint: Checkpoint, sketcher: Sketcher
     if others:
         named = ", ".join(f"`{name}`" for name in sorted(others))
         hint = f"this checkpoint has sketches by {named}: choose with `--sketcher NAME`"
+    elif sketcher.correction == "imported":
+        hint = f"import them with `lark-store sketcher import {sketcher.name} FILE --checkpoint {checkpoint.name} …`"
     else:
         hint = f"make them with `lark-store ingest --checkpoint {checkpoint.name} --source NAME --variant NAME`"
     return NothingToScoreError(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import duckdb
 
 from lark_store.errors import QueryError
 
 
-def sandbox() -> duckdb.DuckDBPyConnection:
-    """Open a throw-away DuckDB in memory: no files, no extensions, no variables of the program."""
-    return duckdb.connect(
-        config={
-            "enable_external_access": False,
-            "temp_directory": "",  # else COPY into the spill folder passes the check of permissions
-            "python_enable_replacements": False,
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
-    )
+def sandbox(memory: int | None = None) -> duckdb.DuckDBPyConnection:
+    """Open a throw-away DuckDB in memory, of at most `memory` bytes: no files, no extensions, no Python variables."""
+    config: dict[str, Any] = {
+        "enable_external_access": False,
+        "temp_directory": "",  # else COPY into the spill folder passes the check of permissions
+        "python_enable_replacements": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    if memory is not None:
+        config["memory_limit"] = f"{memory}B"
+    return duckdb.connect(config=config)
 
 
 def one_select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
@@ -30,6 +33,8 @@ def one_select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.Stat
     """
     statements = connection.extract_statements(query)
     kinds = [_kind(statement) for statement in statements]
+    if kinds == ["MULTI"]:
+        raise QueryError("a PIVOT has to name its values", "for example `PIVOT … ON stage IN ('finetune', 'query')`")
     if kinds not in (["SELECT"], ["EXPLAIN"]):
         raise QueryError(
             f"one SELECT is allowed, this is {', '.join(kinds) or 'nothing'}",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -13,6 +13,7 @@ from sqlalchemy import inspect, select
 
 from lark_store.errors import InputError, LarkStoreError, QueryError
 from lark_store.query.functions import FUNCTIONS
+from lark_store.query.sandbox import one_select, sandbox
 from lark_store.query.stop import Stop, too_large
 from lark_store.query.views import VIEWS
 from lark_store.schema.catalog import (
@@ -30,7 +31,7 @@ from lark_store.schema.catalog import (
 from lark_store.schema.vectors import SKETCH_COLUMNS, sketch_schema, sketch_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sqlalchemy.orm import Session
 
@@ -80,16 +81,7 @@ def connect(db: Database, *, stop: Stop | None = None, memory: int | None = None
 
     `stop` is what the table functions look at while they compute; `memory` is the most bytes that DuckDB may take.
     """
-    config: dict[str, Any] = {
-        "enable_external_access": False,
-        "temp_directory": "",
-        "python_enable_replacements": False,
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-    }
-    if memory is not None:
-        config["memory_limit"] = f"{memory}B"
-    connection = duckdb.connect(config=config)
+    connection = sandbox(memory)
     try:
         _fill(db, connection, stop or Stop())
     except BaseException:
@@ -163,7 +155,7 @@ def fetch(
 
 def _frame(table: pa.Table) -> pl.DataFrame:
     try:
-        frame = pl.from_arrow(table.rename_columns(_distinct(table.column_names)))
+        frame = pl.from_arrow(table.rename_columns(distinct(table.column_names)))
     except pl.exceptions.PolarsError as error:
         raise QueryError(
             f"the result has a column of a type that has no table form: {error}", "cast it, as in `x::VARCHAR`"
@@ -181,10 +173,10 @@ def _number(column: pl.Series) -> pl.Series:
     return column.cast(pl.Float64)
 
 
-def _distinct(names: list[str]) -> list[str]:
+def distinct(names: list[str]) -> list[str]:
     """Tell repeated names, as in a self-join, from each other by numbers.
 
-    >>> _distinct(["a", "a", "a_1"])
+    >>> distinct(["a", "a", "a_1"])
     ['a', 'a_2', 'a_1']
     """
     taken, out = set(names), []
@@ -209,24 +201,35 @@ def run(
     """Run one SELECT; see `Store.sql`."""
     limit = _bytes(memory)
     stop = Stop(timeout, growth=2 * limit)
-    try:
-        connection = connect(db, stop=stop, memory=limit)
-    except duckdb.Error as error:
-        raise _refusal(error) from error
+    opened: list[duckdb.DuckDBPyConnection] = []
 
     def work() -> pl.DataFrame:
-        try:
-            return fetch(connection, _one(connection, query), parameters, max_rows=max_rows, max_bytes=limit)
-        except duckdb.Error as error:
-            raise _refusal(error) from error
-        finally:
-            connection.close()
+        with checked(db, query, stop=stop, memory=limit) as (connection, statement):
+            opened.append(connection)
+            return fetch(connection, statement, parameters, max_rows=max_rows, max_bytes=limit)
 
     def interrupt() -> None:
-        with contextlib.suppress(duckdb.Error):  # it is closed by now
-            connection.interrupt()
+        for connection in opened:
+            with suppress(duckdb.Error):  # it is closed by now
+                connection.interrupt()
 
     return stop.watch(work, interrupt)
+
+
+@contextmanager
+def checked(
+    db: Database, query: str, *, stop: Stop | None = None, memory: int | None = None
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, duckdb.Statement]]:
+    """Hand out a throw-away connection and the one SELECT that `query` is; DuckDB's errors become `QueryError`s."""
+    connection: duckdb.DuckDBPyConnection | None = None
+    try:
+        connection = connect(db, stop=stop, memory=memory)
+        yield connection, one_select(connection, query)
+    except duckdb.Error as error:
+        raise _refusal(error) from error
+    finally:
+        if connection is not None:
+            connection.close()
 
 
 def _bytes(size: str) -> int:
@@ -240,27 +243,6 @@ def _bytes(size: str) -> int:
     if number < 1:
         raise InputError(f"`{size}` is no size of memory", "for example `4GB` or `512MiB`")
     return int(number)
-
-
-def _one(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
-    """Return the one SELECT or EXPLAIN that a query must be."""
-    statements = connection.extract_statements(query)
-    kinds = [_kind(statement) for statement in statements]
-    if kinds == ["MULTI"]:
-        raise QueryError("a PIVOT has to name its values", "for example `PIVOT … ON stage IN ('finetune', 'query')`")
-    if kinds not in (["SELECT"], ["EXPLAIN"]):
-        raise QueryError(
-            f"one SELECT is allowed, this is {', '.join(kinds) or 'nothing'}",
-            "the store is changed by its commands, not by SQL",
-        )
-    return statements[0]
-
-
-def _kind(statement: duckdb.Statement) -> str:
-    try:
-        return statement.type.name
-    except ValueError:  # a kind that DuckDB's Python side has no name for
-        return "another statement"
 
 
 def _refusal(error: duckdb.Error) -> LarkStoreError:

@@ -109,7 +109,7 @@ class IngestReport:
 
     `units` has the columns checkpoint, source, variant, n_samples, n_existing, n_sketched, n_failed, run, seconds and
     bytes; `failures` has checkpoint, source, variant, sample_id, reason; `notes` say what was done in another way
-    than usual.
+    than usual. Offers the Arrow stream interface with its units.
     """
 
     units: pl.DataFrame
@@ -121,6 +121,12 @@ class IngestReport:
         """How many samples could not be sketched."""
         return int(self.units["n_failed"].sum())
 
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.units.__arrow_c_stream__(requested_schema)
+
+    def _repr_html_(self) -> str:
+        return self.units._repr_html_()
+
 
 @dataclass(frozen=True)
 class PlanReport:
@@ -129,11 +135,17 @@ class PlanReport:
     `units` has the columns checkpoint, source, variant, n_samples, n_existing, tokens_per_sample (mean), seconds and
     bytes (of the sketches that are missing). `checkpoints` has checkpoint, path (`BatchPath`: several samples in one
     backward, `HookPath`: one at a time), tensors and coordinates sketched, bytes_per_sample, seconds_per_sample and
-    peak_bytes of memory: the device's on CUDA, else the process's.
+    peak_bytes of memory: the device's on CUDA, else the process's. Offers the Arrow stream interface with its units.
     """
 
     units: pl.DataFrame
     checkpoints: pl.DataFrame
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.units.__arrow_c_stream__(requested_schema)
+
+    def _repr_html_(self) -> str:
+        return self.units._repr_html_()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lark_store.errors import StoreError, StoreExistsError
 from lark_store.schema.catalog import StoreMeta
 from lark_store.schema.database import Database, Location, exists, is_file
 from lark_store.store.ask import Ask
+from lark_store.store.doors import Doors
 from lark_store.store.manage import Manage
 from lark_store.store.part import DEFAULT_SKETCHER
 from lark_store.store.work import Work
@@ -26,7 +27,7 @@ DEFAULT_PATH = "lark.store"
 ENVIRONMENT = "LARK_STORE"
 
 
-class Store(Manage, Work, Ask):
+class Store(Manage, Work, Ask, Doors):
     """An open store. Make one with `Store.create`, open one with `Store.open`; use it as a context manager.
 
     Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Every method raises a `LarkStoreError` with a hint for a foreseeable

@@ -143,7 +143,7 @@ class Manage(Part):
 
         wanted = make_sketcher(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
         with self._db.session() as session:
-            row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude"))
+            row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude", "correction"))
         return _info(SketcherInfo, row)
 
     def sketcher_show(self, name: str, *, checkpoint: str) -> pl.DataFrame:

@@ -112,8 +112,8 @@ def ft_pt(
     Computed on the spot: a row per query and pair of a fine-tuning and a pretraining group.
     """
     with open_store(store) as opened:
-        how = {"query_variant": query_variant, "sketcher": sketcher, "method": method}
-        emit(opened.ft_pt(checkpoint, queries=queries, **how), form)
+        frame = opened.ft_pt(checkpoint, queries=queries, query_variant=query_variant, sketcher=sketcher, method=method)
+    emit(frame, form)
 
 
 def trajectory(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lark_store.cli import ask, manage, work
+from lark_store.cli import ask, care, manage, work
 from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
@@ -53,6 +53,7 @@ def _root(
 manage.register(app)
 work.register(app)
 ask.register(app)
+care.register(app)
 
 
 def main() -> None:

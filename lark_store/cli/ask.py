@@ -15,6 +15,7 @@ from lark_store.cli.options import (
     QueryCheckpointOption,
     QueryVariantOption,
     SketcherOption,
+    SnapshotOption,
     SourcesOption,
     StoreOption,
     VariantsOption,
@@ -40,13 +41,14 @@ def top(
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print the samples with the most influence on one query, exact, with their text.
 
     Example: `lark-store top 21645374 --checkpoint epoch-2 -k 10 --source pubmed --variant raw`
     """
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         hits = opened.top(
             query,
             checkpoint=checkpoint,
@@ -75,13 +77,14 @@ def metrics(
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     query_variant: QueryVariantOption = None,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print mean max influence, FT/PT ratio, FT wins, PT dominance and format effect, with 95% intervals.
 
     Intervals are bootstrapped over queries. `attribute` must have scored before.
     """
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         frame = opened.metrics(
             checkpoint=checkpoint, view=view, method=method, sketcher=sketcher, query_variant=query_variant
         )
@@ -91,6 +94,7 @@ def metrics(
 def sql(
     query: Annotated[str, typer.Argument(help="One SELECT.")],
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Run one SELECT over the store (DuckDB's SQL, read-only).
@@ -101,7 +105,7 @@ def sql(
     Example: `lark-store sql "select source, variant, avg(max) from source_influence where checkpoint = 'epoch-2' group
     by all"`
     """
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         emit(opened.sql(query), form)
 
 

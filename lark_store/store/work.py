@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
+from lark_store.schema.locks import working
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Work(Part):
 
         names = (list(checkpoints), list(sources), list(variants), sketcher)
         request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
-        return ingest(self._db, request, on_progress)
+        return ingest(self._writable, request, on_progress)
 
     def plan(
         self,
@@ -128,23 +130,25 @@ class Work(Part):
 
         Raises
         ------
-        NameUnknownError, NothingToScoreError, InputError
+        NameUnknownError, NothingToScoreError, InputError, StoreBusyError
         """
         from lark_store.query.attribute import attribute
         from lark_store.query.groups import ask
 
-        questions = [
-            question
-            for checkpoint in checkpoints
-            for question in ask(
-                self._db,
-                checkpoint=checkpoint,
-                queries=queries,
-                sources=sources,
-                query_checkpoint=query_checkpoint,
-                query_variant=query_variant,
-                sketcher=sketcher,
-                method=method,
-            )
-        ]
-        return attribute(self._db, questions, hits=hits, on_progress=on_progress)
+        db = self._writable
+        with working(db.location, f"score-{uuid4().hex}", "scoring"):  # nothing is removed meanwhile
+            questions = [
+                question
+                for checkpoint in checkpoints
+                for question in ask(
+                    db,
+                    checkpoint=checkpoint,
+                    queries=queries,
+                    sources=sources,
+                    query_checkpoint=query_checkpoint,
+                    query_variant=query_variant,
+                    sketcher=sketcher,
+                    method=method,
+                )
+            ]
+            return attribute(db, questions, hits=hits, on_progress=on_progress)

@@ -83,7 +83,7 @@ def made(place, checkpoints, texts):
         "sql": "sql 'SELECT label, count(*) AS n FROM samples GROUP BY ALL ORDER BY label NULLS LAST' -f json",
         "show": "show -f json",
         "preview": "variant show short --sample q0",
-        "status": "db status",
+        "status": "db status -f json",
         "upgrade": "db upgrade",
         "failing": "ingest -c base -s finetune --variant strict --sketcher tiny -f json",
         "changed": f"source add finetune {place.parent / 'changed.jsonl'} --stage finetune",
@@ -148,8 +148,10 @@ def test_the_answers_are_data_on_stdout(made, place):
     assert (checkpoint["name"], checkpoint["metrics"], checkpoint["step"]) == ("base", "accuracy 0.74, f1 0.5", 40)
     assert "⟦yes⟧" in made["preview"].out
     assert "(rule `response`)" in made["preview"].err
-    assert made["status"].out == "store {}, lark-store {}\n".format(*Store.db_status(place))
-    assert "".join(made[step].err for step in ("metrics", "sql", "show", "status")) == ""
+    status = Store.db_status(place)
+    assert made["status"].err == f"store {status.schema}, lark-store {status.newest}\n"
+    assert made["status"].columns("table")[-2:] == [("catalog",), ("snapshots",)]
+    assert "".join(made[step].err for step in ("metrics", "sql", "show")) == ""
 
 
 def test_top_of_a_group_without_a_sketch_is_an_answer_or_an_error(made, place):

@@ -198,7 +198,7 @@ def test_work_in_progress_elsewhere_is_not_done_twice(store):
         sketcher = find(session, Sketcher, "small")
     plan = _plan(sketcher, unit.checkpoint, [unit])
     busy = pytest.raises(StoreBusyError, match="another process is ingesting base · finetune · raw")
-    with held(store._db, plan.fingerprint, unit.label), busy:
+    with held(store._db, plan.fingerprint, unit.names), busy:
         store.ingest(["base"], ["finetune"], ["raw"], sketcher="small")
 
 

@@ -77,6 +77,11 @@ def set_version(catalog, version):
     execute(catalog, f"UPDATE {migrations.VERSION_TABLE} SET version_num = '{version}'")
 
 
+def versions(path):
+    status = Store.db_status(path)
+    return status.schema, status.newest
+
+
 def test_the_migrations_build_the_schema_of_the_models(catalog):
     engine = create_engine(f"sqlite:///{catalog}")
     options = {"compare_type": True, "compare_server_default": True, "version_table": migrations.VERSION_TABLE}
@@ -113,7 +118,7 @@ def test_the_revisions_are_one_line_without_branches():
 
 
 def test_a_fresh_store_has_the_newest_schema_and_our_mark(path, catalog):
-    assert Store.db_status(path) == (migrations.newest(), migrations.newest())
+    assert versions(path) == (migrations.newest(), migrations.newest())
     assert execute(catalog, "PRAGMA application_id") == [(APPLICATION_ID,)]
     assert Store.db_upgrade(path) is None
     assert [file.name for file in path.glob("*.backup.*")] == []
@@ -135,7 +140,7 @@ def test_a_newer_schema_is_neither_opened_nor_upgraded(path, catalog):
         with pytest.raises(NewerSchemaError, match="has schema 9999, which this lark-store") as caught:
             refused(path)
         assert "pip install --upgrade lark-store" in caught.value.hint
-    assert Store.db_status(path) == ("9999", migrations.newest())
+    assert versions(path) == ("9999", migrations.newest())
     assert catalog.read_bytes() == before
 
 
@@ -145,7 +150,7 @@ def test_an_older_schema_is_not_opened_and_not_changed(path, catalog, next_schem
     with pytest.raises(OlderSchemaError, match="has schema 0002; this lark-store needs 0003") as caught:
         Store.open(path)
     assert "`lark-store db upgrade`" in caught.value.hint
-    assert Store.db_status(path) == ("0002", "0003")
+    assert versions(path) == ("0002", "0003")
     assert catalog.read_bytes() == before
 
 
@@ -153,7 +158,7 @@ def test_an_upgrade_brings_the_newest_schema_and_keeps_a_backup(path, catalog, n
     execute(catalog, "UPDATE sketcher SET name = 'kept'")
     next_schema(NEXT)
     backup = Store.db_upgrade(path)
-    assert Store.db_status(path) == ("0003", "0003")
+    assert versions(path) == ("0003", "0003")
     assert "note" in [row[1] for row in execute(catalog, "PRAGMA table_info(source)")]
     assert execute(catalog, "SELECT name FROM sketcher") == execute(backup, "SELECT name FROM sketcher") == [("kept",)]
     assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0002",)]

@@ -240,7 +240,7 @@ def more(fresh):
         store.source_add("more", write_jsonl(path.with_name("more.jsonl"), qa_rows(1300)), stage="finetune")
         request = Request(["base"], ["many"], ["chatml"], "small")
         plan = prepare(store._db, request)[1][0]()
-        with held(store._db, plan.fingerprint, plan.units[0].label), launched(script, path) as process:
+        with held(store._db, plan.fingerprint, plan.units[0].names), launched(script, path) as process:
             wait_for(process, (path / "found-1.json").is_file)
             wait_for(process, lambda: sketches(store).count_rows("source = 'more'") > 0)
             kill(process)

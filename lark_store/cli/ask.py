@@ -19,6 +19,7 @@ from lark_store.cli.options import (
     QueryCheckpointOption,
     QueryVariantOption,
     SketcherOption,
+    SnapshotOption,
     SourcesOption,
     StoreOption,
     VariantsOption,
@@ -61,6 +62,7 @@ def top(
     approximate: Annotated[bool, typer.Option("--approximate", help="Search by the index (`index build`).")] = False,
     device: DeviceOption = "auto",
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print the samples with the most influence on one query, with their text and how far to trust each score.
@@ -75,7 +77,7 @@ def top(
     from lark_store.schema.records import NewText
 
     new = None if (prompt or response or text or file) is None else NewText(prompt, response, text, file)
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         hits = opened.top(
             query,
             checkpoint=checkpoint or (),
@@ -203,6 +205,7 @@ def metrics(
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     query_variant: QueryVariantOption = None,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print mean max influence, FT/PT ratio, FT wins, PT dominance and format effect, with 95% intervals and p-values.
@@ -210,7 +213,7 @@ def metrics(
     Intervals are bootstrapped over queries; p-values are of paired permutation tests over queries. Both speak of
     queries like these, not of other models or seeds. `attribute` must have scored before.
     """
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         frame = opened.metrics(
             checkpoint=checkpoint, view=view, method=method, sketcher=sketcher, query_variant=query_variant
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lark_store.cli.doors import sketcher_import
-from lark_store.cli.options import Format, FormatOption, StoreOption, open_store
+from lark_store.cli.options import Format, FormatOption, SnapshotOption, StoreOption, open_store
 from lark_store.cli.output import emit, emit_frames, say
 from lark_store.errors import InputError
 
@@ -42,9 +41,9 @@ def init(store: StoreOption = None) -> None:
         say(f"made the store `{made.path}`")
 
 
-def show(store: StoreOption = None, form: FormatOption = Format.table) -> None:
+def show(store: StoreOption = None, snapshot: SnapshotOption = None, form: FormatOption = Format.table) -> None:
     """Show what the store holds: checkpoints, sources, variants, sketchers, and sketches with their bytes."""
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         emit_frames(opened.show().frames(), form)
 
 
@@ -95,6 +94,9 @@ def source_add(
     ] = None,
     config: Annotated[str | None, typer.Option(help="A Hugging Face dataset's configuration.")] = None,
     split: Annotated[str | None, typer.Option(help="A Hugging Face dataset's split.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put rows with other content in the place of samples with their id.")
+    ] = False,
     store: StoreOption = None,
 ) -> None:
     """Add a source of samples, or the new samples of one that is there.
@@ -115,8 +117,10 @@ def source_add(
             columns=_pairs(columns, "--map", "text=abstract"),
             config=config,
             split=split,
+            replace=replace,
         )
-    say(f"source `{name}`: {report.n_added} samples added, {report.n_existing} there already")
+    replaced = f", {report.n_replaced} replaced" if replace else ""
+    say(f"source `{name}`: {report.n_added} samples added, {report.n_existing} there already{replaced}")
     for kind in ("duplicate", "empty", "changed"):
         count = getattr(report, f"n_{kind}")
         if count:
@@ -125,7 +129,8 @@ def source_add(
             )
             say(f"  {count} {what}: {', '.join(report.examples[kind])}{', …' if count > 3 else ''}")
     if report.n_changed:
-        say("\nhint: give changed rows new ids, or map another column with `--map sample_id=COLUMN`")
+        new = "give changed rows new ids, or map another column with `--map sample_id=COLUMN`"
+        say(f"\nhint: {new}" if replace else f"\nhint: put them in the place of the old with `--replace`, {new}")
         raise typer.Exit(1)
 
 
@@ -197,22 +202,6 @@ def sketcher_show(
     say(f"{len(taken)} of {len(frame)} parameters, {sum(taken['coordinates']):,} of {of:,} coordinates")
 
 
-def db_status(store: StoreOption = None) -> None:
-    """Print the store's schema version and this lark-store's."""
-    from lark_store.store import Store
-
-    theirs, ours = Store.db_status(store)
-    typer.echo(f"store {theirs}, lark-store {ours}")
-
-
-def db_upgrade(store: StoreOption = None) -> None:
-    """Bring an older store's schema up to date; its catalog is backed up first."""
-    from lark_store.store import Store
-
-    backup = Store.db_upgrade(store)
-    say(f"upgraded; the catalog as it was is in `{backup}`" if isinstance(backup, Path) else "nothing to do")
-
-
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
     groups: list[tuple[str, str, list[Callable[..., None]]]] = [
@@ -220,7 +209,6 @@ def register(app: typer.Typer) -> None:
         ("source", "Sets of samples: fine-tuning data, pretraining text, queries.", [source_add]),
         ("variant", "How samples become text and targets.", [variant_add, variant_show]),
         ("sketcher", "What of a gradient is sketched.", [sketcher_add, sketcher_show, sketcher_import]),
-        ("db", "The store's schema.", [db_status, db_upgrade]),
     ]
     app.command()(init)
     for name, text, commands in groups:

@@ -25,6 +25,9 @@ ENVIRONMENT = "LARK_STORE"
 StoreOption = Annotated[
     str | None, typer.Option("--store", metavar="PATH", envvar=ENVIRONMENT, help="The store (default: ./lark.store).")
 ]
+SnapshotOption = Annotated[
+    str | None, typer.Option("--snapshot", metavar="NAME", help="Read the store as it was in this snapshot.")
+]
 FormatOption = Annotated[Format, typer.Option("--format", "-f", help="How to print the rows.")]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint.")]
 CheckpointsOption = Annotated[
@@ -77,8 +80,8 @@ BatchTokensOption = Annotated[
 CheckpointingOption = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")]
 
 
-def open_store(path: str | None) -> Store:
-    """Open the store that the option names."""
+def open_store(path: str | None, snapshot: str | None = None) -> Store:
+    """Open the store that the option names, or a snapshot of it."""
     from lark_store.store import Store
 
-    return Store.open(path)
+    return Store.open(path, snapshot=snapshot)

@@ -116,7 +116,7 @@ class _Import:
     def run(self) -> dict[str, Any]:
         """Write what is missing; returns the row of the report."""
         unit = self.unit
-        with ledger.held(self.db, self.fingerprint, unit.label):
+        with ledger.held(self.db, self.fingerprint, unit.names):
             drop_existing(self.db, self.fingerprint, unit)
             existing = unit.n_samples - len(unit.pending)
             if existing:

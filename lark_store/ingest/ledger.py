@@ -13,12 +13,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
 from sqlalchemy import Select, select
 
-from lark_store.errors import StoreBusyError
 from lark_store.ingest.ranks import Ranks
 from lark_store.schema.catalog import IngestRun, now
+from lark_store.schema.locks import Work
 from lark_store.schema.vectors import sketch_table, where
 
 if TYPE_CHECKING:
@@ -32,30 +31,23 @@ Ids = dict[str, Any]  # the columns of ingest_run that say which unit: fingerpri
 
 
 @contextmanager
-def held(db: Database, fingerprint: str, label: str, ranks: Ranks | None = None) -> Iterator[None]:
-    """Hold a unit: two ingests never sketch the same rows. Of several ranks the first holds it for all.
+def held(db: Database, fingerprint: str, names: dict[str, str], ranks: Ranks | None = None) -> Iterator[None]:
+    """Hold the unit of these names: two ingests never sketch the same rows, and nothing of it is removed meanwhile.
+
+    Of several ranks the first holds it for all.
 
     Raises
     ------
     StoreBusyError
     """
-    db.location.locks.mkdir(exist_ok=True)
+    label = " · ".join(names.values())
     key = hashlib.sha256(f"{fingerprint} {label}".encode()).hexdigest()[:16]
-    lock = FileLock(db.location.locks / f"ingest-{key}.lock")
-
-    def acquire() -> None:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise StoreBusyError(
-                f"another process is ingesting {label}", "wait for it, or ingest something else meanwhile"
-            ) from error
-
-    (ranks or Ranks()).once(acquire)
+    work = Work(db.location, f"ingest-{key}", f"ingesting {label}", {kind: [name] for kind, name in names.items()})
+    (ranks or Ranks()).once(work.acquire)
     try:
         yield
     finally:
-        lock.release()
+        work.release()
 
 
 def _unfinished(ids: Ids) -> Select[IngestRun]:

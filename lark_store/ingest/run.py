@@ -29,7 +29,7 @@ from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.ingest.writer import UNIT_KEYS, SketchWriter
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
-from lark_store.schema.database import Database, find
+from lark_store.schema.database import Database, find, still_there
 from lark_store.schema.records import IngestReport, OnProgress, Progress
 from lark_store.schema.vectors import FAILURES, sketch_table, where
 
@@ -201,7 +201,8 @@ class _Worker:
 
     def _settle(self, unit: Unit) -> None:
         if ledger.has_unfinished(self.db, self._ids(unit)):
-            with ledger.held(self.db, self.plan.fingerprint, unit.label):
+            with ledger.held(self.db, self.plan.fingerprint, unit.names):
+                still_there(self.db, unit.checkpoint, unit.source, unit.variant)
                 ledger.settle(self.db, self._ids(unit))
 
     def _row(self, unit: Unit) -> dict[str, Any]:
@@ -250,7 +251,7 @@ class _Worker:
 
     def _do(self, unit: Unit) -> dict[str, Any]:
         renderer = Renderer(unit.variant, self.tokenizer, self.plan.context)
-        with ledger.held(self.db, self.plan.fingerprint, unit.label, self.ranks):
+        with ledger.held(self.db, self.plan.fingerprint, unit.names, self.ranks):
             run = self.ranks.once(lambda: self._begin(unit, renderer))
             unit.pending = self.ranks.once(lambda: unit.pending)
             writer = SketchWriter(self.db, run, self.plan.fingerprint, self.sketcher, unit.names, self.ranks)
@@ -266,7 +267,8 @@ class _Worker:
         )
 
     def _begin(self, unit: Unit, renderer: Renderer) -> IngestRun:
-        drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here before the lock
+        still_there(self.db, unit.checkpoint, unit.source, unit.variant)  # it may have been removed before the lock
+        drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here
         return ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
 
     def _ids(self, unit: Unit) -> ledger.Ids:

@@ -20,7 +20,9 @@ from lark_store.schema.records import SourceReport
 from lark_store.schema.vectors import ROWS_PER_TEXT_BATCH, SAMPLES, where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    Forget = Callable[[list[str]], None]
 
 FIELDS = ("sample_id", "prompt", "response", "question", "context", "answer", "text", "label")
 _FORMS = ({"prompt", "response"}, {"question", "answer"}, {"text"})
@@ -171,14 +173,20 @@ def _listed(row: Row) -> str:
 
 
 class _Sieve:
-    """Lets new samples through and counts the others."""
+    """Lets new samples through and counts the others.
 
-    def __init__(self, uri: str, known: dict[str, str], columns: dict[str, str]) -> None:
+    With `replace`, a row with other content than the sample of its id is noted in `replaced`, unless an earlier row has
+    this id: of several rows the first counts, each time the file is read.
+    """
+
+    def __init__(self, uri: str, known: dict[str, str], columns: dict[str, str], *, replace: bool) -> None:
         self.uri = uri
+        self.replaceable = set(known) if replace else set()
+        self.replaced: dict[str, str] = {}
         self.known = known
         self.in_store = set(known)
         self.columns = columns
-        self.counts = dict.fromkeys(("read", "added", "existing", "duplicate", "empty", "changed"), 0)
+        self.counts = dict.fromkeys(("read", "added", "existing", "duplicate", "empty", "changed", "replaced"), 0)
         self.examples: dict[str, list[str]] = {}
 
     def _count(self, what: str, example: str) -> None:
@@ -210,10 +218,25 @@ class _Sieve:
                 self.known[sample.sample_id] = content
                 self.counts["added"] += 1
                 yield sample
+            elif self.known[sample.sample_id] != content and sample.sample_id in self.replaceable:
+                self.known[sample.sample_id] = self.replaced[sample.sample_id] = content
+                self.counts["replaced"] += 1
             elif self.known[sample.sample_id] != content:
                 self._count("changed", sample.sample_id)
             else:
                 self._count("existing" if sample.sample_id in self.in_store else "duplicate", sample.sample_id)
+            self.replaceable.discard(sample.sample_id)
+
+    def replacing(self, rows: Iterable[Row]) -> Iterator[Sample]:
+        """Yield, from the rows read once more, the samples that take another's place."""
+        missing = dict(self.replaced)
+        for number, row in enumerate(rows, start=1):
+            sample = self._sample(number, row)
+            if sample is not None and missing.get(sample.sample_id) == sample.content_sha256:
+                del missing[sample.sample_id]
+                yield sample
+        if missing:
+            raise InputError(f"`{self.uri}` changed while it was read", "run the command again")
 
 
 def _batches(source: str, samples: Iterator[Sample]) -> Iterator[pa.RecordBatch]:
@@ -257,6 +280,18 @@ def _append_all_or_nothing(db: Database, batches: Iterator[pa.RecordBatch]) -> N
     db.vectors.refresh_indices(table)
 
 
+def _replace(db: Database, batches: Iterator[pa.RecordBatch], forget: Forget) -> None:
+    """Put samples in the place of those with their ids, batch by batch.
+
+    What was made of the old text goes first, so that it never stands beside the new one; killed in between, the old
+    sample is there without a sketch, and adding the rows again goes on.
+    """
+    for batch in batches:
+        forget(batch.column("sample_id").to_pylist())
+        db.vectors.put(db.vectors.table("samples"), batch, ["source", "sample_id"])
+    db.vectors.refresh_indices(db.vectors.table("samples"))
+
+
 def add_source(
     db: Database,
     name: str,
@@ -268,8 +303,12 @@ def add_source(
     columns: dict[str, str] | None = None,
     config: str | None = None,
     split: str | None = None,
+    forget: Forget | None = None,
 ) -> SourceReport:
-    """Add a source, or the samples of it that are new; see `Store.source_add`."""
+    """Add a source, or the samples of it that are new; see `Store.source_add`.
+
+    With `forget`, which removes all that was made of the samples with the ids it gets, changed rows replace them.
+    """
     check_name(name)
     if stage not in STAGES:
         raise InputError(f"`{stage}` is no stage", f"a stage is one of {', '.join(f'`{s}`' for s in STAGES)}")
@@ -282,9 +321,10 @@ def add_source(
         source = known_as(session, wanted, given)
     mapping = columns or (source.columns if source else {})
     known = db.vectors.read("samples", ["sample_id", "content_sha256"], where(source=name))
-    sieve = _Sieve(uri, dict(known.iter_rows()), mapping)
-    rows = read_rows(uri, config, split)
-    _append_all_or_nothing(db, _batches(name, sieve.new(rows)))
+    sieve = _Sieve(uri, dict(known.iter_rows()), mapping, replace=forget is not None)
+    _append_all_or_nothing(db, _batches(name, sieve.new(read_rows(uri, config, split))))
+    if forget and sieve.replaced:
+        _replace(db, _batches(name, sieve.replacing(read_rows(uri, config, split))), forget)
     if sieve.counts["read"] == sieve.counts["empty"]:
         raise InputError(f"`{uri}` holds no samples ({sieve.counts['empty']} empty rows)", f"a row needs {_NEEDED}")
     with db.session() as session:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alembic import command
@@ -96,7 +97,7 @@ def version(location: Location) -> str:
     except sqlite3.Error as error:
         raise _unreadable(location, str(error)) from error
     # With something in the write-ahead log beside it, the file may rightly be shorter than the database.
-    log = location.catalog.with_name("catalog.sqlite-wal")
+    log = location.catalog.with_name(f"{location.catalog.name}-wal")
     cut = location.catalog.stat().st_size < size and not (is_file(log) and log.stat().st_size)
     if cut or found is None or not location.vectors.is_dir():
         what = "it is cut short" if cut else "it has no schema version" if found is None else "`vectors` is missing"
@@ -134,12 +135,22 @@ def check(location: Location) -> None:
 
 
 def upgrade(location: Location) -> Path | None:
-    """Back the catalog up, then migrate it to the newest schema; returns the backup, or None if nothing was to do."""
+    """Back the catalog up, then migrate it to the newest schema, and those of the snapshots in the same way.
+
+    Returns the (first) backup, or None if there was nothing to do.
+    """
+    places = [location, *(replace(location, snapshot=name) for name in location.snapshot_names())]
+    backups = [_upgrade(place) for place in places]
+    return next((backup for backup in backups if backup), None)
+
+
+def _upgrade(location: Location) -> Path | None:
     found = version(location)
     try:
         check(location)
     except OlderSchemaError:
-        backup = location.root / f"catalog-{found}.backup.sqlite"
+        what = "catalog" if location.snapshot is None else f"snapshot-{location.snapshot}"
+        backup = location.root / f"{what}-{found}.backup.sqlite"
         with closing(sqlite3.connect(location.catalog)) as old, closing(sqlite3.connect(backup)) as copy:
             old.backup(copy)
         with _migrating(location.catalog) as connection:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sqlalchemy import URL, Engine, create_engine, event, select
 from sqlalchemy.orm import Session
 
-from lark_store.errors import NameTakenError, NameUnknownError
+from lark_store.errors import NameTakenError, NameUnknownError, StoreError
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Named, Sketcher, Source
 from lark_store.schema.names import check_name
 from lark_store.schema.vectors import VectorStore
@@ -46,14 +47,27 @@ def is_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a store's parts are: a folder that holds the catalog file, the vector tables and the locks."""
+    """Where a store's parts are: a folder that holds the catalog file, the vector tables and the locks.
+
+    With `snapshot` it is the store as it was then: the catalog is the snapshot's copy.
+    """
 
     root: Path
+    snapshot: str | None = None
 
     @property
     def catalog(self) -> Path:
         """The SQLite file of the catalog."""
-        return self.root / "catalog.sqlite"
+        return self.root / "catalog.sqlite" if self.snapshot is None else self.snapshots / f"{self.snapshot}.sqlite"
+
+    @property
+    def snapshots(self) -> Path:
+        """The folder of the snapshots: a copy of the catalog each, and a record of the tables' versions."""
+        return self.root / "snapshots"
+
+    def snapshot_names(self) -> list[str]:
+        """Return the names of the snapshots that are whole."""
+        return sorted(path.name.removesuffix(".json") for path in self.snapshots.glob("*.json"))
 
     @property
     def vectors(self) -> Path:
@@ -73,14 +87,29 @@ def _configure(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-class Database:
-    """A store that is open: `session()` for the catalog, `vectors` for the Lance tables."""
+def _configure_snapshot(connection: Any, _record: object) -> None:
+    connection.execute("PRAGMA query_only = ON")
 
-    def __init__(self, location: Location) -> None:
+
+def read_only(what: str | None, *_: object) -> NoReturn:
+    """Refuse to write through a snapshot."""
+    raise StoreError(
+        f"a snapshot is read-only{f': `{what}`' if what else ''}", "open the store itself to change it: no `--snapshot`"
+    )
+
+
+class Database:
+    """A store that is open: `session()` for the catalog, `vectors` for the Lance tables.
+
+    For a snapshot, `versions` has the tables' versions; nothing can be written then.
+    """
+
+    def __init__(self, location: Location, versions: dict[str, int] | None = None) -> None:
         self.location = location
+        self.is_snapshot = versions is not None
         self.engine: Engine = create_engine(URL.create("sqlite", database=str(location.catalog)))
-        event.listen(self.engine, "connect", _configure)
-        self.vectors = VectorStore(str(location.vectors))
+        event.listen(self.engine, "connect", _configure_snapshot if self.is_snapshot else _configure)
+        self.vectors = VectorStore(str(location.vectors), versions)
         self._memory: dict[str, tuple[object, Any]] = {}
 
     def remember(self, what: str, state: object, make: Callable[[], V]) -> V:
@@ -100,6 +129,8 @@ class Database:
     def session(self) -> Iterator[Session]:
         """Open a transaction on the catalog: committed at the end, rolled back on an error."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            if self.is_snapshot:
+                event.listen(session, "before_flush", partial(read_only, self.location.snapshot))
             yield session
 
 
@@ -116,6 +147,21 @@ def find(session: Session, kind: type[N], name: str) -> N:
         label, how = _KINDS[kind]
         raise NameUnknownError.of(label, name, session.scalars(select(kind.name)), how)
     return row
+
+
+def still_there(db: Database, *rows: Named) -> None:
+    """Make sure that rows read before are in the catalog yet, not removed and not others of the same name.
+
+    Raises
+    ------
+    NameUnknownError
+    """
+    with db.session() as session:
+        for row in rows:
+            found = find(session, type(row), row.name)
+            if (found.id, found.created_at) != (row.id, row.created_at):
+                label, _ = _KINDS[type(row)]
+                raise NameUnknownError(f"{label} `{row.name}` was removed and added again", "run the command again")
 
 
 def known_as(session: Session, row: N, same: tuple[str, ...]) -> N | None:

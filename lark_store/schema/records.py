@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    import datetime as dt
     from collections.abc import Callable
     from pathlib import Path
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What adding a source did with its rows. `examples` names up to three of each kind that was not added."""
+    """What adding a source did with its rows. `examples` names up to three of each kind that was not added.
+
+    `n_changed` rows have an id that is there with other content and were not taken, `n_replaced` took its place.
+    """
 
     name: str
     n_read: int
@@ -23,6 +27,7 @@ class SourceReport:
     n_duplicate: int
     n_empty: int
     n_changed: int
+    n_replaced: int
     examples: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -246,3 +251,26 @@ class Inventory:
         """Return the frames by name, in reading order."""
         names = ("checkpoints", "sources", "variants", "sketchers", "sketches")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """A store's schema version, the newest that this lark-store knows, and what the store takes on disk.
+
+    `tables` has the columns table, rows, files (of the newest version), versions and bytes (of all versions): a row per
+    vector table, then the catalog and the snapshots' catalogs. It is empty where the schemas differ.
+    """
+
+    schema: str
+    newest: str
+    tables: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """A snapshot: when it was made, the version of each vector table then, and their rows in all."""
+
+    name: str
+    created_at: dt.datetime
+    tables: dict[str, int]
+    n_rows: int

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from lark_store.errors import StoreError
 from lark_store.schema.codes import code_bytes, codes_of
 
 if TYPE_CHECKING:
@@ -184,10 +185,14 @@ def where(**equal: str | int | Iterable[str] | Iterable[int]) -> str:
 
 
 class VectorStore:
-    """The LanceDB database at `uri`; every read and write of a Lance table goes through here."""
+    """The LanceDB database at `uri`; every read and write of a Lance table goes through here.
 
-    def __init__(self, uri: str) -> None:
+    With `versions`, those of a snapshot, each table is read as it was then, and others are not seen.
+    """
+
+    def __init__(self, uri: str, versions: dict[str, int] | None = None) -> None:
         self.uri = uri
+        self.versions = versions
         self._connection: Any = None
 
     @property
@@ -206,14 +211,30 @@ class VectorStore:
 
     def table_names(self) -> list[str]:
         """Return the names of all tables."""
+        if self.versions is not None:
+            return sorted(self.versions)
         return list(self.connection.list_tables(limit=10_000).tables)
 
     def table(self, name: str) -> Any:
-        """Open a table at its newest version."""
-        return self.connection.open_table(name)
+        """Open a table at its newest version, or at the snapshot's: then nothing can be written to it."""
+        if self.versions is None:
+            return self.connection.open_table(name)
+        if name not in self.versions:
+            raise ValueError(f"the snapshot has no table {name}")
+        try:
+            table = self.connection.open_table(name)
+            table.checkout(self.versions[name])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StoreError(
+                f"version {self.versions[name]} of the table `{name}`, which the snapshot needs, can't be read",
+                "was the store changed by another program? remove the snapshot with `lark-store snapshot remove`",
+            ) from error
+        return table
 
     def has(self, name: str) -> bool:
         """Tell whether a table is there and whole: one that is being made is listed before it can be opened."""
+        if self.versions is not None:
+            return name in self.versions
         try:
             self.connection.open_table(name)
         except (ValueError, FileNotFoundError):
@@ -228,6 +249,15 @@ class VectorStore:
     def append(self, table: Any, rows: pa.Table) -> int:
         """Add rows in one commit: all or nothing. Returns the version that holds them."""
         return int(table.add(rows).version)
+
+    def put(self, table: Any, rows: pa.Table | pa.RecordBatch, keys: list[str]) -> int:
+        """Put rows in the place of those with the same keys, in one commit. For narrow rows only: it takes memory."""
+        merge = table.merge_insert(keys).when_matched_update_all().when_not_matched_insert_all()
+        return int(merge.execute(rows).version)
+
+    def sketch_tables(self) -> list[str]:
+        """Return the names of the tables of sketches that are whole."""
+        return sorted(name for name in self.table_names() if name.startswith(SKETCH_PREFIX) and self.has(name))
 
     def write_files(self, table: Any, rows: pa.Table) -> list[str]:
         """Write rows to data files that no version of the table has yet; returns what `append_files` takes."""

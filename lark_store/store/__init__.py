@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import uuid
@@ -15,19 +14,17 @@ from lark_store.errors import StoreError, StoreExistsError
 from lark_store.schema.catalog import StoreMeta
 from lark_store.schema.database import Database, Location, exists, is_file
 from lark_store.store.ask import Ask
+from lark_store.store.care import Care
 from lark_store.store.doors import Doors
 from lark_store.store.manage import Manage
-from lark_store.store.part import DEFAULT_SKETCHER
+from lark_store.store.part import DEFAULT_SKETCHER, location_of
 from lark_store.store.work import Work
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-DEFAULT_PATH = "lark.store"
-ENVIRONMENT = "LARK_STORE"
 
-
-class Store(Manage, Work, Ask, Doors):
+class Store(Manage, Work, Ask, Doors, Care):
     """An open store. Make one with `Store.create`, open one with `Store.open`; use it as a context manager.
 
     Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Every method raises a `LarkStoreError` with a hint for a foreseeable
@@ -48,7 +45,7 @@ class Store(Manage, Work, Ask, Doors):
         StoreExistsError
             There is something at `path` already.
         """
-        location = _location(path)
+        location = location_of(path)
         if exists(location.root):
             is_store = is_file(location.catalog)
             raise StoreExistsError(
@@ -71,26 +68,25 @@ class Store(Manage, Work, Ask, Doors):
         return cls.open(location.root)
 
     @classmethod
-    def open(cls, path: str | Path | None = None) -> Self:
-        """Open a store; never changes its schema.
+    def open(cls, path: str | Path | None = None, *, snapshot: str | None = None) -> Self:
+        """Open a store, or with `snapshot` the store as it was when that was made: to be read only.
+
+        Never changes its schema.
 
         Raises
         ------
-        NotAStoreError, OlderSchemaError, NewerSchemaError
+        NotAStoreError, OlderSchemaError, NewerSchemaError, NameUnknownError
         """
-        location = _location(path)
+        location = location_of(path)
         migrations.check(location)
-        return cls(Database(location))
+        if snapshot is None:
+            return cls(Database(location))
+        from lark_store.upkeep.snapshots import read
 
-    @staticmethod
-    def db_status(path: str | Path | None = None) -> tuple[str, str]:
-        """Return the schema version of the store at `path` and that of this lark-store."""
-        return migrations.version(_location(path)), migrations.newest()
-
-    @staticmethod
-    def db_upgrade(path: str | Path | None = None) -> Path | None:
-        """Bring an older store up to date; returns the backup of its catalog, None if there was nothing to do."""
-        return migrations.upgrade(_location(path))
+        versions = read(location, snapshot).tables
+        location = location_of(path, snapshot)
+        migrations.check(location)
+        return cls(Database(location, versions))
 
     def close(self) -> None:
         """Let go of the store's files."""
@@ -111,13 +107,6 @@ class Store(Manage, Work, Ask, Doors):
     def path(self) -> Path:
         """The store's folder."""
         return self._db.location.root
-
-
-def _location(path: str | Path | None) -> Location:
-    root = Path(path or os.environ.get(ENVIRONMENT) or DEFAULT_PATH)
-    if "?" in str(root.absolute()):
-        raise StoreError(f"a store can't be at `{root}`: LanceDB reads `?` as part of a URL", "name another path")
-    return Location(root)
 
 
 def _build(location: Location) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lark_store.schema.database import add_named
+from lark_store.schema.locks import removing, working
+from lark_store.schema.names import check_name
 from lark_store.schema.records import CheckpointInfo, SketcherInfo, VariantInfo
 from lark_store.store.part import Part
 
@@ -46,7 +49,7 @@ class Manage(Part):
         from lark_store.ingest.checkpoints import add_checkpoint
 
         row = add_checkpoint(
-            self._db,
+            self._writable,
             name,
             str(path),
             model=model,
@@ -69,22 +72,31 @@ class Manage(Part):
         columns: dict[str, str] | None = None,
         config: str | None = None,
         split: str | None = None,
+        replace: bool = False,
     ) -> SourceReport:
         """Add a source from a .jsonl, .parquet, .csv or .tsv file, a dataset folder or a Hugging Face dataset name.
 
         Rows have `prompt` and `response`, or `question`, `answer` and maybe `context`, or `text`; `columns` maps these
         names, `sample_id` and `label` to others (`{"text": "abstract", "context": "context.contexts"}`). The id is the
         column `sample_id` or `id`, else it is made from the content. Adding a source again adds its new samples only;
-        a row whose id is there with other content is reported and not taken.
+        a row whose id is there with other content is reported and not taken. With `replace` it takes the old sample's
+        place, whose sketches and influence go as with `sample_remove`: ingest and attribute again.
 
         Raises
         ------
-        InputError, NameTakenError, NameInvalidError
+        InputError, NameTakenError, NameInvalidError, StoreBusyError
         """
         from lark_store.ingest.sources import add_source
+        from lark_store.upkeep.remove import forget_samples
 
+        db = self._writable
         options: dict[str, Any] = {"stage": stage, "domain": domain, "licence": licence, "columns": columns}
-        return add_source(self._db, name, str(uri), **options, config=config, split=split)
+        options |= {"config": config, "split": split}
+        if replace:
+            with removing(db.location, "source", name):
+                return add_source(db, name, str(uri), **options, forget=partial(forget_samples, db, name))
+        with working(db.location, f"add-{check_name(name)}", f"adding to source `{name}`", {"source": [name]}):
+            return add_source(db, name, str(uri), **options)
 
     def variant_add(
         self, name: str, *, template: str | Path, targets: str = "auto", max_length: int = 1024
@@ -101,7 +113,7 @@ class Manage(Part):
         from lark_store.ingest.variants import make_variant
 
         variant = make_variant(name, str(template), targets, max_length)
-        with self._db.session() as session:
+        with self._writable.session() as session:
             row = add_named(session, variant, ("template", "template_text", "targets", "max_length"))
         return _info(VariantInfo, row)
 
@@ -142,7 +154,7 @@ class Manage(Part):
         from lark_store.ingest.sketchers import make_sketcher
 
         wanted = make_sketcher(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
-        with self._db.session() as session:
+        with self._writable.session() as session:
             row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude", "correction"))
         return _info(SketcherInfo, row)
 

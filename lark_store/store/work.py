@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
+from lark_store.schema.locks import working
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Work(Part):
 
         names = (list(checkpoints), list(sources), list(variants), sketcher)
         request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
-        return ingest(self._db, request, on_progress)
+        return ingest(self._writable, request, on_progress)
 
     def plan(
         self,
@@ -134,18 +136,16 @@ class Work(Part):
 
         Raises
         ------
-        NameUnknownError, NothingToScoreError, InputError
+        NameUnknownError, NothingToScoreError, InputError, StoreBusyError
         """
         from lark_store.query.attribute import attribute
         from lark_store.query.groups import Wanted, ask
 
         passes = [list(checkpoints)] if method == "tracin" else [[name] for name in checkpoints]
-        questions = [
-            question
-            for names in passes
-            for question in ask(
-                self._db,
-                Wanted(names, sketcher, queries, sources, (), query_checkpoint, query_variant, method),
-            )
-        ]
-        return attribute(self._db, questions, hits=hits, memory=memory, device=device, on_progress=on_progress)
+        of = (query_checkpoint, query_variant, method)
+        db = self._writable
+        with working(db.location, f"score-{uuid4().hex}", "scoring"):  # nothing is removed meanwhile
+            questions = [
+                question for names in passes for question in ask(db, Wanted(names, sketcher, queries, sources, (), *of))
+            ]
+            return attribute(db, questions, hits=hits, memory=memory, device=device, on_progress=on_progress)

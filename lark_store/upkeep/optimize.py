@@ -1,0 +1,92 @@
+"""Compaction: many small files become few, removed rows leave the disk, indices cover all rows, old versions go.
+
+An ingest may write and anybody may read meanwhile. Versions that a snapshot holds (by a tag) stay, and so do files that
+no version has yet: they may be a writer's that is about to commit.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from lark_store.errors import InputError
+from lark_store.schema.locks import maintenance
+from lark_store.schema.records import OnProgress, Progress
+from lark_store.schema.vectors import ROWS_PER_BATCH, SKETCH_PREFIX
+from lark_store.upkeep.retry import retried
+from lark_store.upkeep.status import bytes_in, folder_of, n_files
+
+if TYPE_CHECKING:
+    from lark_store.schema.database import Database
+
+REPORT = {
+    "table": pl.String,
+    "rows": pl.Int64,
+    "files_before": pl.Int64,
+    "files_after": pl.Int64,
+    "bytes_before": pl.Int64,
+    "bytes_after": pl.Int64,
+    "seconds": pl.Float64,
+}
+SKETCHES_PER_FILE = 4096  # 512 MiB at k = 65,536 in float16
+_SKETCHES_PER_PASS = 4 * SKETCHES_PER_FILE  # one commit: what a conflict makes undone
+_ROWS_PER_FILE = 1 << 20
+
+
+def optimize(db: Database, keep_versions_days: float, on_progress: OnProgress | None) -> pl.DataFrame:
+    """Compact each table in turn; see `Store.db_optimize`."""
+    if not 0 <= keep_versions_days < 1e5:
+        raise InputError(f"{keep_versions_days} days are no age of a version", "the default is 7; 0 keeps the newest")
+    age = timedelta(days=keep_versions_days)
+    rows = []
+    with maintenance(db.location):
+        names = sorted(name for name in db.vectors.table_names() if db.vectors.has(name))
+        for number, name in enumerate(names):
+            if on_progress:
+                on_progress(Progress("optimizing", number, len(names)))
+            rows.append(_optimize(db, name, age))
+        if on_progress:
+            on_progress(Progress("optimizing", len(names), len(names)))
+    return pl.DataFrame(rows, schema=REPORT, orient="row")
+
+
+def _optimize(db: Database, name: str, age: timedelta) -> tuple[Any, ...]:
+    folder, started = folder_of(db.vectors, name), time.perf_counter()
+    files_before, bytes_before = n_files(db.vectors.table(name)), bytes_in(folder)
+    _compact(db, name)
+    db.vectors.refresh_indices(db.vectors.table(name))
+    # error_if_tagged_old_versions: those of snapshots are kept in silence. Unverified files stay: see above.
+    retried(
+        lambda: (
+            db.vectors.table(name)
+            .to_lance()
+            .cleanup_old_versions(older_than=age, delete_unverified=False, error_if_tagged_old_versions=False)
+        ),
+        f"old versions of `{name}` can't be removed",
+    )
+    table = db.vectors.table(name)
+    after = (n_files(table), bytes_before, bytes_in(folder), time.perf_counter() - started)
+    return (name, int(table.count_rows()), files_before, *after)
+
+
+def _compact(db: Database, name: str) -> None:
+    """Rewrite small files into larger ones in several commits; what is removed is left out.
+
+    One file at a time is rewritten, copied as it is where no row was removed: memory stays a few hundred MB.
+    """
+    options: dict[str, Any] = {"num_threads": 1, "materialize_deletions_threshold": 0.0}
+    if name.startswith(SKETCH_PREFIX):
+        options |= {"target_rows_per_fragment": SKETCHES_PER_FILE, "batch_size": ROWS_PER_BATCH}
+        options |= {"compaction_mode": "try_binary_copy", "max_source_rows": _SKETCHES_PER_PASS}
+    else:
+        options |= {"target_rows_per_fragment": _ROWS_PER_FILE, "batch_size": 1024}
+    n_rows = int(db.vectors.table(name).count_rows())
+    for _ in range(2 + n_rows // SKETCHES_PER_FILE):
+        made = retried(
+            lambda: db.vectors.table(name).to_lance().optimize.compact_files(**options), f"`{name}` can't be compacted"
+        )
+        if made.fragments_removed == 0:
+            break

@@ -1,0 +1,139 @@
+"""Snapshots: the store at one moment, kept under a name while the store goes on.
+
+A snapshot NAME is `snapshots/NAME.sqlite`, a copy of the catalog, and `snapshots/NAME.json`, the version of each Lance
+table then; a tag `lark-snapshot-NAME` on each version keeps it from being cleaned up. Copy and versions are taken
+while the catalog is locked against writing: no run is committed or superseded in between, so all rows of the copy's
+`done` runs are in those versions, and rows of other runs are seen by nobody. Removal and cleanup wait (`maintenance`).
+
+The record is written last when a snapshot is made and goes first when it is removed: with it a snapshot is whole, and
+without it there is none. What a killed process leaves is overwritten, or removed, by the same command.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from lark_store.errors import NameTakenError, NameUnknownError, StoreBusyError
+from lark_store.schema.catalog import now
+from lark_store.schema.database import BUSY_TIMEOUT_S, Location, is_file
+from lark_store.schema.locks import maintenance
+from lark_store.schema.names import check_name
+from lark_store.schema.records import SnapshotInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lark_store.schema.database import Database
+    from lark_store.schema.vectors import VectorStore
+
+LIST: dict[str, Any] = {"name": pl.String, "created_at": pl.Datetime("us", "UTC"), "tables": pl.Int64, "rows": pl.Int64}
+
+
+def create(db: Database, name: str) -> SnapshotInfo:
+    """Keep the store as it is now; see `Store.snapshot_create`."""
+    check_name(name)
+    place = replace(db.location, snapshot=name)
+    with maintenance(db.location):
+        if is_file(_record(place)):
+            raise NameTakenError(
+                f"there is a snapshot `{name}` already",
+                "choose another name, or remove it: `lark-store snapshot remove`",
+            )
+        place.snapshots.mkdir(exist_ok=True)
+        draft = place.snapshots / ".draft"
+        with closing(sqlite3.connect(db.location.catalog, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as held:
+            _lock(held)
+            _copy(db.location.catalog, place.catalog)
+            versions, n_rows = _tag(db.vectors, _label(name))
+            held.execute("ROLLBACK")
+        info = SnapshotInfo(name, now(), versions, n_rows)
+        facts = {"created_at": info.created_at.isoformat(), "tables": versions, "rows": n_rows}
+        draft.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        draft.replace(_record(place))
+    return info
+
+
+def _record(place: Location) -> Path:
+    return place.snapshots / f"{place.snapshot}.json"
+
+
+def _label(name: str) -> str:
+    return f"lark-snapshot-{name}"
+
+
+def _lock(catalog: sqlite3.Connection) -> None:
+    """Keep others from writing to the catalog until the transaction ends."""
+    try:
+        catalog.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        raise StoreBusyError(
+            f"the catalog is being written to for more than {BUSY_TIMEOUT_S} s", "run the command again"
+        ) from error
+
+
+def _copy(catalog: Path, copy: Path) -> None:
+    """Copy a catalog; the copy is one plain file, with no log beside it."""
+    copy.unlink(missing_ok=True)
+    with closing(sqlite3.connect(catalog)) as live, closing(sqlite3.connect(copy)) as target:
+        live.backup(target)
+        target.execute("PRAGMA journal_mode = DELETE")
+
+
+def _tag(vectors: VectorStore, label: str) -> tuple[dict[str, int], int]:
+    """Tag the newest version of each table; returns the versions and how many rows they have in all."""
+    versions, n_rows = {}, 0
+    for name in sorted(vectors.table_names()):
+        if not vectors.has(name):
+            continue  # it is being made: no committed run has rows in it
+        dataset = vectors.table(name).to_lance()
+        if label in dataset.tags.list():
+            dataset.tags.update(label, dataset.version)
+        else:
+            dataset.tags.create(label, dataset.version)
+        versions[name] = int(dataset.version)
+        n_rows += int(dataset.count_rows())
+    return versions, n_rows
+
+
+def snapshots(location: Location) -> pl.DataFrame:
+    """Return a row for each snapshot, oldest first; see `Store.snapshot_list`."""
+    infos = [read(location, name) for name in location.snapshot_names()]
+    rows = [(i.name, i.created_at, len(i.tables), i.n_rows) for i in sorted(infos, key=lambda i: i.created_at)]
+    return pl.DataFrame(rows, schema=LIST, orient="row")
+
+
+def read(location: Location, name: str) -> SnapshotInfo:
+    """Return a snapshot's record.
+
+    Raises
+    ------
+    NameUnknownError
+    """
+    known = location.snapshot_names()
+    if name not in known:
+        raise NameUnknownError.of("snapshot", name, known, "make one with `lark-store snapshot create`")
+    facts: dict[str, Any] = json.loads(_record(replace(location, snapshot=name)).read_text(encoding="utf-8"))
+    return SnapshotInfo(name, dt.datetime.fromisoformat(facts["created_at"]), facts["tables"], facts["rows"])
+
+
+def remove(db: Database, name: str) -> None:
+    """Let go of a snapshot; see `Store.snapshot_remove`."""
+    check_name(name)
+    place = replace(db.location, snapshot=name)
+    with maintenance(db.location):
+        if not is_file(_record(place)) and not is_file(place.catalog):
+            read(db.location, name)  # says that there is none, with the near ones
+        _record(place).unlink(missing_ok=True)
+        for table in db.vectors.table_names():
+            if db.vectors.has(table):
+                tags = db.vectors.table(table).to_lance().tags
+                if _label(name) in tags.list():
+                    tags.delete(_label(name))
+        place.catalog.unlink(missing_ok=True)

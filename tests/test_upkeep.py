@@ -1,0 +1,725 @@
+"""Removal, replacement and optimize: what goes is gone everywhere, what stays is as it was, and a kill leaves no half."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+from conftest import qa_rows, text_rows, write_jsonl
+from sqlalchemy import event
+from test_cli import lark
+from test_ingest import rows
+
+from lark_store import Store
+from lark_store.errors import InputError, NameUnknownError, NothingToScoreError, StoreBusyError
+from lark_store.schema.locks import maintenance, removing, working
+from lark_store.schema.vectors import VectorStore, where
+from lark_store.upkeep import optimize as compaction
+from lark_store.upkeep import remove, retry
+
+CHECKPOINTS = ["base", "epoch-1"]
+PLACES = ("samples", "sketches", "failures", "influence", "source_influence")
+
+
+def count(store, view, condition="true"):
+    return store.sql(f"select count(*) from {view} where {condition}").item()
+
+
+def raw(store, table, condition=None):
+    """Rows of a table itself, also those that no view shows."""
+    return store._db.vectors.table(table).count_rows(condition)
+
+
+def everything(store):
+    """All that a reader can see."""
+    views = {view: sorted(map(repr, store.sql(f"select * from {view}").rows())) for view in PLACES}
+    runs = {view: store.sql(f"select * from {view} order by 1").rows() for view in ("ingest_runs", "score_runs")}
+    return views | runs | {"sketches": rows(store).rows()}
+
+
+def files(store):
+    return {path: path.stat().st_mtime_ns for path in (store.path / "vectors").rglob("*") if path.is_file()}
+
+
+def as_counts(report):
+    return {(kind, table.split("_")[0] if kind == "sketch" else table): n for kind, table, n in report.rows()}
+
+
+def attribute(store):
+    return store.attribute(CHECKPOINTS, queries="test", sketcher="small")
+
+
+def test_a_removed_sample_is_gone_everywhere_and_its_groups_are_scored_again(scored_copy):
+    store = scored_copy
+    report = as_counts(store.sample_remove("songs", ["sea-1", "sea-3", "sea-1"]))
+    assert report[("sample", "samples")] == 2
+    assert report[("sketch", "sketches")] == 2 * 2 * 2  # checkpoints × variants × samples
+    assert report[("score run, superseded", "score_run")] == 4
+    assert report[("influence", "influence")] == 4 * 4 * 5  # runs × queries × samples
+    assert report[("source influence", "source_influence")] == 4 * 4
+    gone = "sample_id in ('sea-1', 'sea-3')"
+    assert [count(store, view, gone) for view in ("samples", "sketches", "failures", "influence")] == [0] * 4
+    assert count(store, "source_influence", "source = 'songs'") == 0
+    assert dict(store.sql("select source, sum(n_sketched)::int from ingest_runs group by all").rows()) == {
+        "finetune": 12,
+        "test": 8,
+        "medical": 20,
+        "songs": 12,
+    }
+    again = attribute(store)
+    assert set(again.filter(source="songs")["status"]) == {"scored"}
+    assert set(again.filter(pl.col("source") != "songs")["status"]) == {"current"}
+    assert set(store.sql("select distinct n from source_influence where source = 'songs'")["n"]) == {3}
+    assert "sea-1" not in store.top("q100", checkpoint="base", sketcher="small", k=50).frame["sample_id"]
+
+
+def test_what_is_left_after_a_removal_is_what_a_store_without_the_sample_has(scored_copy, tmp_path, checkpoints, texts):
+    scored_copy.sample_remove("songs", ["sea-1"])
+    attribute(scored_copy)
+    with Store.create(tmp_path / "other") as other:
+        for epoch, (name, path) in enumerate(checkpoints.items()):
+            other.checkpoint_add(name, path, epoch=epoch)
+        fewer = [row for row in text_rows(5) if row["id"] != "sea-1"]
+        other.source_add("songs", write_jsonl(tmp_path / "fewer.jsonl", fewer), stage="pretrain")
+        for name, stage in (("finetune", "finetune"), ("medical", "pretrain"), ("test", "query")):
+            other.source_add(name, texts[name], stage=stage)
+        other.sketcher_add("small", k=1024)
+        other.ingest(CHECKPOINTS, ["finetune", "test"], ["chatml"], sketcher="small")
+        other.ingest(CHECKPOINTS, ["medical", "songs"], ["raw", "chatml"], sketcher="small")
+        attribute(other)
+        query = "select checkpoint, query_id, source, variant, argmax, n, max, mean from source_influence order by all"
+        here, there = scored_copy.sql(query), other.sql(query)
+    assert here.drop("max", "mean").equals(there.drop("max", "mean"))
+    for column in ("max", "mean"):
+        np.testing.assert_allclose(here[column], there[column], atol=1e-3)
+
+
+def test_a_removed_query_leaves_the_answers_of_the_others_after_scoring_again(scored_copy):
+    before = scored_copy.sql("select * exclude (score_run) from source_influence where query_id != 'q101' order by all")
+    assert as_counts(scored_copy.sample_remove("test", ["q101"]))[("score run, superseded", "score_run")] == 10
+    assert count(scored_copy, "source_influence") == 0
+    assert set(attribute(scored_copy)["n_queries"]) == {3}
+    after = scored_copy.sql("select * exclude (score_run) from source_influence order by all")
+    assert after.drop("max", "mean", "std").equals(before.drop("max", "mean", "std"))
+
+
+def test_a_sample_that_was_removed_can_be_added_again(scored_copy, texts):
+    scored_copy.sample_remove("songs", ["sea-0"])
+    assert scored_copy.source_add("songs", texts["songs"], stage="pretrain").n_added == 1
+    units = scored_copy.ingest(CHECKPOINTS, ["songs"], ["raw", "chatml"], sketcher="small").units
+    assert units["n_sketched"].to_list() == [1] * 4
+    attribute(scored_copy)
+    assert set(scored_copy.sql("select n from source_influence where source = 'songs'")["n"]) == {5}
+
+
+def test_failures_of_a_removed_sample_go_too(store, tmp_path):
+    odd = [{"id": "long", "prompt": "why?", "response": "because " * 200}, {"id": "ok", "prompt": "a", "response": "b"}]
+    store.source_add("odd", write_jsonl(tmp_path / "odd.jsonl", odd), stage="finetune")
+    store.variant_add("short", template="chatml", max_length=64)
+    store.ingest(["base"], ["odd"], ["short"], sketcher="small")
+    assert as_counts(store.sample_remove("odd", ["long"])) == {("failure", "failures"): 1, ("sample", "samples"): 1}
+    assert store.sql("select n_sketched, n_failed from ingest_runs").row(0) == (1, 0)
+
+
+def test_a_removed_source_is_gone_everywhere_and_its_name_is_free(scored_copy, tmp_path):
+    store = scored_copy
+    report = as_counts(store.source_remove("songs"))
+    assert report == {
+        ("sketch", "sketches"): 20,
+        ("influence", "influence"): 80,
+        ("source influence", "source_influence"): 16,
+        ("sample", "samples"): 5,
+        ("score run", "score_run"): 4,
+        ("ingest run", "ingest_run"): 4,
+        ("source", "source"): 1,
+    }
+    for view in ("samples", "sketches", "ingest_runs", "score_runs", "influence", "source_influence"):
+        assert count(store, view, "source = 'songs'") == 0
+    assert count(store, "sources", "name = 'songs'") == 0
+    assert set(attribute(store)["status"]) == {"current"}
+    store.source_add("songs", write_jsonl(tmp_path / "new.jsonl", text_rows(2)), stage="finetune")
+    assert store.ingest(["base"], ["songs"], ["raw"], sketcher="small").units["n_sketched"].item() == 2
+    assert count(store, "sketches", "source = 'songs'") == 2
+
+
+def test_a_removed_query_source_takes_its_scores_along(scored_copy):
+    assert as_counts(scored_copy.source_remove("test"))[("score run", "score_run")] == 10
+    assert (
+        raw(scored_copy, "influence") == raw(scored_copy, "source_influence") == count(scored_copy, "score_runs") == 0
+    )
+    with pytest.raises(NothingToScoreError):
+        scored_copy.metrics(sketcher="small")
+    assert count(scored_copy, "sketches") == 52
+
+
+def test_a_removed_checkpoint_is_gone_everywhere_and_its_name_is_free(scored_copy, checkpoints):
+    store = scored_copy
+    store.attribute(["base"], queries="test", query_checkpoint="epoch-1", sketcher="small")
+    before = store.top("q100", checkpoint="base", sketcher="small").frame
+    report = as_counts(store.checkpoint_remove("epoch-1"))
+    assert report[("sketch", "sketches")] == 30
+    assert report[("score run", "score_run")] == 10  # with those whose queries were at this checkpoint
+    assert report[("metric", "checkpoint_metric")] == report[("checkpoint", "checkpoint")] == 1
+    for view in ("sketches", "ingest_runs", "score_runs", "influence", "source_influence", "checkpoint_metrics"):
+        assert count(store, view, "checkpoint = 'epoch-1'") == 0
+    assert store.top("q100", checkpoint="base", sketcher="small").frame.equals(before)
+    assert raw(store, "source_influence") == 20
+    store.checkpoint_add("epoch-1", checkpoints["base"])
+    assert store.ingest(["epoch-1"], ["songs"], ["raw"], sketcher="small").units["n_sketched"].item() == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("sample_remove", ("songs", ["sea-2"])), ("source_remove", ("songs",)), ("checkpoint_remove", ("base",))],
+)
+def test_a_dry_run_tells_what_goes_and_changes_nothing(scored_copy, method, arguments):
+    before, on_disk = everything(scored_copy), files(scored_copy)
+    planned = getattr(scored_copy, method)(*arguments, dry_run=True)
+    assert (everything(scored_copy), files(scored_copy)) == (before, on_disk)
+    assert planned.equals(getattr(scored_copy, method)(*arguments))
+    assert not planned.is_empty()
+    assert everything(scored_copy) != before
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "fact", "hint"),
+    [
+        ("sample_remove", ("songs", ["sea-1", "sea-9"]), "no sample `sea-9` in source `songs`", "did you mean `sea-"),
+        ("sample_remove", ("song", ["sea-1"]), "no source `song`", "did you mean `songs`?"),
+        ("source_remove", ("song",), "no source `song`", "did you mean `songs`?"),
+        ("checkpoint_remove", ("epoch1",), "no checkpoint `epoch1`", "did you mean `epoch-1`?"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_is_not_there_is_an_error_and_nothing_is_removed(scored, method, arguments, fact, hint, dry_run):
+    before = files(scored)
+    with pytest.raises(NameUnknownError) as caught:
+        getattr(scored, method)(*arguments, dry_run=dry_run)
+    assert caught.value.fact.startswith(fact)
+    assert caught.value.hint.startswith(hint)
+    assert files(scored) == before
+
+
+def test_no_sample_named_is_an_error(scored):
+    with pytest.raises(InputError, match="no sample is named"):
+        scored.sample_remove("songs", [])
+
+
+# --- cut off anywhere ----------------------------------------------------------------------------------------------
+
+
+class CutError(Exception):
+    """The process ends here."""
+
+
+def cut_at(store, monkeypatch, step):
+    """Let the removal end before its `step`-th change of a table or of the catalog; the others are done."""
+    done = iter(range(1000))
+
+    def change(*_):
+        if next(done) == step:
+            raise CutError
+
+    vectors = store._db.vectors
+    table_of = vectors.table
+
+    def table(name):
+        opened = table_of(name)
+        delete = opened.delete
+        opened.delete = lambda condition: (change(), delete(condition))
+        return opened
+
+    monkeypatch.setattr(vectors, "table", table)
+    event.listen(store._db.engine, "commit", change)
+    return lambda: event.remove(store._db.engine, "commit", change)
+
+
+REMOVALS = [
+    ("sample_remove", ("songs", ["sea-1", "sea-3"])),
+    ("sample_remove", ("test", ["q100"])),
+    ("source_remove", ("songs",)),
+    ("source_remove", ("test",)),
+    ("checkpoint_remove", ("base",)),
+]
+
+
+def check_whole(store):
+    """No reader sees a score of a run that is not whole, nor a sketch whose sample is gone."""
+    orphans = "select count(*) from sketches k anti join samples s on s.source = k.source and s.sample_id = k.sample_id"
+    assert store.sql(orphans).item() == 0
+    scored = store.sql("select score_run, n_queries, n_samples from score_runs where status = 'done'")
+    seen = store.sql("select score_run, count(*), min(n) from source_influence group by all")
+    assert sorted(scored.rows()) == sorted(seen.rows())
+    lists = store.sql("select score_run, count(*) from influence group by all")
+    assert dict(lists.rows()) == {run: queries * samples for run, queries, samples in scored.rows()}
+    store.show()
+
+
+@pytest.mark.parametrize(("method", "arguments"), REMOVALS, ids=lambda value: str(value))
+def test_a_removal_cut_off_at_any_step_leaves_nothing_half_and_is_finished_by_the_same_call(
+    scored_path, tmp_path, monkeypatch, method, arguments
+):
+    import shutil
+
+    def fresh(name):
+        return Store.open(shutil.copytree(scored_path, tmp_path / name))
+
+    with fresh("whole") as whole:
+        getattr(whole, method)(*arguments)
+        expected = everything(whole)
+    for step in range(1000):
+        with fresh(f"cut-{step}") as store:
+            with monkeypatch.context() as patch:
+                undo = cut_at(store, patch, step)
+                try:
+                    getattr(store, method)(*arguments)
+                    finished = True
+                except CutError:
+                    finished = False
+                undo()
+            if finished:
+                break
+            check_whole(store)
+            getattr(store, method)(*arguments)
+            assert everything(store) == expected
+    assert step > 5
+
+
+def test_a_removal_cut_off_may_be_forgotten_and_ingest_and_attribute_mend_the_rest(scored_copy, monkeypatch):
+    before = scored_copy.sql("select * exclude (score_run) from source_influence order by all")
+    with monkeypatch.context() as patch:
+        undo = cut_at(scored_copy, patch, 4)
+        with pytest.raises(CutError):
+            scored_copy.source_remove("songs")
+        undo()
+    assert count(scored_copy, "source_influence", "source = 'songs'") == 0
+    scored_copy.ingest(CHECKPOINTS, ["songs"], ["raw", "chatml"], sketcher="small")
+    attribute(scored_copy)
+    after = scored_copy.sql("select * exclude (score_run) from source_influence order by all")
+    assert after.drop("max", "mean", "std").equals(before.drop("max", "mean", "std"))
+    assert dict(scored_copy.sql("select source, count(*) from sketches group by all").rows())["songs"] == 20
+
+
+KILLED = """
+import os, signal, sys
+from lark_store import Store
+from lark_store.upkeep.remove import _Sweep
+with Store.open(sys.argv[1]) as store:
+    delete, left = _Sweep.delete, iter(range(int(sys.argv[2])))
+    def watched(*arguments):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        delete(*arguments)
+    _Sweep.delete = watched
+    store.source_remove("songs")
+"""
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_removal_killed_is_finished_by_the_command(scored_copy, steps):
+    done = subprocess.run([sys.executable, "-c", KILLED, scored_copy.path, str(steps)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    check_whole(scored_copy)
+    assert count(scored_copy, "sketches", "source = 'songs'") == 0
+    assert lark("source remove songs", store=scored_copy.path).code == 0
+    assert count(scored_copy, "sources") == 3
+    assert raw(scored_copy, "samples", where(source="songs")) == 0
+
+
+# --- others at work ------------------------------------------------------------------------------------------------
+
+
+def test_what_an_ingest_works_on_is_not_removed(scored_copy):
+    touches = {"source": ["songs"], "checkpoint": ["base"], "variant": ["raw"]}
+    before = everything(scored_copy)
+    with working(scored_copy._db.location, "ingest-x", "ingesting base · songs · raw", touches):
+        for method, arguments in (
+            ("sample_remove", ("songs", ["sea-1"])),
+            ("source_remove", ("songs",)),
+            ("checkpoint_remove", ("base",)),
+        ):
+            with pytest.raises(StoreBusyError, match="another process is ingesting base · songs · raw"):
+                getattr(scored_copy, method)(*arguments)
+        assert everything(scored_copy) == before
+        scored_copy.source_remove("medical")
+        scored_copy.checkpoint_remove("epoch-1")
+    scored_copy.source_remove("songs")
+
+
+def test_nothing_is_removed_while_scores_are_made(scored_copy, monkeypatch):
+    seen = []
+
+    def try_to_remove(_):
+        with Store.open(scored_copy.path) as other, pytest.raises(StoreBusyError, match="another process is scoring"):
+            other.sample_remove("songs", ["sea-1"])
+        seen.append(1)
+
+    scored_copy.attribute(["base"], queries="test", sketcher="small", hits=7, on_progress=try_to_remove)
+    assert seen
+    scored_copy.sample_remove("songs", ["sea-1"])
+    assert list((scored_copy.path / "locks").glob("*.json")) == []
+
+
+def test_an_ingest_that_runs_is_seen_by_a_removal(store):
+    tried = []
+
+    def try_to_remove(progress):
+        if progress.total and not tried:
+            with Store.open(store.path) as other, pytest.raises(StoreBusyError, match="ingesting base · songs · raw"):
+                other.source_remove("songs")
+            tried.append(progress)
+
+    store.ingest(["base"], ["songs"], ["raw"], sketcher="small", on_progress=try_to_remove)
+    assert tried
+    store.source_remove("songs")
+
+
+def test_the_note_of_a_killed_ingest_does_not_hold_a_removal_up(scored_copy):
+    note = scored_copy.path / "locks" / "ingest-dead.json"
+    note.write_text(json.dumps({"doing": "ingesting", "touches": None}))
+    scored_copy.source_remove("songs")
+    assert not note.exists()
+
+
+def test_no_work_begins_while_something_is_removed(scored_copy, monkeypatch, texts):
+    monkeypatch.setattr("lark_store.schema.locks._PATIENCE_S", 0.1)
+    with removing(scored_copy._db.location, "source", "songs"):
+        for work in (
+            lambda: scored_copy.attribute(["base"], queries="test", sketcher="small"),
+            lambda: scored_copy.ingest(["base"], ["finetune"], ["raw"], sketcher="small"),
+            lambda: scored_copy.source_add("songs", texts["songs"], stage="pretrain"),
+        ):
+            with pytest.raises(StoreBusyError, match="another process is removing from this store"):
+                work()
+
+
+def test_one_maintenance_job_at_a_time(scored_copy):
+    with maintenance(scored_copy._db.location):
+        for job in (
+            scored_copy.db_optimize,
+            lambda: scored_copy.source_remove("songs"),
+            lambda: scored_copy.snapshot_create("a"),
+            lambda: scored_copy.snapshot_remove("a"),
+        ):
+            with pytest.raises(StoreBusyError, match="optimizing it or making a snapshot"):
+                job()
+
+
+def test_a_source_removed_and_added_again_under_an_ingest_is_noticed(store, texts, monkeypatch):
+    from lark_store.ingest import run
+
+    fill = run.fill
+
+    def remove_in_between(*arguments):
+        fill(*arguments)
+        with Store.open(store.path) as other:
+            other.source_remove("songs")
+            other.source_add("songs", texts["songs"], stage="pretrain")
+
+    monkeypatch.setattr(run, "fill", remove_in_between)
+    with pytest.raises(NameUnknownError, match="source `songs` was removed and added again"):
+        store.ingest(["base"], ["songs"], ["raw"], sketcher="small")
+    assert count(store, "ingest_runs") == 0
+
+
+# --- replace -------------------------------------------------------------------------------------------------------
+
+
+def changed_songs(tmp_path, *ids, text="Quite another text about the harbour."):
+    changed = [row | {"text": f"{text} {row['id']}"} if row["id"] in ids else row for row in text_rows(6)]
+    return write_jsonl(tmp_path / "changed.jsonl", changed)
+
+
+def test_replaced_samples_lose_their_sketches_and_get_new_ones(scored_copy, tmp_path):
+    before = rows(scored_copy)
+    path = changed_songs(tmp_path, "sea-1", "sea-4")
+    report = scored_copy.source_add("songs", path, stage="pretrain", replace=True)
+    counts = (report.n_read, report.n_added, report.n_existing, report.n_replaced, report.n_changed)
+    assert counts == (6, 1, 3, 2, 0)
+    texts = dict(scored_copy.sql("select sample_id, text from samples where source = 'songs'").rows())
+    assert texts["sea-1"] == "Quite another text about the harbour. sea-1"
+    assert texts["sea-0"] == text_rows(1)[0]["text"]
+    assert len(texts) == count(scored_copy, "samples", "source = 'songs'") == 6
+    assert count(scored_copy, "sketches", "sample_id in ('sea-1', 'sea-4')") == 0
+    assert count(scored_copy, "source_influence", "source = 'songs'") == 0
+    units = scored_copy.ingest(CHECKPOINTS, ["songs"], ["raw", "chatml"], sketcher="small").units
+    assert units["n_sketched"].to_list() == [3] * 4
+    after = rows(scored_copy)
+    new = {row["row_key"]: row["loss"] for row in after.iter_rows(named=True)}
+    old = {row["row_key"]: row["loss"] for row in before.iter_rows(named=True)}
+    assert {key.split("/")[-1] for key in old if old[key] != new[key]} == {"sea-1", "sea-4"}
+    assert scored_copy.verify(sketches=100, sketcher="small")["ok"].all()
+    assert set(attribute(scored_copy).filter(source="songs")["status"]) == {"scored"}
+    again = scored_copy.source_add("songs", path, stage="pretrain", replace=True)
+    assert (again.n_existing, again.n_replaced, again.n_added) == (6, 0, 0)
+
+
+def test_of_several_rows_with_one_id_the_first_counts_each_time(store, tmp_path):
+    twice = [{"id": "sea-0", "text": "first"}, {"id": "sea-0", "text": "second"}]
+    for replaced, existing in ((1, 0), (0, 1)):
+        path = write_jsonl(tmp_path / "twice.jsonl", twice)
+        report = store.source_add("songs", path, stage="pretrain", replace=True)
+        assert (report.n_replaced, report.n_existing, report.n_changed) == (replaced, existing, 1)
+        assert store.sql("select text from samples where sample_id = 'sea-0'").item() == "first"
+
+
+def test_a_replacement_with_a_bad_row_changes_nothing(scored_copy, tmp_path):
+    before = everything(scored_copy)
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"id": "sea-1", "text": "new"}, {"id": "x", "nothing": 1}])
+    with pytest.raises(InputError, match="row 2"):
+        scored_copy.source_add("songs", path, stage="pretrain", replace=True)
+    assert everything(scored_copy) == before
+
+
+def test_a_replacement_cut_off_never_leaves_an_old_sketch_with_a_new_text(scored_copy, tmp_path, monkeypatch):
+    path = changed_songs(tmp_path, "sea-1")
+    old = text_rows(2)[1]["text"]
+
+    def cut(*_):
+        raise CutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scored_copy._db.vectors, "put", cut)
+        with pytest.raises(CutError):
+            scored_copy.source_add("songs", path, stage="pretrain", replace=True)
+    assert scored_copy.sql("select text from samples where sample_id = 'sea-1'").item() == old
+    assert count(scored_copy, "sketches", "sample_id = 'sea-1'") == 0
+    check_whole(scored_copy)
+    assert scored_copy.source_add("songs", path, stage="pretrain", replace=True).n_replaced == 1
+
+
+def test_replace_on_the_command_line(scored_copy, tmp_path):
+    path = changed_songs(tmp_path, "sea-1")
+    line = f"source add songs {path} --stage pretrain"
+    refused = lark(line, store=scored_copy.path)
+    assert refused.code == 1
+    assert "\n\nhint: put them in the place of the old with `--replace`" in refused.err
+    done = lark(f"{line} --replace", store=scored_copy.path)
+    assert (done.code, done.err) == (0, "source `songs`: 0 samples added, 5 there already, 1 replaced\n")
+
+
+# --- optimize and status -------------------------------------------------------------------------------------------
+
+
+def wide(table, start, n, k=256):
+    """Rows of sketches as an ingest commits them."""
+    ids = [str(i) for i in range(start, start + n)]
+    columns = {name: ["x"] * n for name in ("checkpoint", "source", "variant")}
+    columns |= {"row_key": ids, "sample_id": ids} | {name: [1] * n for name in ("ingest_run", "n_tokens")}
+    columns |= {"n_loss_tokens": [1] * n, "loss": [1.0] * n, "grad_norm": [1.0] * n}
+    values = (np.arange(start * k, (start + n) * k) % 1009).astype(np.float16)
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=table.schema.field("vector").type)
+    return pa.table({name: columns[name] for name in table.schema.names}, schema=table.schema)
+
+
+def fill_wide(store, commits=20, n=64):
+    table = store._db.vectors.sketches("feedfacefeedface", k=256, dtype="float16")
+    for i in range(commits):
+        store._db.vectors.append(table, wide(table, i * n, n))
+    return table.name
+
+
+def read_all(store, name):
+    return pl.from_arrow(store._db.vectors.table(name).to_arrow()).sort(pl.col("row_key").cast(pl.Int64))
+
+
+def test_optimize_makes_few_files_of_many_and_keeps_every_row(store):
+    name = fill_wide(store)
+    before = read_all(store, name)
+    report = store.db_optimize(keep_versions_days=0).row(by_predicate=pl.col("table") == name, named=True)
+    assert (report["rows"], report["files_before"], report["files_after"]) == (1280, 20, 1)
+    assert report["bytes_after"] < report["bytes_before"]
+    assert read_all(store, name).equals(before)
+    dataset = store._db.vectors.table(name).to_lance()
+    assert len(dataset.versions()) == 1
+    indexed = [index.columns for index in store._db.vectors.table(name).list_indices()]
+    assert ["row_key"] in indexed
+    assert all(
+        store._db.vectors.table(name).index_stats(i.name).num_unindexed_rows == 0
+        for i in store._db.vectors.table(name).list_indices()
+    )
+    assert store._db.vectors.read(name, ["sample_id"], where(row_key="700")).rows() == [("700",)]
+
+
+def test_optimize_takes_what_was_removed_off_the_disk(scored_copy, tmp_path):
+    secret = "zanzibar-7351"
+    path = write_jsonl(tmp_path / "secret.jsonl", [*text_rows(40, "plain"), {"id": "s", "text": f"The word {secret}."}])
+    scored_copy.source_add("notes", path, stage="pretrain")
+    scored_copy.ingest(["base"], ["notes"], ["raw"], sketcher="small")
+
+    def on_disk():
+        return [
+            p for p in (scored_copy.path / "vectors").rglob("*") if p.is_file() and secret.encode() in p.read_bytes()
+        ]
+
+    assert on_disk()
+    scored_copy.sample_remove("notes", ["s"])
+    scored_copy.db_optimize()
+    assert on_disk()  # old versions are kept for a week
+    scored_copy.db_optimize(keep_versions_days=0)
+    assert on_disk() == []
+    assert len(scored_copy.top("q100", checkpoint="base", sketcher="small", k=99, sources=["notes"])) == 40
+
+
+def test_answers_are_the_same_after_optimizing(scored_copy):
+    before = everything(scored_copy)
+    top = scored_copy.top("q100", checkpoint="base", sketcher="small", k=50).frame
+    report = scored_copy.db_optimize()
+    assert report["table"].to_list() == sorted(scored_copy._db.vectors.table_names())
+    assert everything(scored_copy) == before
+    assert scored_copy.top("q100", checkpoint="base", sketcher="small", k=50).frame.equals(top)
+    assert scored_copy.ingest(["base"], ["finetune"], ["chatml"], sketcher="small").units["n_existing"].item() == 6
+
+
+def test_rows_may_be_added_and_read_while_a_table_is_optimized(store):
+    name = fill_wide(store, commits=10)
+    stop, n, faults = threading.Event(), [640], []
+
+    def append():
+        vectors = VectorStore(store._db.vectors.uri)
+        table = vectors.table(name)
+        while not stop.is_set():
+            try:
+                vectors.append(table, wide(table, n[0], 16))
+                n[0] += 16
+                vectors.refresh_indices(table)
+                assert vectors.table(name).count_rows() >= 640
+            except Exception as error:  # noqa: BLE001  # told below, in the test's own thread
+                faults.append(error)
+                return
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    try:
+        for _ in range(4):
+            store.db_optimize()
+    finally:
+        stop.set()
+        thread.join()
+    assert faults == []
+    assert n[0] > 640
+    assert read_all(store, name)["row_key"].to_list() == [str(i) for i in range(n[0])]
+
+
+def test_a_conflict_is_tried_again_and_then_said(store, monkeypatch):
+    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.0)
+    left = iter([OSError("Retryable commit conflict for version 3")] * 2)
+
+    def meet_twice():
+        error = next(left, None)
+        if error:
+            raise error
+        return "done"
+
+    assert retry.retried(meet_twice, "x") == "done"
+
+    def meet():
+        raise OSError("Commit conflict")
+
+    with pytest.raises(StoreBusyError, match=r"`samples` can't be compacted: other processes wrote") as caught:
+        retry.retried(meet, "`samples` can't be compacted")
+    assert "run the command again" in caught.value.hint
+    with pytest.raises(OSError, match="disk full"):
+        retry.retried(lambda: (_ for _ in ()).throw(OSError("disk full")), "x")
+
+
+def test_large_tables_are_compacted_in_several_commits(store, monkeypatch):
+    monkeypatch.setattr(compaction, "SKETCHES_PER_FILE", 128)
+    monkeypatch.setattr(compaction, "_SKETCHES_PER_PASS", 512)
+    name = fill_wide(store, commits=30)
+    before, version = read_all(store, name), store._db.vectors.table(name).version
+    report = store.db_optimize().row(by_predicate=pl.col("table") == name, named=True)
+    assert report["files_after"] == 15
+    assert store._db.vectors.table(name).version >= version + 4
+    assert read_all(store, name).equals(before)
+
+
+def test_old_versions_that_are_young_are_kept(store):
+    name = fill_wide(store, commits=3)
+    n_before = len(store._db.vectors.table(name).to_lance().versions())
+    store.db_optimize()
+    dataset = store._db.vectors.table(name).to_lance()
+    assert len(dataset.versions()) > n_before
+    assert all(
+        v["timestamp"].timestamp() > time.time() - timedelta(hours=1).total_seconds() for v in dataset.versions()
+    )
+    with pytest.raises(InputError, match="-1 days"):
+        store.db_optimize(keep_versions_days=-1)
+
+
+def test_status_tells_what_is_on_the_disk(scored_copy):
+    scored_copy.snapshot_create("now")
+    tables = Store.db_status(scored_copy.path).tables
+    rows_of = dict(tables.select("table", "rows").rows())
+    assert (rows_of["samples"], rows_of["source_influence"], rows_of["catalog"]) == (20, 40, None)
+    assert sum(n or 0 for name, n in rows_of.items() if name.startswith("sketches_")) == 60
+    on_disk = sum(path.stat().st_size for path in (scored_copy.path / "vectors").rglob("*") if path.is_file())
+    assert tables.filter(pl.col("rows").is_not_null())["bytes"].sum() == on_disk
+    assert tables.filter(table="snapshots")["files"].item() == 1
+    samples = tables.row(by_predicate=pl.col("table") == "samples", named=True)
+    assert samples["files"] == len(list((scored_copy.path / "vectors" / "samples.lance" / "data").iterdir()))
+    assert samples["versions"] == len(scored_copy._db.vectors.table("samples").to_lance().versions())
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_the_commands_print_their_report_and_say_what_they_did(scored_copy):
+    store = scored_copy.path
+    dry = lark("source remove songs --dry-run -f json", store=store)
+    assert (dry.code, dry.err) == (0, "nothing was removed: this is what would go\n")
+    done = lark("source remove songs -f json", store=store)
+    assert (done.code, done.out) == (0, dry.out)
+    assert done.err.startswith("removed; `lark-store db optimize` gives the space back")
+    assert ("sample", "samples", 5) in done.columns("kind", "table", "rows")
+    samples = lark("sample remove medical kidney-1 kidney-2 -f json", store=store)
+    assert ("sample", "samples", 2) in samples.columns("kind", "table", "rows")
+    checkpoint = lark("checkpoint remove epoch-1 -f json", store=store)
+    assert ("checkpoint", "checkpoint", 1) in checkpoint.columns("kind", "table", "rows")
+    optimized = lark("db optimize --keep-versions-days 0 -f json", store=store)
+    assert [row["files_after"] <= 1 for row in optimized.rows] == [True] * len(optimized.rows)
+    status = lark("db status -f json", store=store)
+    assert status.columns("table")[-2:] == [("catalog",), ("snapshots",)]
+    assert "samples" in lark("db status", store=store).out
+
+
+@pytest.mark.parametrize(
+    ("line", "fact", "hint"),
+    [
+        ("sample remove songs sea9", "no sample `sea9` in source `songs`; nothing was removed", "did you mean `sea-"),
+        ("source remove song", "no source `song`", "did you mean `songs`?"),
+        ("checkpoint remove bas --dry-run", "no checkpoint `bas`", "did you mean `base`?"),
+        ("db optimize --keep-versions-days -1", "-1.0 days are no age", "the default is 7"),
+    ],
+)
+def test_an_error_of_these_commands_is_a_fact_and_a_hint(scored_path, line, fact, hint):
+    result = lark(line, store=scored_path)
+    assert (result.code, result.out) == (1, "")
+    found, found_hint = result.err.removesuffix("\n").split("\n\nhint: ")
+    assert found.startswith(f"error: {fact}")
+    assert found_hint.startswith(hint)
+
+
+def test_removal_names_its_room(scored):
+    assert remove.REPORT.keys() == set(scored.source_remove("songs", dry_run=True).columns)
+    assert Path(remove.__file__).parent.name == "upkeep"
+
+
+def test_a_filter_of_many_ids_is_fine(store, tmp_path):
+    ids = [f"n{i}" for i in range(4096)]
+    path = write_jsonl(tmp_path / "many.jsonl", [{"id": i, "text": f"text {i}"} for i in ids])
+    store.source_add("many", path, stage="pretrain")
+    path = write_jsonl(tmp_path / "many.jsonl", [{"id": i, "text": f"another {i}"} for i in ids])
+    assert store.source_add("many", path, stage="pretrain", replace=True).n_replaced == 4096
+    assert as_counts(store.sample_remove("many", ids)) == {("sample", "samples"): 4096}
+    assert qa_rows(1)

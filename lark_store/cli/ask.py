@@ -107,13 +107,14 @@ def ft_pt(
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print, query by query, whether fine-tuning or pretraining reaches further, and by how much.
 
     Computed on the spot: a row per query and pair of a fine-tuning and a pretraining group.
     """
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         frame = opened.ft_pt(checkpoint, queries=queries, query_variant=query_variant, sketcher=sketcher, method=method)
     emit(frame, form)
 
@@ -128,10 +129,11 @@ def trajectory(
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print one sample's influence on one query over the checkpoints."""
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         frame = opened.trajectory(
             query,
             sample_id,
@@ -151,10 +153,11 @@ def similar_text(
     k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
     source: SourcesOption = None,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print the samples whose texts share most with a query's, by BM25."""
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         emit(opened.similar_text(query, text=text, k=k, sources=source or ()), form)
 
 
@@ -164,6 +167,7 @@ def self_influence(
     k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print the samples with the longest gradients: hard, rare or mislabelled ones.
@@ -172,7 +176,7 @@ def self_influence(
 
     Example: `lark-store self-influence --checkpoint epoch-2 --source finetune`
     """
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         emit(opened.self_influence(checkpoints=checkpoint, sources=source or (), k=k, sketcher=sketcher), form)
 
 

@@ -11,6 +11,7 @@ from lark_store.cli.options import (
     Format,
     FormatOption,
     SourcesOption,
+    SnapshotOption,
     StoreOption,
     VariantsOption,
     open_store,
@@ -36,6 +37,7 @@ def export(
         str | None, typer.Option("--sketcher", metavar="NAME", help="Vectors of this sketcher (default: lark).")
     ] = None,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
 ) -> None:
     """Write the rows of a view, or of one SELECT, to a file.
 
@@ -43,7 +45,7 @@ def export(
 
     Example: `lark-store export "select * from influence where rank = 1" best.parquet`
     """
-    with open_store(store) as opened:
+    with open_store(store, snapshot) as opened:
         n = opened.export(
             what,
             out,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lark_store.cli.options import Format, FormatOption, StoreOption, open_store
+from lark_store.cli.options import Format, FormatOption, SnapshotOption, StoreOption, open_store
 from lark_store.cli.output import emit, emit_frames, say
 from lark_store.errors import InputError, LarkStoreError
 
@@ -43,6 +43,7 @@ def sql(
         int, typer.Option("--max-rows", min=0, metavar="N", help="Print only the first rows (0: all).")
     ] = 1_000_000,
     store: StoreOption = None,
+    snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Run one SELECT over the store (DuckDB's SQL, read-only); without a query, open a shell for many.
@@ -60,7 +61,7 @@ def sql(
 
         emit_frames(frames(), form)
         return
-    with open_store(store) as opened, _leaving_at_once():
+    with open_store(store, snapshot) as opened, _leaving_at_once():
         asker = Asker(opened, timeout, memory, max_rows)
         if query is None and file is None and sys.stdin.isatty() and sys.stdout.isatty():
             from lark_store.cli.shell import Shell

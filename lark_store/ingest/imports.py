@@ -21,7 +21,7 @@ from lark_store.ingest.run import Unit, drop_existing, make_report
 from lark_store.ingest.sketchers import imported_fingerprint, make_imported, sketch_bytes
 from lark_store.ingest.writer import SketchWriter
 from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, Sketcher, Source
-from lark_store.schema.database import Database, add_named, find, known_as
+from lark_store.schema.database import Database, add_named, find, known_as, still_there
 from lark_store.schema.names import check_name
 from lark_store.schema.records import IngestReport, OnProgress, Progress
 from lark_store.schema.vectors import where
@@ -117,6 +117,7 @@ class _Import:
         """Write what is missing; returns the row of the report."""
         unit = self.unit
         with ledger.held(self.db, self.fingerprint, unit.names):
+            still_there(self.db, unit.checkpoint, unit.source, unit.variant)  # it may have been removed before the lock
             drop_existing(self.db, self.fingerprint, unit)
             existing = unit.n_samples - len(unit.pending)
             if existing:

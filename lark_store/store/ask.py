@@ -201,7 +201,7 @@ class Ask(Part):
         """
         from lark_store.query.index import build, report
 
-        return report(build(self._db, sketcher, on_progress))
+        return report(build(self._writable, sketcher, on_progress))
 
     def metrics(
         self,

@@ -93,4 +93,4 @@ class Doors(Part):
 
         wanted = Wanted(name, checkpoint, source, variant, dtype)
         file = None if ids is None else Path(ids)
-        return import_sketches(self._db, wanted, Path(path), kind, file, on_progress)
+        return import_sketches(self._writable, wanted, Path(path), kind, file, on_progress)

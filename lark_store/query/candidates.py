@@ -9,6 +9,9 @@ Shape letters: N rows, B bytes of a code, F = 8 B folded bins.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,11 +36,18 @@ def estimates(db: Database, rows: Rows, query_K: NDArray[np.float32]) -> NDArray
     table = (folded.reshape(-1, 8) @ signs.T).astype(np.float32)  # (B, 256): each byte's share of the sum
     out = np.empty(len(rows), np.float32)
     if len(rows) * len(table) <= _REMEMBERED:
-        _sum_shares(_all_codes(db, rows), table, np.arange(len(rows)), out)
+        codes, numbers = _all_codes(db, rows), np.arange(len(rows))
+        parts = [slice(start, start + _ROWS_PER_BATCH) for start in range(0, len(rows), _ROWS_PER_BATCH)]
+        list(_pool().map(lambda part: _sum_shares(codes[part], table, numbers[part], out), parts))
     else:
         for numbers, column in rows.stream("code", _ROWS_PER_BATCH):
             _sum_shares(_codes(column), table, numbers, out)
     return out
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="codes")
 
 
 def _codes(column: object) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
+from sqlalchemy.orm import joinedload
 
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, Sketcher, Source
@@ -104,6 +105,7 @@ def committed_groups(session: Session, sketcher: Sketcher, checkpoint: Checkpoin
         .filter_by(sketcher_id=sketcher.id, checkpoint_id=checkpoint.id, status="done")
         .where(IngestRun.n_sketched > 0)
         .order_by(IngestRun.id)
+        .options(joinedload(IngestRun.source), joinedload(IngestRun.variant))
     )
     found: dict[tuple[str, int, int], list[IngestRun]] = {}
     for run in runs:
@@ -212,7 +214,8 @@ def _terms(db: Database, wanted: Wanted, checkpoint: str, method: str) -> dict[s
     with db.session() as session:
         by, at, weight = _found(session, wanted, checkpoint, method)
         query_at = find(session, Checkpoint, wanted.query_checkpoint or checkpoint)
-        here, there = committed_groups(session, by, at), committed_groups(session, by, query_at)
+        here = committed_groups(session, by, at)
+        there = here if query_at.id == at.id else committed_groups(session, by, query_at)
     asked = _query_groups(there, wanted.queries, wanted.query_variant)
     if not asked:
         what = f"`{wanted.queries}`" if wanted.queries else "any queries"

@@ -111,29 +111,26 @@ def find_rows(
     QueryError
         The condition is no SQL, names an unknown column, or is more than a condition.
     """
-    runs = {run: number for number, group in enumerate(groups) for run in group.runs}
     table = db.vectors.table(groups[0].table)
-    filter_ = where(checkpoint=groups[0].checkpoint.name, ingest_run=list(runs))
+    filter_ = where(checkpoint=groups[0].checkpoint.name, ingest_run=[run for group in groups for run in group.runs])
+    state = (table.name, table.version, filter_)
+    frame = db.remember("rows", state, lambda: _frame(table, filter_, groups))
+    if condition is None:
+        kept = frame
+    else:
+        kept = frame.filter(satisfying(db, frame, condition) | (frame["group"] >= len(groups) - exempt))
+    return Rows(groups, table, filter_, kept.select(_KEPT), len(frame), check)
+
+
+def _frame(table: Any, filter_: str, groups: Sequence[Group]) -> pl.DataFrame:
+    """Read the small columns of all rows that a filter gives, and name what they belong to."""
+    runs = {run: number for number, group in enumerate(groups) for run in group.runs}
     found = table.to_lance().scanner(columns=list(_SCALARS), filter=filter_, with_row_id=True).to_table()
     frame = pl.DataFrame(pl.from_arrow(found)).select(
         pl.col("_rowid").alias("row_id"),
         pl.col("ingest_run").replace_strict(runs, return_dtype=pl.Int32).alias("group"),
         *_SCALARS,
     )
-    names = pl.DataFrame(
-        [(n, g.source.name, g.source.stage, g.source.domain, g.variant.name) for n, g in enumerate(groups)],
-        schema={
-            "group": pl.Int32,
-            "source": pl.String,
-            "stage": pl.String,
-            "domain": pl.String,
-            "variant": pl.String,
-        },
-        orient="row",
-    )
-    frame = frame.join(names, on="group", maintain_order="left")
-    if condition is None:
-        kept = frame
-    else:
-        kept = frame.filter(satisfying(db, frame, condition) | (frame["group"] >= len(groups) - exempt))
-    return Rows(groups, table, filter_, kept.select(_KEPT), len(frame), check)
+    names = {"group": pl.Int32} | dict.fromkeys(("source", "stage", "domain", "variant"), pl.String)
+    of_groups = [(n, g.source.name, g.source.stage, g.source.domain, g.variant.name) for n, g in enumerate(groups)]
+    return frame.join(pl.DataFrame(of_groups, schema=names, orient="row"), on="group", maintain_order="left")

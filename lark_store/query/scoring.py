@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lark_store.errors import InputError
-from lark_store.schema.vectors import ROWS_PER_BATCH, where
+from lark_store.schema.vectors import ROWS_PER_BATCH, row_key, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +81,10 @@ def stored_of(column: pa.Array) -> torch.Tensor:
 
 def load_queries(vectors: VectorStore, group: Group, ids: list[str] | None = None) -> Queries:
     """Read the sketches of a group's queries, or of those with the given ids, in order of id."""
-    chosen = group.filter if ids is None else f"{group.filter} AND {where(sample_id=ids)}"
+    chosen = group.filter
+    if ids is not None:  # the key has an index
+        at = (group.checkpoint.name, group.source.name, group.variant.name)
+        chosen = where(row_key=[row_key(*at, name) for name in ids], ingest_run=group.runs)
     names: list[str] = []
     parts: list[torch.Tensor] = []
     norms: list[float] = []

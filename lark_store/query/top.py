@@ -240,20 +240,13 @@ def _empty(condition: str | None) -> NothingToScoreError:
 
 def _found(db: Database, queries: Sequence[str], questions: list[Question]) -> list[tuple[Question, list[str]]]:
     """Return each question with those of the queries that its query source holds."""
-    known: list[str] = []
     holding: dict[str, list[Question]] = {query: [] for query in queries}
     for question in questions:
-        group = question.queries
-        if question.method in LEXICAL:  # the text is enough
-            filter_ = where(source=group.source.name)
-            ids = set(db.vectors.read("samples", ["sample_id"], filter_)["sample_id"])
-        else:
-            ids = set(db.vectors.read(group.table, ["sample_id"], group.filter)["sample_id"])
-        known += ids
-        for query in holding.keys() & ids:
+        for query in holding.keys() & _ids(db, question):
             holding[query].append(question)
     for query, found in holding.items():
         if not found and (len(holding) == 1 or query not in _samples(db, questions)):
+            known = [name for question in questions for name in _ids(db, question)]
             raise NameUnknownError.of("query", query, known, "ingest a source of stage `query`")
         if len(found) > 1:
             names = ", ".join(f"`{q.queries.source.name}`" for q in found)
@@ -265,6 +258,19 @@ def _found(db: Database, queries: Sequence[str], questions: list[Question]) -> l
     ]
 
 
+def _ids(db: Database, question: Question) -> frozenset[str]:
+    """Return the ids of a question's queries."""
+    group = question.queries
+    lexical = question.method in LEXICAL  # the text is enough
+    name, filter_ = ("samples", where(source=group.source.name)) if lexical else (group.table, group.filter)
+    state = (name, db.vectors.table(name).version, filter_)
+    return db.remember(
+        f"queries {group.label}",
+        state,
+        lambda: frozenset(db.vectors.read(name, ["sample_id"], filter_)["sample_id"]),
+    )
+
+
 def _samples(db: Database, questions: list[Question]) -> set[str]:
     """Return the ids of all samples of the questions' query sources."""
     filter_ = where(source=[question.queries.source.name for question in questions])
@@ -273,10 +279,9 @@ def _samples(db: Database, questions: list[Question]) -> set[str]:
 
 def texts_of_frame(vectors: VectorStore, frame: pl.DataFrame) -> pl.DataFrame:
     """Return source, sample_id and text (a prompt and its response as one) of the samples in a frame."""
+    by_source = frame.group_by("source", maintain_order=True).agg(pl.col("sample_id").unique())
+    wanted = [where(source=source, sample_id=ids) for source, ids in by_source.iter_rows()]
     columns = ["source", "sample_id", "prompt", "response", "text"]
-    parts = [vectors.read("samples", columns, "false")]
-    for (source,), same in frame.group_by("source", maintain_order=True):
-        wanted = where(source=str(source), sample_id=same["sample_id"].unique().to_list())
-        parts.append(vectors.read("samples", columns, wanted))
+    found = vectors.read("samples", columns, " OR ".join(f"({each})" for each in wanted) or "false")
     joined = pl.concat_str(["prompt", "response"], separator="\n")
-    return pl.concat(parts).select("source", "sample_id", text=pl.coalesce("text", joined))
+    return found.select("source", "sample_id", text=pl.coalesce("text", joined))

@@ -315,20 +315,19 @@ class VectorStore:
         batch_rows: int = ROWS_PER_TEXT_BATCH,
     ) -> Iterator[pa.RecordBatch]:
         """Stream a table's columns in record batches of at most `batch_rows` rows."""
-        dataset = self.table(table).to_lance()
-        scanner = dataset.scanner(columns=list(columns), filter=filter_, batch_size=batch_rows)
-        yield from scanner.to_batches()
+        yield from self._scanner(table, columns, filter_, batch_rows).to_batches()
 
     def read(self, table: str, columns: Iterable[str], filter_: str | None = None) -> pl.DataFrame:
         """Read a table's columns whole, as a polars frame: for small answers."""
         import polars as pl
 
-        schema = self.table(table).schema
-        wanted = pa.schema([schema.field(name) for name in columns])
-        data = pa.Table.from_batches(self.scan(table, columns, filter_), schema=wanted)
-        frame = pl.from_arrow(data)
+        frame = pl.from_arrow(self._scanner(table, columns, filter_, ROWS_PER_TEXT_BATCH).to_table())
         assert isinstance(frame, pl.DataFrame)
         return frame
+
+    def _scanner(self, table: str, columns: Iterable[str], filter_: str | None, batch_rows: int) -> Any:
+        dataset = self.table(table).to_lance()
+        return dataset.scanner(columns=list(columns), filter=filter_, batch_size=batch_rows)
 
 
 def sketch_table(fingerprint: str) -> str:

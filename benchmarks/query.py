@@ -235,11 +235,12 @@ def others(bench: Bench) -> None:
     for n in options.queries:
         repeats = 5 if n == 1 else 1
         found: dict[str, list[Figures]] = {}
+        batch = {"lancedb-batch": homes["lancedb-flat"]} if n > 1 else {}
         for _ in range(options.rounds):
             for way in ("lark-top", "lark-attribute"):
                 found.setdefault(way, []).append(bench.ours(way, bench.copy("others"), n, repeats=repeats))
             found.setdefault("gemm", []).append(bench.run("gemm", queries=n, repeats=repeats))
-            for way, home in homes.items():
+            for way, home in (homes | batch).items():
                 spec = {"home": home, "queries": n, "calls": options.calls, "repeats": repeats}
                 found.setdefault(way, []).append(bench.run(way, pythons.get(way), **spec))
         _others_table(bench, n, found)
@@ -251,6 +252,7 @@ SAID = {
     "lark-attribute": "**lark-store, `attribute`**",
     "gemm": "bare products, float32 in memory",
     "lancedb-flat": "LanceDB, flat search, one call a query",
+    "lancedb-batch": "LanceDB, flat search, many queries a call",
     "faiss-flat": "FAISS, IndexFlatIP, float32 in memory",
     "faiss-sq16": "FAISS, scalar quantizer float16 in memory",
     "bergson": "bergson 2.5, Attributor.search, float32 in memory",

@@ -7,7 +7,8 @@ way keeps what it needs. Ways:
 
 - `gemm`: the bare float32 products, the rows in memory already; also gives the true top 10
 - `bytes`: the files in `home`, read one after the other
-- `lancedb-make`, `lancedb-flat`, `lancedb-rq-build`, `lancedb-rq`: a table of LanceDB, searched one call a query
+- `lancedb-make`, `lancedb-flat`, `lancedb-batch`, `lancedb-rq-build`, `lancedb-rq`: a table of LanceDB, searched one
+  query a call, or (`batch`) all of `calls` queries in one call
 - `faiss-make`, `faiss-flat`, `faiss-sq16`: FAISS, float32 or float16 codes in memory; in an environment with faiss-cpu
 
 README.md beside this file says what is timed. It needs NumPy, and what the way itself needs.
@@ -134,29 +135,28 @@ def lancedb_rq_build(spec: Spec) -> None:
 
 
 def lancedb_search(spec: Spec) -> None:
-    """Search one query a call: flat (`lancedb-flat`), or by the index with `refine_factor=5`."""
-    flat = spec["way"] == "lancedb-flat"
+    """Search flat (`lancedb-flat`, `lancedb-batch`), or by the index with `refine_factor=5`."""
+    way = spec["way"]
     probe = Probe()
     with probe.step("imports"):
         import lancedb
-        import torch  # noqa: F401 - so that every way has paid for the same libraries
-    queries = queries_of(spec)
+    queries = queries_of(spec)[: spec.get("calls")]
     with probe.step("open"):
         table = lancedb.connect(spec["home"]).open_table("rows")
 
-    def answer(query: Matrix) -> list[int]:
-        search = table.search(query).distance_type("cosine").select(["row", "_distance"]).limit(HITS)
-        search = search.bypass_vector_index() if flat else search.refine_factor(5)
+    def answer(asked: Any) -> list[list[int]]:
+        search = table.search(asked).distance_type("cosine").select(["row", "_distance"]).limit(HITS)
+        search = search.refine_factor(5) if way == "lancedb-rq" else search.bypass_vector_index()
         found: list[int] = search.to_arrow()["row"].to_pylist()
-        return found
+        return [found[start : start + HITS] for start in range(0, len(found), HITS)]
 
     with probe.step("first"):
         answer(queries[0])
     top = []
-    for query in queries[: spec.get("calls")]:
+    for asked in [[list(map(float, q)) for q in queries]] if way == "lancedb-batch" else queries:
         with probe.step("answer"):
-            top.append(answer(query))
-    probe.report(per_call=1, top=top)
+            top += answer(asked)
+    probe.report(per_call=len(queries) if way == "lancedb-batch" else 1, top=top)
 
 
 # --- FAISS ---------------------------------------------------------------------------------------------------------
@@ -209,6 +209,7 @@ WAYS = {
     "bytes": read_bytes,
     "lancedb-make": lancedb_make,
     "lancedb-flat": lancedb_search,
+    "lancedb-batch": lancedb_search,
     "lancedb-rq-build": lancedb_rq_build,
     "lancedb-rq": lancedb_search,
     "faiss-make": faiss_make,

@@ -44,7 +44,7 @@ from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Sourc
 from lark_store.schema.database import find
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lark_store.query.groups import Group
 
@@ -73,7 +73,7 @@ class Rows:
         return Rows(some, self.vectors[chosen])
 
 
-def write(store: Store, like: Group, source: str, rows: Rows, recipe: dict[str, Any]) -> None:
+def write(store: Store, like: Group, source: str, blocks: Iterable[Rows], recipe: dict[str, Any]) -> None:
     """Write rows as an ingest does, through its own writer: the same columns, commits, files and indices."""
     db = store._db  # noqa: SLF001 - there is no public way to write vectors that no model made
     with db.session() as session:
@@ -86,10 +86,11 @@ def write(store: Store, like: Group, source: str, rows: Rows, recipe: dict[str, 
     names = {"checkpoint": like.checkpoint.name, "source": source, "variant": like.variant.name}
     writer = SketchWriter(db, run, like.fingerprint, sketcher, names, Ranks())
     start = time.perf_counter()
-    for row in range(len(rows)):
-        sample_id, n_tokens, n_loss, loss, norm = (rows.scalars[name][row] for name in COLUMNS)
-        tokens = Tokens([0] * n_tokens, [i < n_loss for i in range(n_tokens)], "text")
-        writer.add(sample_id, tokens, Sketch(torch.from_numpy(rows.vectors[row]).float(), norm, loss))
+    for block in blocks:
+        for row, vector in enumerate(block.vectors):
+            sample_id, n_tokens, n_loss, loss, norm = (block.scalars[name][row] for name in COLUMNS)
+            tokens = Tokens([0] * n_tokens, [i < n_loss for i in range(n_tokens)], "text")
+            writer.add(sample_id, tokens, Sketch(torch.from_numpy(vector).float(), norm, loss))
     writer.finish("done", time.perf_counter() - start)
 
 
@@ -234,7 +235,7 @@ def evenly(rows: Rows, n: int) -> Rows:
 
 def mixed(rows: Rows, n: int, source: str, generator: np.random.Generator) -> Iterator[Rows]:
     """Yield n rows mixed from a group's, in blocks; see the top of the file."""
-    k = rows.vectors.shape[1]
+    k, names = rows.vectors.shape[1], names_of(source, n)
     for start in range(0, n, 64):
         size = min(64, n - start)
         i, j, m = generator.integers(len(rows), size=(3, size))
@@ -246,14 +247,13 @@ def mixed(rows: Rows, n: int, source: str, generator: np.random.Generator) -> It
         mix += (1 - mix.square().sum(1, keepdim=True)).clamp(min=0).sqrt() * c * signs
         mix *= k**0.5 / mix.norm(dim=1, keepdim=True)
         scalars = {name: [rows.scalars[name][at] for at in i] for name in COLUMNS}
-        scalars["sample_id"] = [f"{source}-{number:07d}" for number in range(start, start + size)]
+        scalars["sample_id"] = names[start : start + size]
         yield Rows(scalars, mix.to(torch.float16).numpy() if rows.vectors.dtype == np.float16 else mix.numpy())
 
 
-def joined(parts: list[Rows]) -> Rows:
-    """Put blocks of rows together."""
-    scalars = {name: [value for part in parts for value in part.scalars[name]] for name in COLUMNS}
-    return Rows(scalars, np.concatenate([part.vectors for part in parts]))
+def names_of(source: str, n: int) -> list[str]:
+    """Return the ids of n made-up rows."""
+    return [f"{source}-{number:07d}" for number in range(n)]
 
 
 def add_samples(store: Store, name: str, ids: list[str], stage: str) -> None:
@@ -275,16 +275,15 @@ def make_from(options: argparse.Namespace) -> None:
         for number, (group, n) in enumerate(zip(groups, wanted, strict=True)):
             rows = read(real, group)
             name = group.source.name
-            if group.source.stage == "query":
-                new = rows
-            elif synthetic:
-                new = joined(list(mixed(rows, n, name, np.random.default_rng([options.seed, number]))))
+            if synthetic and group.source.stage != "query":
+                made, ids = "mixed", names_of(name, n)
+                blocks = mixed(rows, n, name, np.random.default_rng([options.seed, number]))
             else:
-                new = evenly(rows, n)
-            add_samples(out, name, new.scalars["sample_id"], group.source.stage)
-            made = "mixed" if synthetic and group.source.stage != "query" else "copied"
-            write(out, group, name, new, {"benchmark": made, "rows": len(new)})
-            print(f"{name} · {group.variant.name}: {len(new)} rows", flush=True)
+                some = rows if group.source.stage == "query" else evenly(rows, n)
+                made, ids, blocks = "copied", some.scalars["sample_id"], iter([some])
+            add_samples(out, name, ids, group.source.stage)
+            write(out, group, name, blocks, {"benchmark": made, "rows": len(ids)})
+            print(f"{name} · {group.variant.name}: {len(ids)} rows {made}", flush=True)
     describe(options)
 
 
@@ -317,13 +316,14 @@ def describe(options: argparse.Namespace) -> None:
         print("|---|---|---|---|---|---|")
         total = 0
         for group in groups:
-            rows = _unit(read(store, group).vectors)
+            rows = read(store, group).vectors
             total += len(rows) if group.source.stage != "query" else 0
-            some = rows[:: max(1, len(rows) // 200)]
+            some = _unit(rows[:: max(1, len(rows) // 200)])
             among = some @ some.T
             alike = (among.sum() - among.trace()) / max(1, len(some) * (len(some) - 1))
             energy = some.square().sort(dim=1, descending=True).values[:, : some.shape[1] // 100].sum(1).mean()
-            best = (queries @ rows.T).topk(min(10, len(rows)), dim=1).values.mean(0)
+            scores = [queries @ _unit(rows[start : start + 1024]).T for start in range(0, len(rows), 1024)]
+            best = torch.cat(scores, dim=1).topk(min(10, len(rows)), dim=1).values.mean(0)
             cells = (alike.item(), energy.item(), best[0].item(), best[-1].item())
             name = f"{group.source.name} · {group.variant.name}"
             print(f"| {name} | {len(rows)} | {' | '.join(f'{cell:.3f}' for cell in cells)} |", flush=True)

@@ -162,7 +162,7 @@ def _link(source: str, target: str) -> None:
 
 def seconds(figures: Figures, n: int) -> float:
     """Return seconds for n queries: the middle call's, as often as n queries need it."""
-    return statistics.median(figures["seconds"]["answer"]) * n / figures.get("per_call", n)
+    return float(statistics.median(figures["seconds"]["answer"])) * n / figures.get("per_call", n)
 
 
 def recall(found: list[list[Any]], true: list[list[Any]]) -> float:
@@ -173,7 +173,7 @@ def recall(found: list[list[Any]], true: list[list[Any]]) -> float:
 
 def middle(rounds: list[Figures], name: str) -> float:
     """Return the median over rounds of a step's seconds, 0 where there is no such step."""
-    return statistics.median(statistics.median(each["seconds"].get(name, [0.0])) for each in rounds)
+    return float(statistics.median(statistics.median(each["seconds"].get(name, [0.0])) for each in rounds))
 
 
 def gib(rounds: list[Figures], name: str) -> float:

@@ -202,8 +202,8 @@ def make_real(options: argparse.Namespace) -> None:
                 if lines:
                     part = Path(folder) / path.name
                     part.write_text("".join(lines), encoding="utf-8")
-                    report = store.source_add(path.stem, part, stage="pretrain")
-                    left -= report.n_added + report.n_existing
+                    added = store.source_add(path.stem, part, stage="pretrain")
+                    left -= added.n_added + added.n_existing
                     sources.append(path.stem)
             lines = lines_of(options.queries)
             asked = [f"queries-{n}" for n in counts(len(lines))]
@@ -332,7 +332,7 @@ def describe(options: argparse.Namespace) -> None:
 
 def _unit(vectors: np.ndarray[Any, Any]) -> torch.Tensor:
     rows = torch.from_numpy(vectors).float()
-    return rows / rows.norm(dim=1, keepdim=True)
+    return rows.div_(rows.norm(dim=1, keepdim=True))
 
 
 def main() -> None:

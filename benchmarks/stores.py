@@ -42,6 +42,7 @@ from lark_store.ingest.writer import SketchWriter
 from lark_store.query.groups import committed_groups
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
 from lark_store.schema.database import find
+from lark_store.schema.vectors import where
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -256,13 +257,20 @@ def names_of(source: str, n: int) -> list[str]:
     return [f"{source}-{number:07d}" for number in range(n)]
 
 
-def add_samples(store: Store, name: str, ids: list[str], stage: str) -> None:
-    """Add a source whose samples say no more than their names."""
+def add_samples(store: Store, name: str, samples: Iterable[dict[str, Any]], stage: str) -> None:
+    """Add a source of these samples."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.jsonl"
-        rows = (json.dumps({"id": each, "text": f"row {each} of {name}"}) for each in ids)
-        path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(f"{json.dumps(sample)}\n" for sample in samples), encoding="utf-8")
         store.source_add(name, path, stage=stage)
+
+
+def samples_of(store: Store, source: str, ids: list[str]) -> list[dict[str, Any]]:
+    """Read samples as they were added."""
+    columns = ["sample_id", "prompt", "response", "text"]
+    found = store._db.vectors.read("samples", columns, where(source=source))  # noqa: SLF001 - a benchmark looks inside
+    wanted = set(ids)
+    return [{k: v for k, v in row.items() if v is not None} for row in found.to_dicts() if row["sample_id"] in wanted]
 
 
 def make_from(options: argparse.Namespace) -> None:
@@ -277,11 +285,13 @@ def make_from(options: argparse.Namespace) -> None:
             name = group.source.name
             if synthetic and group.source.stage != "query":
                 made, ids = "mixed", names_of(name, n)
+                samples = [{"sample_id": each, "text": f"row {each} of {name}"} for each in ids]
                 blocks = mixed(rows, n, name, np.random.default_rng([options.seed, number]))
             else:
                 some = rows if group.source.stage == "query" else evenly(rows, n)
                 made, ids, blocks = "copied", some.scalars["sample_id"], iter([some])
-            add_samples(out, name, ids, group.source.stage)
+                samples = samples_of(real, name, ids)
+            add_samples(out, name, samples, group.source.stage)
             write(out, group, name, blocks, {"benchmark": made, "rows": len(ids)})
             print(f"{name} · {group.variant.name}: {len(ids)} rows {made}", flush=True)
     describe(options)

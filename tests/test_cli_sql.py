@@ -12,6 +12,7 @@ import time
 import pytest
 from test_cli import PROGRAM, lark, run
 
+from lark_store.query.functions import FUNCTIONS
 from lark_store.query.views import VIEWS
 
 ENDLESS = "SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range * b.range % 7 = 3"
@@ -57,9 +58,12 @@ def test_a_plan_is_printed_as_it_is_drawn_and_nothing_is_run(scored_path):
 
 def test_the_schema_needs_no_store_and_has_every_view_and_column():
     made = lark("sql --schema -f json").rows
-    assert [row["name"] for row in made["views"]] == [*VIEWS] == [*made][1:]
+    assert [row["name"] for row in made["views"]] == [*VIEWS, *(f"{name}()" for name in FUNCTIONS)]
+    assert [*made] == ["views", *VIEWS, *FUNCTIONS]
     assert made["self_influence"][-1]["column"] == "tracin"
     table = lark("sql --schema").out
+    arguments = [row for row in made["top_influence"] if row["column"].endswith(" :=")]
+    assert {"column": "k :=", "type": "INTEGER", "meaning": "an argument, by default 10"} in arguments
     for name, view in VIEWS.items():
         assert f"\n{name} ({len(view.columns)})\n" in table
     assert " … " not in table

@@ -178,7 +178,7 @@ def completed(text, after=""):
         ("select samples.con", " from samples", ["content_sha256"]),
         ("select i.ra", " from influence as i join samples s using (sample_id)", ["rank"]),
         ("select s.la", " from influence i join samples s using (sample_id)", ["label"]),
-        ("select tra", "", ["tracin"]),
+        ("select tra", "", ["tracin", "trajectory"]),
         ("select * from samples qua", "", ["QUALIFY", "quantile_cont"]),
         ("\\", "", ["\\d", "\\f", "\\q", "\\?"]),
         ("\\d ing", "", ["ingest_runs"]),

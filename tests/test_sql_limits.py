@@ -117,16 +117,21 @@ def test_python_inside_of_a_query_heeds_its_end_and_the_asker_sees_why(scored, k
 
 
 def test_a_table_function_is_registered_documented_and_stopped(scored, monkeypatch):
-    columns = {"n": Column("BIGINT", "a number")}
-    function = Function("spin(x)", "Never ends", columns, lambda connection, _, stop: slow(stop)(connection))
+    def endless(_, calls, stop):
+        assert calls == [{"x": 1}]
+        while True:
+            stop.check()
+            time.sleep(0.01)
+
+    function = Function("spin", "Never ends", {"x": ("BIGINT", "NULL")}, {"n": Column("BIGINT", "a number")}, endless)
     monkeypatch.setitem(FUNCTIONS, "spin", function)
-    with pytest.raises(QueryError, match="longer than 0\\.2 s"):
-        scored.sql("SELECT spin(1)", timeout=0.2)
-    with pytest.raises(QueryError, match=r"the views are .*, spin\(x\);"):
+    with pytest.raises(QueryError, match="longer than 0\\.5 s"):
+        scored.sql("FROM spin(x := 1)", timeout=0.5)
+    with pytest.raises(QueryError, match=r"the views are .*, spin\(\);"):
         scored.sql("FROM nothing")
-    assert schema()["spin"].rows() == [("n", "BIGINT", "a number")]
-    assert schema()["views"].row(-1) == ("spin(x)", "Never ends")
-    assert "### `spin(x)`\n\nNever ends.\n" in reference()
+    assert schema()["spin"].rows() == [("x :=", "BIGINT", "an argument, by default NULL"), ("n", "BIGINT", "a number")]
+    assert schema()["views"].row(-1) == ("spin()", "Never ends")
+    assert "### `spin(x := NULL)`\n\nNever ends.\n" in reference()
 
 
 def test_ctrl_c_ends_a_query_at_once_and_the_store_goes_on(scored):

@@ -29,11 +29,11 @@ from lark_store.cli.output import ProgressBar, emit, say
 
 
 def top(
-    query: Annotated[str | None, typer.Argument(help="The id of a query; or leave it out and give a text.")] = None,
     checkpoint: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint; several with `--method tracin`."),
-    ] = None,
+    ],
+    query: Annotated[str | None, typer.Argument(help="The id of a query; or leave it out and give a text.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
     source: SourcesOption = None,
     variant: VariantsOption = None,
@@ -80,7 +80,7 @@ def top(
     with open_store(store, snapshot) as opened:
         hits = opened.top(
             query,
-            checkpoint=checkpoint or (),
+            checkpoint=checkpoint,
             k=k,
             sources=source or (),
             variants=variant or (),

@@ -194,8 +194,8 @@ def _whole(**meanings: str) -> dict[str, Column]:
 _NAME, _YES = ("VARCHAR", "NULL"), ("BOOLEAN", "false")
 _ASKED = {"queries": _NAME, "query_variant": _NAME, "sketcher": ("VARCHAR", f"'{_SKETCHER}'"), "method": _NAME}
 _RANK = _whole(rank="place, from 1")
-_SCORE = {"score": Column("FLOAT", "the score by the method; above 0 a proponent, below 0 an opponent")}
-_NOISE = _double(noise="standard deviation of the score from sketching, in its unit")
+_SCORE = {"score": Column("FLOAT", "by the method; above 0 a proponent, below 0 an opponent")}
+_NOISE = _double(noise="standard deviation of the score from sketching")
 _SAMPLE = _text(
     source="name of the sample's source",
     stage="the source's stage",
@@ -211,8 +211,8 @@ _PARTS = {
     **_whole(bm25_rank="of `hybrid`: place by BM25"),
 }
 _SIGNIFICANCE = _double(
-    p_value="chance of such a score or a better one among the other sources' samples",
-    q_value="Benjamini–Hochberg: of hits with at most this, such a share is false",
+    p_value="chance of such a score in the other sources",
+    q_value="Benjamini–Hochberg: the share of false hits up to here",
 )
 _PAIR = _text(
     source="name of the fine-tuning source",

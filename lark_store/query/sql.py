@@ -254,7 +254,7 @@ def _refusal(error: duckdb.Error) -> LarkStoreError:
 
 def _hint(error: Any) -> str | None:
     if isinstance(error, duckdb.CatalogException | duckdb.BinderException):
-        names = ", ".join([*VIEWS, *(function.signature for function in FUNCTIONS.values())])
+        names = ", ".join([*VIEWS, *(f"{name}()" for name in FUNCTIONS)])
         return f"the views are {names}; their columns: `lark-store sql --schema`"
     if isinstance(error, duckdb.PermissionException):
         return "SQL here reads the store's views and nothing else"

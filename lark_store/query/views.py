@@ -274,12 +274,12 @@ def overview() -> pl.DataFrame:
     from lark_store.query.functions import FUNCTIONS
 
     rows = [(name, view.meaning) for name, view in VIEWS.items()]
-    rows += [(function.signature, function.meaning) for function in FUNCTIONS.values()]
+    rows += [(f"{name}()", function.meaning) for name, function in FUNCTIONS.items()]
     return pl.DataFrame(rows, ["name", "meaning"], orient="row")
 
 
 def described(name: str) -> pl.DataFrame:
-    """Return the columns of a view or a table function, with their types and meanings.
+    """Return the columns of a view, or the arguments and columns of a table function, with types and meanings.
 
     Raises
     ------
@@ -293,7 +293,9 @@ def described(name: str) -> pl.DataFrame:
     found = VIEWS.get(name) or FUNCTIONS.get(name)
     if found is None:
         raise NameUnknownError.of("view", name, [*VIEWS, *FUNCTIONS], "the views are always there")
-    rows = [(column, facts.type, facts.meaning) for column, facts in found.columns.items()]
+    given = {} if isinstance(found, View) else found.parameters
+    rows = [(f"{name} :=", kind, f"an argument, by default {default}") for name, (kind, default) in given.items()]
+    rows += [(column, facts.type, facts.meaning) for column, facts in found.columns.items()]
     return pl.DataFrame(rows, ["column", "type", "meaning"], orient="row")
 
 

@@ -100,7 +100,8 @@ def test_a_call_that_can_not_be_interrupted_ends_with_the_process(scored_path):
     )
 
 
-def test_ctrl_c_ends_with_130(scored_path):
+def test_ctrl_c_ends_with_130(scored_path, monkeypatch):
+    monkeypatch.setattr("os._exit", sys.exit)  # how it ends where a busy machine holds DuckDB up: not with this process
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt():

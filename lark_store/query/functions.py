@@ -222,7 +222,7 @@ _PAIR = _text(
 )
 _TOP = Function(
     "top_influence",
-    "A sample among the k with the most influence on a query, computed on the spot: the rows of `lark-store top`",
+    "One of the k samples with the most influence on a query",
     {
         "checkpoint": _NAME,
         "query": _NAME,
@@ -243,7 +243,7 @@ FUNCTIONS = {
         _TOP,
         Function(
             "ft_pt",
-            "A query and a pair of a fine-tuning and a pretraining group, computed on the spot",
+            "A query, and what a fine-tuning and a pretraining group reach",
             {"checkpoint": _NAME, "query": _NAME, **_ASKED},
             {
                 "checkpoint": _AT["checkpoint"],
@@ -261,7 +261,7 @@ FUNCTIONS = {
         ),
         Function(
             "trajectory",
-            "One sample's influence on one query at one checkpoint, by epoch",
+            "A sample's influence on a query at one checkpoint",
             {"query": _NAME, "sample_id": _NAME, "source": _NAME, "variant": _NAME, **_ASKED},
             {
                 "checkpoint": _AT["checkpoint"],
@@ -278,7 +278,7 @@ FUNCTIONS = {
         ),
         Function(
             "similar_text",
-            "A sample among the k whose texts share most with a query's, or with any text, by BM25",
+            "One of the k samples that share most words with a query",
             {"query": _NAME, "k": ("INTEGER", "10"), "text": _NAME, "source": _NAME},
             {
                 **_RANK,

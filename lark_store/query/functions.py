@@ -243,7 +243,7 @@ FUNCTIONS = {
         _TOP,
         Function(
             "ft_pt",
-            "A query, and what a fine-tuning and a pretraining group reach",
+            "What fine-tuning and pretraining reach for a query",
             {"checkpoint": _NAME, "query": _NAME, **_ASKED},
             {
                 "checkpoint": _AT["checkpoint"],

@@ -11,7 +11,7 @@ A lock dies with its process; a note whose lock is free is one that a killed pro
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
@@ -134,13 +134,9 @@ def removing(location: Location, kind: str, name: str) -> Iterator[None]:
 
 def _at_work(note: Path, kind: str, name: str) -> str | None:
     """Return what the work with this note does, if it is alive and touches the name."""
-    lock = FileLock(note.with_suffix(".lock"))
-    try:
-        with lock.acquire(timeout=0):
-            note.unlink(missing_ok=True)
-            return None
-    except Timeout:
-        pass
+    with suppress(Timeout), FileLock(note.with_suffix(".lock")).acquire(timeout=0):
+        note.unlink(missing_ok=True)  # what wrote it was killed
+        return None
     try:
         work = json.loads(note.read_text(encoding="utf-8"))
     except FileNotFoundError:  # it has just ended

@@ -1,21 +1,21 @@
-"""Removal, replacement and optimize: what goes is gone everywhere, what stays is as it was, and a kill leaves no half."""
+"""Removal, replacement, optimize: what goes is gone everywhere, what stays is as it was, a kill leaves no half."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from conftest import qa_rows, text_rows, write_jsonl
+from conftest import text_rows, write_jsonl
 from sqlalchemy import event
 from test_cli import lark
 from test_ingest import rows
@@ -25,7 +25,7 @@ from lark_store.errors import InputError, NameUnknownError, NothingToScoreError,
 from lark_store.schema.locks import maintenance, removing, working
 from lark_store.schema.vectors import VectorStore, where
 from lark_store.upkeep import optimize as compaction
-from lark_store.upkeep import remove, retry
+from lark_store.upkeep import retry
 
 CHECKPOINTS = ["base", "epoch-1"]
 PLACES = ("samples", "sketches", "failures", "influence", "source_influence")
@@ -265,12 +265,10 @@ def check_whole(store):
     store.show()
 
 
-@pytest.mark.parametrize(("method", "arguments"), REMOVALS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("method", "arguments"), REMOVALS, ids=str)
 def test_a_removal_cut_off_at_any_step_leaves_nothing_half_and_is_finished_by_the_same_call(
     scored_path, tmp_path, monkeypatch, method, arguments
 ):
-    import shutil
-
     def fresh(name):
         return Store.open(shutil.copytree(scored_path, tmp_path / name))
 
@@ -356,7 +354,7 @@ def test_what_an_ingest_works_on_is_not_removed(scored_copy):
     scored_copy.source_remove("songs")
 
 
-def test_nothing_is_removed_while_scores_are_made(scored_copy, monkeypatch):
+def test_nothing_is_removed_while_scores_are_made(scored_copy):
     seen = []
 
     def try_to_remove(_):
@@ -552,15 +550,13 @@ def test_optimize_makes_few_files_of_many_and_keeps_every_row(store):
 
 
 def test_optimize_takes_what_was_removed_off_the_disk(scored_copy, tmp_path):
-    secret = "zanzibar-7351"
-    path = write_jsonl(tmp_path / "secret.jsonl", [*text_rows(40, "plain"), {"id": "s", "text": f"The word {secret}."}])
+    rare = "zanzibar-7351"
+    path = write_jsonl(tmp_path / "rare.jsonl", [*text_rows(40, "plain"), {"id": "s", "text": f"The word {rare}."}])
     scored_copy.source_add("notes", path, stage="pretrain")
     scored_copy.ingest(["base"], ["notes"], ["raw"], sketcher="small")
 
     def on_disk():
-        return [
-            p for p in (scored_copy.path / "vectors").rglob("*") if p.is_file() and secret.encode() in p.read_bytes()
-        ]
+        return [p for p in (scored_copy.path / "vectors").rglob("*") if p.is_file() and rare.encode() in p.read_bytes()]
 
     assert on_disk()
     scored_copy.sample_remove("notes", ["s"])
@@ -592,7 +588,8 @@ def test_rows_may_be_added_and_read_while_a_table_is_optimized(store):
             try:
                 vectors.append(table, wide(table, n[0], 16))
                 n[0] += 16
-                vectors.refresh_indices(table)
+                if n[0] % 160 == 0:  # as at the end of a unit
+                    vectors.refresh_indices(table)
                 assert vectors.table(name).count_rows() >= 640
             except Exception as error:  # noqa: BLE001  # told below, in the test's own thread
                 faults.append(error)
@@ -611,7 +608,7 @@ def test_rows_may_be_added_and_read_while_a_table_is_optimized(store):
     assert read_all(store, name)["row_key"].to_list() == [str(i) for i in range(n[0])]
 
 
-def test_a_conflict_is_tried_again_and_then_said(store, monkeypatch):
+def test_a_conflict_is_tried_again_and_then_said(monkeypatch):
     monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.0)
     left = iter([OSError("Retryable commit conflict for version 3")] * 2)
 
@@ -710,11 +707,6 @@ def test_an_error_of_these_commands_is_a_fact_and_a_hint(scored_path, line, fact
     assert found_hint.startswith(hint)
 
 
-def test_removal_names_its_room(scored):
-    assert remove.REPORT.keys() == set(scored.source_remove("songs", dry_run=True).columns)
-    assert Path(remove.__file__).parent.name == "upkeep"
-
-
 def test_a_filter_of_many_ids_is_fine(store, tmp_path):
     ids = [f"n{i}" for i in range(4096)]
     path = write_jsonl(tmp_path / "many.jsonl", [{"id": i, "text": f"text {i}"} for i in ids])
@@ -722,4 +714,3 @@ def test_a_filter_of_many_ids_is_fine(store, tmp_path):
     path = write_jsonl(tmp_path / "many.jsonl", [{"id": i, "text": f"another {i}"} for i in ids])
     assert store.source_add("many", path, stage="pretrain", replace=True).n_replaced == 4096
     assert as_counts(store.sample_remove("many", ids)) == {("sample", "samples"): 4096}
-    assert qa_rows(1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
-from lark_store.schema.locks import working
+from lark_store.schema.locks import scoring
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ class Work(Part):
         from lark_store.query.groups import ask
 
         db = self._writable
-        with working(db.location, f"score-{uuid4().hex}", "scoring"):  # nothing is removed meanwhile
+        with scoring(db.location):  # nothing is removed meanwhile
             questions = [
                 question
                 for checkpoint in checkpoints

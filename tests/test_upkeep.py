@@ -1,21 +1,17 @@
-"""Removal, replacement and optimize: what goes is gone everywhere, what stays is as it was, and a kill leaves no half."""
+"""Removal and replacement: what goes is gone everywhere, what stays is as it was, a kill leaves no half."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
-from conftest import qa_rows, text_rows, write_jsonl
+from conftest import text_rows, write_jsonl
 from sqlalchemy import event
 from test_cli import lark
 from test_ingest import rows
@@ -23,9 +19,7 @@ from test_ingest import rows
 from lark_store import Store
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError, StoreBusyError
 from lark_store.schema.locks import maintenance, removing, working
-from lark_store.schema.vectors import VectorStore, where
-from lark_store.upkeep import optimize as compaction
-from lark_store.upkeep import remove, retry
+from lark_store.schema.vectors import where
 
 CHECKPOINTS = ["base", "epoch-1"]
 PLACES = ("samples", "sketches", "failures", "influence", "source_influence")
@@ -265,12 +259,10 @@ def check_whole(store):
     store.show()
 
 
-@pytest.mark.parametrize(("method", "arguments"), REMOVALS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("method", "arguments"), REMOVALS, ids=str)
 def test_a_removal_cut_off_at_any_step_leaves_nothing_half_and_is_finished_by_the_same_call(
     scored_path, tmp_path, monkeypatch, method, arguments
 ):
-    import shutil
-
     def fresh(name):
         return Store.open(shutil.copytree(scored_path, tmp_path / name))
 
@@ -356,7 +348,7 @@ def test_what_an_ingest_works_on_is_not_removed(scored_copy):
     scored_copy.source_remove("songs")
 
 
-def test_nothing_is_removed_while_scores_are_made(scored_copy, monkeypatch):
+def test_nothing_is_removed_while_scores_are_made(scored_copy):
     seen = []
 
     def try_to_remove(_):
@@ -368,6 +360,7 @@ def test_nothing_is_removed_while_scores_are_made(scored_copy, monkeypatch):
     assert seen
     scored_copy.sample_remove("songs", ["sea-1"])
     assert list((scored_copy.path / "locks").glob("*.json")) == []
+    assert list((scored_copy.path / "locks").glob("score-*")) == []
 
 
 def test_an_ingest_that_runs_is_seen_by_a_removal(store):
@@ -508,169 +501,6 @@ def test_replace_on_the_command_line(scored_copy, tmp_path):
     assert (done.code, done.err) == (0, "source `songs`: 0 samples added, 5 there already, 1 replaced\n")
 
 
-# --- optimize and status -------------------------------------------------------------------------------------------
-
-
-def wide(table, start, n, k=256):
-    """Rows of sketches as an ingest commits them."""
-    ids = [str(i) for i in range(start, start + n)]
-    columns = {name: ["x"] * n for name in ("checkpoint", "source", "variant")}
-    columns |= {"row_key": ids, "sample_id": ids} | {name: [1] * n for name in ("ingest_run", "n_tokens")}
-    columns |= {"n_loss_tokens": [1] * n, "loss": [1.0] * n, "grad_norm": [1.0] * n}
-    values = (np.arange(start * k, (start + n) * k) % 1009).astype(np.float16)
-    columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=table.schema.field("vector").type)
-    return pa.table({name: columns[name] for name in table.schema.names}, schema=table.schema)
-
-
-def fill_wide(store, commits=20, n=64):
-    table = store._db.vectors.sketches("feedfacefeedface", k=256, dtype="float16")
-    for i in range(commits):
-        store._db.vectors.append(table, wide(table, i * n, n))
-    return table.name
-
-
-def read_all(store, name):
-    return pl.from_arrow(store._db.vectors.table(name).to_arrow()).sort(pl.col("row_key").cast(pl.Int64))
-
-
-def test_optimize_makes_few_files_of_many_and_keeps_every_row(store):
-    name = fill_wide(store)
-    before = read_all(store, name)
-    report = store.db_optimize(keep_versions_days=0).row(by_predicate=pl.col("table") == name, named=True)
-    assert (report["rows"], report["files_before"], report["files_after"]) == (1280, 20, 1)
-    assert report["bytes_after"] < report["bytes_before"]
-    assert read_all(store, name).equals(before)
-    dataset = store._db.vectors.table(name).to_lance()
-    assert len(dataset.versions()) == 1
-    indexed = [index.columns for index in store._db.vectors.table(name).list_indices()]
-    assert ["row_key"] in indexed
-    assert all(
-        store._db.vectors.table(name).index_stats(i.name).num_unindexed_rows == 0
-        for i in store._db.vectors.table(name).list_indices()
-    )
-    assert store._db.vectors.read(name, ["sample_id"], where(row_key="700")).rows() == [("700",)]
-
-
-def test_optimize_takes_what_was_removed_off_the_disk(scored_copy, tmp_path):
-    secret = "zanzibar-7351"
-    path = write_jsonl(tmp_path / "secret.jsonl", [*text_rows(40, "plain"), {"id": "s", "text": f"The word {secret}."}])
-    scored_copy.source_add("notes", path, stage="pretrain")
-    scored_copy.ingest(["base"], ["notes"], ["raw"], sketcher="small")
-
-    def on_disk():
-        return [
-            p for p in (scored_copy.path / "vectors").rglob("*") if p.is_file() and secret.encode() in p.read_bytes()
-        ]
-
-    assert on_disk()
-    scored_copy.sample_remove("notes", ["s"])
-    scored_copy.db_optimize()
-    assert on_disk()  # old versions are kept for a week
-    scored_copy.db_optimize(keep_versions_days=0)
-    assert on_disk() == []
-    assert len(scored_copy.top("q100", checkpoint="base", sketcher="small", k=99, sources=["notes"])) == 40
-
-
-def test_answers_are_the_same_after_optimizing(scored_copy):
-    before = everything(scored_copy)
-    top = scored_copy.top("q100", checkpoint="base", sketcher="small", k=50).frame
-    report = scored_copy.db_optimize()
-    assert report["table"].to_list() == sorted(scored_copy._db.vectors.table_names())
-    assert everything(scored_copy) == before
-    assert scored_copy.top("q100", checkpoint="base", sketcher="small", k=50).frame.equals(top)
-    assert scored_copy.ingest(["base"], ["finetune"], ["chatml"], sketcher="small").units["n_existing"].item() == 6
-
-
-def test_rows_may_be_added_and_read_while_a_table_is_optimized(store):
-    name = fill_wide(store, commits=10)
-    stop, n, faults = threading.Event(), [640], []
-
-    def append():
-        vectors = VectorStore(store._db.vectors.uri)
-        table = vectors.table(name)
-        while not stop.is_set():
-            try:
-                vectors.append(table, wide(table, n[0], 16))
-                n[0] += 16
-                vectors.refresh_indices(table)
-                assert vectors.table(name).count_rows() >= 640
-            except Exception as error:  # noqa: BLE001  # told below, in the test's own thread
-                faults.append(error)
-                return
-
-    thread = threading.Thread(target=append)
-    thread.start()
-    try:
-        for _ in range(4):
-            store.db_optimize()
-    finally:
-        stop.set()
-        thread.join()
-    assert faults == []
-    assert n[0] > 640
-    assert read_all(store, name)["row_key"].to_list() == [str(i) for i in range(n[0])]
-
-
-def test_a_conflict_is_tried_again_and_then_said(store, monkeypatch):
-    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.0)
-    left = iter([OSError("Retryable commit conflict for version 3")] * 2)
-
-    def meet_twice():
-        error = next(left, None)
-        if error:
-            raise error
-        return "done"
-
-    assert retry.retried(meet_twice, "x") == "done"
-
-    def meet():
-        raise OSError("Commit conflict")
-
-    with pytest.raises(StoreBusyError, match=r"`samples` can't be compacted: other processes wrote") as caught:
-        retry.retried(meet, "`samples` can't be compacted")
-    assert "run the command again" in caught.value.hint
-    with pytest.raises(OSError, match="disk full"):
-        retry.retried(lambda: (_ for _ in ()).throw(OSError("disk full")), "x")
-
-
-def test_large_tables_are_compacted_in_several_commits(store, monkeypatch):
-    monkeypatch.setattr(compaction, "SKETCHES_PER_FILE", 128)
-    monkeypatch.setattr(compaction, "_SKETCHES_PER_PASS", 512)
-    name = fill_wide(store, commits=30)
-    before, version = read_all(store, name), store._db.vectors.table(name).version
-    report = store.db_optimize().row(by_predicate=pl.col("table") == name, named=True)
-    assert report["files_after"] == 15
-    assert store._db.vectors.table(name).version >= version + 4
-    assert read_all(store, name).equals(before)
-
-
-def test_old_versions_that_are_young_are_kept(store):
-    name = fill_wide(store, commits=3)
-    n_before = len(store._db.vectors.table(name).to_lance().versions())
-    store.db_optimize()
-    dataset = store._db.vectors.table(name).to_lance()
-    assert len(dataset.versions()) > n_before
-    assert all(
-        v["timestamp"].timestamp() > time.time() - timedelta(hours=1).total_seconds() for v in dataset.versions()
-    )
-    with pytest.raises(InputError, match="-1 days"):
-        store.db_optimize(keep_versions_days=-1)
-
-
-def test_status_tells_what_is_on_the_disk(scored_copy):
-    scored_copy.snapshot_create("now")
-    tables = Store.db_status(scored_copy.path).tables
-    rows_of = dict(tables.select("table", "rows").rows())
-    assert (rows_of["samples"], rows_of["source_influence"], rows_of["catalog"]) == (20, 40, None)
-    assert sum(n or 0 for name, n in rows_of.items() if name.startswith("sketches_")) == 60
-    on_disk = sum(path.stat().st_size for path in (scored_copy.path / "vectors").rglob("*") if path.is_file())
-    assert tables.filter(pl.col("rows").is_not_null())["bytes"].sum() == on_disk
-    assert tables.filter(table="snapshots")["files"].item() == 1
-    samples = tables.row(by_predicate=pl.col("table") == "samples", named=True)
-    assert samples["files"] == len(list((scored_copy.path / "vectors" / "samples.lance" / "data").iterdir()))
-    assert samples["versions"] == len(scored_copy._db.vectors.table("samples").to_lance().versions())
-
-
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -710,11 +540,6 @@ def test_an_error_of_these_commands_is_a_fact_and_a_hint(scored_path, line, fact
     assert found_hint.startswith(hint)
 
 
-def test_removal_names_its_room(scored):
-    assert remove.REPORT.keys() == set(scored.source_remove("songs", dry_run=True).columns)
-    assert Path(remove.__file__).parent.name == "upkeep"
-
-
 def test_a_filter_of_many_ids_is_fine(store, tmp_path):
     ids = [f"n{i}" for i in range(4096)]
     path = write_jsonl(tmp_path / "many.jsonl", [{"id": i, "text": f"text {i}"} for i in ids])
@@ -722,4 +547,3 @@ def test_a_filter_of_many_ids_is_fine(store, tmp_path):
     path = write_jsonl(tmp_path / "many.jsonl", [{"id": i, "text": f"another {i}"} for i in ids])
     assert store.source_add("many", path, stage="pretrain", replace=True).n_replaced == 4096
     assert as_counts(store.sample_remove("many", ids)) == {("sample", "samples"): 4096}
-    assert qa_rows(1)

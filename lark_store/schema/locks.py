@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -97,6 +98,15 @@ def working(location: Location, key: str, doing: str, touches: Names | None = No
         yield
     finally:
         work.release()
+
+
+@contextmanager
+def scoring(location: Location) -> Iterator[None]:
+    """Hold off every removal while scores are made; several may score at a time."""
+    key = f"score-{uuid4().hex}"
+    with working(location, key, "scoring"):
+        yield
+    (location.locks / f"{key}.lock").unlink(missing_ok=True)  # no other process has this key
 
 
 @contextmanager

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
-from lark_store.schema.locks import working
+from lark_store.schema.locks import scoring
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ class Work(Part):
         passes = [list(checkpoints)] if method == "tracin" else [[name] for name in checkpoints]
         of = (query_checkpoint, query_variant, method)
         db = self._writable
-        with working(db.location, f"score-{uuid4().hex}", "scoring"):  # nothing is removed meanwhile
+        with scoring(db.location):  # nothing is removed meanwhile
             questions = [
                 question for names in passes for question in ask(db, Wanted(names, sketcher, queries, sources, (), *of))
             ]

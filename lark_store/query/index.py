@@ -108,6 +108,8 @@ def _measure(
         rows = find_rows(db, groups)
         places += _places(db, rows, share)
         n_rows += len(rows)
+    if not places:
+        raise NothingToScoreError("there are too few sketches to measure a search", "ingest more samples")
     chosen_by, held_out = places[::2], places[1::2] or places
     candidates = next((n for n in _CHOICES if _recall(chosen_by, n) >= _AIM), _CHOICES[-1])
     recall = _recall(held_out, candidates)

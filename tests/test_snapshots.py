@@ -123,6 +123,10 @@ WRITES = {
     "sketcher_add": lambda store: store.sketcher_add("k"),
     "ingest": lambda store: store.ingest(["base"], ["finetune"], ["raw"], sketcher="small"),
     "attribute": lambda store: store.attribute(["base"], queries="test", sketcher="small"),
+    "sketcher_import": lambda store: store.sketcher_import(
+        "k", "nowhere.npy", checkpoint="base", source="songs", variant="raw"
+    ),
+    "index_build": lambda store: store.index_build("small"),
     "sample_remove": lambda store: store.sample_remove("songs", ["sea-1"]),
     "source_remove": lambda store: store.source_remove("songs"),
     "checkpoint_remove": lambda store: store.checkpoint_remove("base"),
@@ -152,6 +156,7 @@ def test_a_snapshot_is_read_only(scored_copy):
 
 def test_every_method_that_writes_is_among_those_that_are_refused():
     reads = {"top", "metrics", "sql", "show", "plan", "verify", "variant_show", "sketcher_show", "snapshot_list"}
+    reads |= {"ft_pt", "trajectory", "similar_text", "self_influence", "export"}
     others = {"create", "open", "close", "path", "db_status", "db_upgrade"}
     methods = {name for name in dir(Store) if not name.startswith("_")}
     assert methods - reads - others == set(WRITES)

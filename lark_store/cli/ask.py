@@ -76,7 +76,8 @@ def top(
     """
     from lark_store.schema.records import NewText
 
-    new = None if (prompt or response or text or file) is None else NewText(prompt, response, text, file)
+    given = [prompt, response, text, file]
+    new = None if given == [None] * 4 else NewText(prompt, response, text, file)
     with open_store(store, snapshot) as opened:
         hits = opened.top(
             query,

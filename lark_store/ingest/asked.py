@@ -10,7 +10,7 @@ from lark_store.ingest.checkpoints import verify
 from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, pick_device
 from lark_store.ingest.models import context_length, load_model, load_tokenizer
 from lark_store.ingest.oporp import GradientSketcher
-from lark_store.ingest.readers import read_rows
+from lark_store.ingest.readers import READERS, read_rows
 from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of
 from lark_store.ingest.sources import Sample, make_sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError
@@ -58,7 +58,7 @@ def read_sample(path: Path) -> Sample:
     """
     if not is_file(path):
         raise InputError(f"there is no file `{path}`", "a .jsonl, .parquet or .csv file's first row, or a text file")
-    if path.suffix in {".jsonl", ".parquet", ".csv", ".tsv"}:
+    if path.suffix.lower() in READERS:
         row = next(iter(read_rows(str(path), None, None)), None)
         if row is None:
             raise InputError(f"`{path}` holds no row", "its first row is the query")

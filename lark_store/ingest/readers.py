@@ -95,7 +95,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         yield row
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
@@ -105,9 +105,9 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"`{path}` has an unknown format", f"known are {', '.join(_READERS)} and datasets")
+        raise InputError(f"`{path}` has an unknown format", f"known are {', '.join(READERS)} and datasets")
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
@@ -174,7 +174,7 @@ def _what_is_at(path: Path) -> Literal["file", "folder"] | None:
 
 def _check_hub_name(uri: str, *, options: bool) -> None:
     """Refuse what is a wrong path rather than a name of the Hugging Face hub, which is slow to say no."""
-    if Path(uri).suffix.lower() in {*_READERS, ".json", ".txt", ".gz"} or uri.startswith(("/", "./", "../", "~")):
+    if Path(uri).suffix.lower() in {*READERS, ".json", ".txt", ".gz"} or uri.startswith(("/", "./", "../", "~")):
         raise InputError(f"there is no file `{uri}`", "check the path")
     name = _HUB_NAME.fullmatch(uri)
     if not name or not (options or (name["organisation"] and not Path(name["organisation"]).is_dir())):
@@ -202,7 +202,7 @@ def read_rows(uri: str, config: str | None = None, split: str | None = None) -> 
             raise InputError(f"`{uri}` is a file, without configurations or splits", "leave out `--config`, `--split`")
         yield from _read_file(path)
         return
-    if there == "folder" and path.suffix.lower() in _READERS:
+    if there == "folder" and path.suffix.lower() in READERS:
         raise InputError(f"there is no file `{uri}`: it is a folder", "check the path")
     if there is None:
         _check_hub_name(uri, options=options)

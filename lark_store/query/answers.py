@@ -11,7 +11,7 @@ from sqlalchemy import select
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
 from lark_store.query.groups import ADDING, Wanted, ask
 from lark_store.query.lexical import open_lexical, texts_of
-from lark_store.query.scores import Search
+from lark_store.query.scores import Search, query_ids
 from lark_store.query.scoring import load_queries
 from lark_store.query.significance import sketch_noise
 from lark_store.query.top import texts_of_frame
@@ -69,8 +69,7 @@ def _phi(db: Database, question: Question, check: Callable[[], None] | None) -> 
     """Return each query's id and Φ, (groups): the highest score in each group."""
     search = Search(db, question, check=check)
     group_N = search.rows.frame["group"].to_numpy()
-    asked = question.queries
-    ids = sorted(db.vectors.read(asked.table, ["sample_id"], asked.filter)["sample_id"])
+    ids = query_ids(db, question)
     found: list[tuple[str, NDArray[np.float32]]] = []
     for block in search.blocks(ids):
         phi = np.full((len(block.ids), len(question.groups)), -np.inf, np.float32)
@@ -197,7 +196,7 @@ def similar_text(
         raise InputError("one query is needed", "give the id of a query, or a text")
     with db.session() as session:
         stages = {name: find(session, Source, name).stage for name in sources}
-        every = dict(session.execute(select(Source.name, Source.stage)).tuples().all())
+        every = {source.name: source.stage for source in session.scalars(select(Source))}
     lexical = open_lexical(db, "bm25")
     asked = text if text is not None else _text_of(db, str(query), every)
     frame = lexical.documents.with_columns(score=pl.Series(lexical.scores([asked])[0]))

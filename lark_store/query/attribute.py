@@ -19,8 +19,9 @@ import torch
 from sqlalchemy import select
 
 from lark_store.errors import InputError
-from lark_store.query.groups import ADDING
-from lark_store.query.scores import DEFAULT_MEMORY, Search
+from lark_store.query.groups import ADDING, LEXICAL
+from lark_store.query.lexical import count_documents
+from lark_store.query.scores import DEFAULT_MEMORY, Search, query_ids
 from lark_store.query.tally import GroupScores, Tally
 from lark_store.schema.catalog import ScoreRun, now
 from lark_store.schema.records import OnProgress, Progress
@@ -54,6 +55,7 @@ class _Job:
     question: Question
     group: Group
     hits: int
+    documents: int | None = None  # of the lexical corpus, where the method reads it
     run: ScoreRun | None = None
     before: ScoreRun | None = None
 
@@ -86,6 +88,8 @@ class _Job:
             recipe["weights"] = {term.checkpoint.name: term.weight for term in terms}
         if self.question.method not in ADDING:  # the score depends on what else is searched
             recipe["with"] = sorted({run for term in terms for group in term.groups for run in group.runs})
+        if self.documents is not None:
+            recipe["documents"] = self.documents
         return recipe
 
     def extends(self, run: ScoreRun) -> bool:
@@ -117,7 +121,8 @@ def attribute(
         raise InputError(f"{hits} hits per group are too few", "the default is 100")
     rows: list[tuple[Any, ...]] = []
     for question in questions:
-        jobs = [_Job(question, group, hits) for group in question.groups]
+        documents = count_documents(db) if question.method in {*LEXICAL, "hybrid"} else None
+        jobs = [_Job(question, group, hits, documents) for group in question.groups]
         for job in jobs:
             job.run, job.before = _known(db, job)
         todo = [job for job in jobs if job.run is None]
@@ -182,7 +187,7 @@ def _write(
 ) -> None:
     """Score block after block of queries, as many as `memory` bytes hold, and write their rows."""
     asked = question.queries
-    ids = sorted(db.vectors.read(asked.table, ["sample_id"], asked.filter)["sample_id"])
+    ids = query_ids(db, question)
     searched = [job.new_group for job in jobs] if question.method in ADDING else question.groups
     terms = [*question.terms[:-1], replace(question.terms[-1], groups=searched)]
     search = Search(db, replace(question, terms=terms), device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import polars as pl
@@ -35,19 +35,34 @@ def satisfying(db: Database, frame: pl.DataFrame, condition: str) -> pl.Series:
     """
     if not condition.strip():
         raise InputError("the condition is empty", 'for example `--where "n_tokens < 300"`')
+    _check_is_one(condition)
     connection = sandbox()
     try:
         connection.register("_rows", frame.select(*_OF_SKETCHES).with_row_index("_row").to_arrow())
         connection.register("_samples", db.vectors.table("samples").to_lance())
         rows = _rows(connection, condition)
     except duckdb.Error as error:
-        raise QueryError(
-            f"the condition `{condition}` fails: {str(error).strip()}",
-            f"the columns are {', '.join(COLUMNS)} and the keys of `meta`",
-        ) from error
+        raise _failure(condition, error) from error
     finally:
         connection.close()
     return pl.select(pl.int_range(len(frame), dtype=pl.UInt32).is_in(rows.implode())).to_series()
+
+
+def _check_is_one(condition: str) -> None:
+    """Refuse what is no expression, or more than one, such as `true) LIMIT (1`."""
+    try:
+        duckdb.SQLExpression(condition)
+    except duckdb.ParserException as error:
+        raise _failure(condition, error) from error
+    except duckdb.Error as error:
+        raise QueryError(
+            f"`{condition}` is more than a condition", "for example `n_tokens < 300 and source = 'pubmed'`"
+        ) from error
+
+
+def _failure(condition: str, error: duckdb.Error) -> QueryError:
+    hint = f"the columns are {', '.join(COLUMNS)} and the keys of `meta`"
+    return QueryError(f"the condition `{condition}` fails: {str(error).strip()}", hint)
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, condition: str) -> pl.Series:
@@ -65,28 +80,37 @@ def _rows(connection: duckdb.DuckDBPyConnection, condition: str) -> pl.Series:
 
 def _chosen(connection: duckdb.DuckDBPyConnection, condition: str) -> pl.Series:
     statement = one_select(connection, f"SELECT _row FROM candidates WHERE (\n{condition}\n)")  # noqa: S608
-    found = pl.DataFrame(connection.sql(statement).to_arrow_table())
-    if found.schema != {"_row": pl.UInt32}:
-        raise QueryError(
-            f"`{condition}` is more than a condition", "for example `n_tokens < 300 and source = 'pubmed'`"
-        )
-    return found["_row"]
+    return pl.DataFrame(connection.sql(statement).to_arrow_table())["_row"]
 
 
 def _keys(connection: duckdb.DuckDBPyConnection) -> str:
     """Return the keys of the samples' metadata with their types, as DuckDB writes a structure in JSON."""
-    query = "SELECT json_group_structure(meta) FROM _samples WHERE source IN (SELECT DISTINCT source FROM _rows)"
+    query = "SELECT json_group_structure(meta::JSON) FROM _samples WHERE source IN (SELECT DISTINCT source FROM _rows)"
     found = connection.execute(query).fetchone()
     structure = json.loads(found[0]) if found and found[0] else {}
     if not isinstance(structure, dict):
         return "{}"
-    taken = set(COLUMNS)
+    taken = {"", "_row", *COLUMNS}
     chosen = {}
     for key, kind in structure.items():
         if key.lower() not in taken:
-            chosen[key] = "VARCHAR" if kind == "NULL" else kind
+            chosen[key] = _kind(kind)
             taken.add(key.lower())
     return json.dumps(chosen, ensure_ascii=False)
+
+
+def _kind(kind: Any) -> Any:
+    """Return the type that a key gets: values of several types, and what DuckDB has no structure for, become text.
+
+    Whole numbers are signed and wide, else `year - 2030` would be an error.
+    """
+    if isinstance(kind, list):
+        return [_kind(inner) for inner in kind]
+    if isinstance(kind, dict):
+        names = {key.lower() for key in kind}
+        fits = len(names) == len(kind) and "" not in names
+        return {key: _kind(inner) for key, inner in kind.items()} if fits else "VARCHAR"
+    return {"NULL": "VARCHAR", "JSON": "VARCHAR", "UBIGINT": "HUGEINT"}.get(kind, kind)
 
 
 def _make_view(connection: duckdb.DuckDBPyConnection, keys: str) -> None:

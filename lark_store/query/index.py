@@ -108,6 +108,8 @@ def _measure(
         rows = find_rows(db, groups)
         places += _places(db, rows, share)
         n_rows += len(rows)
+    if not places:
+        raise NothingToScoreError("there are too few sketches to measure a search", "ingest more samples")
     chosen_by, held_out = places[::2], places[1::2] or places
     candidates = next((n for n in _CHOICES if _recall(chosen_by, n) >= _AIM), _CHOICES[-1])
     recall = _recall(held_out, candidates)
@@ -168,7 +170,7 @@ def _sketches(rows: Rows, numbers: NDArray[np.int64]) -> Queries:
     for places, column in some.stream():
         stored = stored_of(column)
         unit = torch.empty(len(some), stored.shape[1]) if unit is None else unit
-        unit[torch.from_numpy(places)] = stored.float() * stored.shape[1] ** -0.5
+        unit[torch.from_numpy(places)] = torch.nn.functional.normalize(stored.float(), dim=1)
     norms = torch.from_numpy(some.frame["grad_norm"].to_numpy().copy())
     return Queries(some.frame["sample_id"].to_list(), unit, norms)
 

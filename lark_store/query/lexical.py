@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from sqlalchemy import select
 
 from lark_store.errors import NothingToScoreError
 from lark_store.schema.catalog import Source
+from lark_store.schema.vectors import where
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,8 +74,6 @@ def _words(texts: Sequence[str]) -> list[list[str]]:
 
 def texts_of(db: Database, source: str, ids: Sequence[str]) -> list[str]:
     """Return samples' texts, a prompt and its response as one, in the order of `ids`."""
-    from lark_store.schema.vectors import where
-
     columns = ["sample_id", "prompt", "response", "text"]
     found = db.vectors.read("samples", columns, where(source=source, sample_id=list(ids)))
     by_id = dict(found.select("sample_id", _TEXT).iter_rows())
@@ -108,11 +108,19 @@ def _open(db: Database, engine: str, version: int) -> Lexical:
     return Lexical(engine, documents, index)
 
 
-def _corpus(db: Database) -> tuple[pl.DataFrame, list[str]]:
-    from sqlalchemy import select
+def count_documents(db: Database) -> int:
+    """Return how many samples are no query: the corpus only grows, so scores of as many are of the same."""
+    samples = db.vectors.table("samples")
+    return int(samples.count_rows()) - int(samples.count_rows(where(source=_query_sources(db))))
 
+
+def _query_sources(db: Database) -> list[str]:
     with db.session() as session:
-        queries = list(session.scalars(select(Source.name).where(Source.stage == "query")))
+        return list(session.scalars(select(Source.name).where(Source.stage == "query")))
+
+
+def _corpus(db: Database) -> tuple[pl.DataFrame, list[str]]:
+    queries = _query_sources(db)
     columns = ["source", "sample_id", "prompt", "response", "text"]
     found = db.vectors.read("samples", columns).filter(~pl.col("source").is_in(queries))
     return found.select("source", "sample_id"), found.select(_TEXT).to_series().to_list()

@@ -73,9 +73,10 @@ class Search:
         check: Callable[[], None] | None = None,
     ) -> None:
         self.db, self.question, self.device = db, question, device
-        *before, last = question.terms
-        found = find_rows(db, [*last.groups, *null_groups], condition, exempt=len(null_groups), check=check)
-        others = [find_rows(db, term.groups, check=check) for term in before]
+        nulls = [[g for g in null_groups if g.checkpoint.id == term.checkpoint.id] for term in question.terms]
+        *before, last = [[*term.groups, *null] for term, null in zip(question.terms, nulls, strict=True)]
+        found = find_rows(db, last, condition, exempt=len(nulls[-1]), check=check)
+        others = [find_rows(db, groups, check=check) for groups in before]
         self.of_terms = _common([*others, found])
         self.rows = self.of_terms[-1]
         self.n_left_out = len(found) - len(self.rows)
@@ -162,6 +163,22 @@ class Search:
             score += term.weight * made.score
             variance += np.square(term.weight * made.noise)
         return Scores(score, np.sqrt(variance))
+
+
+def query_ids(db: Database, question: Question) -> list[str]:
+    """Return the ids of the queries that have a sketch at each of the question's checkpoints, sorted."""
+    groups = [term.queries for term in question.terms if term.queries]
+    return sorted(set.intersection(*[_ids(db, group) for group in groups]))
+
+
+def _ids(db: Database, group: Group) -> set[str]:
+    """Return the ids of a group's rows; an open store remembers them."""
+    state = (group.table, db.vectors.table(group.table).version, group.filter)
+
+    def read() -> set[str]:
+        return set(db.vectors.read(group.table, ["sample_id"], group.filter)["sample_id"])
+
+    return db.remember(f"queries {group.checkpoint.name} {group.label}", state, read)
 
 
 def _common(terms: list[Rows]) -> list[Rows]:

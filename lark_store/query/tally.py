@@ -40,8 +40,8 @@ class Tally:
         self.n = 0
         self._scores = np.empty((n_queries, 0), np.float32)
         self._ids = np.empty((n_queries, 0), dtype=object)
-        self._total = np.zeros(n_queries)
-        self._square = np.zeros(n_queries)
+        self._mean = np.zeros(n_queries)
+        self._spread = np.zeros(n_queries)  # the sum of squares about the mean
 
     def resume(
         self,
@@ -52,16 +52,12 @@ class Tally:
         n: int,
     ) -> None:
         """Take what an earlier tally of as many hits came to, over n samples."""
-        mean, std = mean_Q.astype(np.float64), std_Q.astype(np.float64)
         self._ids, self._scores, self.n = ids_QH.astype(object), scores_QH, n
-        self._total, self._square = mean * n, (np.square(std) + np.square(mean)) * n
+        self._mean, self._spread = mean_Q.astype(np.float64), np.square(std_Q.astype(np.float64)) * n
 
     def take(self, ids: list[str], scores_QB: NDArray[np.float32]) -> None:
         """Take the scores of some samples."""
-        self.n += len(ids)
-        exact = scores_QB.astype(np.float64)
-        self._total += exact.sum(axis=1)
-        self._square += np.square(exact).sum(axis=1)
+        self._add(scores_QB.astype(np.float64))
         names = np.broadcast_to(np.array(ids, dtype=object), scores_QB.shape)
         scores = np.concatenate([self._scores, scores_QB], axis=1)
         names = np.concatenate([self._ids, names], axis=1)
@@ -69,6 +65,17 @@ class Tally:
             best = np.argpartition(-scores, self.hits - 1, axis=1)[:, : self.hits]
             scores, names = np.take_along_axis(scores, best, 1), np.take_along_axis(names, best, 1)
         self._scores, self._ids = scores, names
+
+    def _add(self, scores_QB: NDArray[np.float64]) -> None:
+        """Merge means and spreads (Chan, Golub & LeVeque 1983): sums of squares would lose a small deviation."""
+        n, new = self.n, scores_QB.shape[1]
+        if new == 0:
+            return
+        mean = scores_QB.mean(axis=1)
+        apart = mean - self._mean
+        self.n = n + new
+        self._spread += np.square(scores_QB - mean[:, None]).sum(axis=1) + np.square(apart) * n * new / self.n
+        self._mean += apart * new / self.n
 
     def result(self) -> GroupScores | None:
         """Return what was found; None if there was no sample."""
@@ -78,7 +85,5 @@ class Tally:
         scores, ids = np.take_along_axis(self._scores, by_id, 1), np.take_along_axis(self._ids, by_id, 1)
         order = np.argsort(-scores, axis=1, kind="stable")
         scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-        mean = self._total / self.n
-        std = np.sqrt(np.maximum(self._square / self.n - np.square(mean), 0))
-        of_groups = mean.astype(np.float32), std.astype(np.float32)
+        of_groups = self._mean.astype(np.float32), np.sqrt(self._spread / self.n).astype(np.float32)
         return GroupScores(ids, scores, scores[:, 0], ids[:, 0], *of_groups, self.n)

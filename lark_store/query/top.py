@@ -11,7 +11,7 @@ import polars as pl
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
 from lark_store.query.groups import ADDING, LEXICAL, searched_groups
 from lark_store.query.index import find_index
-from lark_store.query.scores import Asked, Scores, Search
+from lark_store.query.scores import Asked, Scores, Search, query_ids
 from lark_store.query.significance import benjamini_hochberg_within, sign_null_p, source_null_p
 from lark_store.schema.records import Hits
 from lark_store.schema.vectors import where
@@ -66,27 +66,32 @@ def top(db: Database, queries: Sequence[str], questions: list[Question], ranking
     return found
 
 
-def top_of_new(db: Database, asked: Asked, question: Question, ranking: Ranking, variant: str) -> Hits:
-    """Rank the rows of a question's groups for a text that is not in the store, sketched as `variant`."""
-    (hits,) = _Searcher(db, question, ranking, variant).hits(asked)
+def top_of_new(db: Database, asked: Asked, question: Question, ranking: Ranking, made: tuple[str, str]) -> Hits:
+    """Rank the rows of a question's groups for a text that is not in the store.
+
+    `made` names the checkpoint and the variant that it was sketched at and as.
+    """
+    (hits,) = _Searcher(db, question, ranking, made).hits(asked)
     return hits
 
 
 def null_groups(db: Database, wanted: Wanted, source: str) -> tuple[Group, ...]:
-    """Return the groups of a source that is named as the null, at the last checkpoint.
+    """Return the groups of a source that is named as the null, at each checkpoint.
 
     Raises
     ------
     NameUnknownError, NothingToScoreError
     """
-    return tuple(searched_groups(db, replace(wanted, sources=[source])))
+    at = [replace(wanted, checkpoints=[name], sources=[source]) for name in wanted.checkpoints]
+    return tuple(group for each in at for group in searched_groups(db, each))
 
 
 class _Searcher:
     """Answers queries of one question."""
 
-    def __init__(self, db: Database, question: Question, ranking: Ranking, new_as: str | None = None) -> None:
-        self.db, self.question, self.ranking, self.new_as = db, question, ranking, new_as
+    def __init__(self, db: Database, question: Question, ranking: Ranking, made: tuple[str, str] | None = None) -> None:
+        self.db, self.question, self.ranking = db, question, ranking
+        self.query_at, self.query_as = made or (question.queries.checkpoint.name, question.queries.variant.name)
         own = {group.source.name for group in question.groups}
         extra = [group for group in ranking.null_groups if group.source.name not in own]
         how = {"device": ranking.device, "check": ranking.check}
@@ -137,7 +142,7 @@ class _Searcher:
             columns |= {"p_value": p[best], "q_value": q[best]}
             for name, part in scores.parts.items():
                 columns[name] = part[number][best]
-                columns[f"{name}_rank"] = _ranks(part[number], best)
+                columns[f"{name}_rank"] = _ranks(part[number], best, allowed)
             yield self._answer(query, best, columns, None)
 
     def _best(self, score_N: NDArray[np.float32], allowed: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -206,13 +211,12 @@ class _Searcher:
         frame = frame.with_columns(picked["source"], stages, picked["variant"], picked["sample_id"])
         keys = ["source", "sample_id"]
         frame = frame.join(texts_of_frame(self.db.vectors, frame), on=keys, how="left", maintain_order="left")
-        last = question.terms[-1]
         return Hits(
             frame=frame,
             query_id=query,
             checkpoint=", ".join(term.checkpoint.name for term in question.terms),
-            query_checkpoint=(last.queries or last.groups[0]).checkpoint.name,
-            query_variant=self.new_as or question.queries.variant.name,
+            query_checkpoint=self.query_at,
+            query_variant=self.query_as,
             method=question.method,
             n_searched=len(rows) - int(self.search.null_only.sum()),
             ingest_runs=sorted({run for term in question.terms for group in term.groups for run in group.runs}),
@@ -224,9 +228,9 @@ class _Searcher:
         )
 
 
-def _ranks(score_N: NDArray[np.float32], chosen: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return the ranks, from 1, that some rows have among all by one score; ties share the best."""
-    below = np.searchsorted(np.sort(-score_N), -score_N[chosen], side="left")
+def _ranks(score_N: NDArray[np.float32], chosen: NDArray[np.int64], among: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the ranks, from 1, that some rows have among others by one score; ties share the best."""
+    below = np.searchsorted(np.sort(-score_N[among]), -score_N[chosen], side="left")
     return (below + 1).astype(np.int32)
 
 
@@ -258,17 +262,12 @@ def _found(db: Database, queries: Sequence[str], questions: list[Question]) -> l
     ]
 
 
-def _ids(db: Database, question: Question) -> frozenset[str]:
+def _ids(db: Database, question: Question) -> set[str]:
     """Return the ids of a question's queries."""
-    group = question.queries
-    lexical = question.method in LEXICAL  # the text is enough
-    name, filter_ = ("samples", where(source=group.source.name)) if lexical else (group.table, group.filter)
-    state = (name, db.vectors.table(name).version, filter_)
-    return db.remember(
-        f"queries {group.label}",
-        state,
-        lambda: frozenset(db.vectors.read(name, ["sample_id"], filter_)["sample_id"]),
-    )
+    if question.method in LEXICAL:  # the text is enough
+        source = question.queries.source.name
+        return set(db.vectors.read("samples", ["sample_id"], where(source=source))["sample_id"])
+    return set(query_ids(db, question))
 
 
 def _samples(db: Database, questions: list[Question]) -> set[str]:

@@ -89,6 +89,8 @@ class Ask(Part):
         from lark_store.query.scoring import Queries
         from lark_store.query.top import top_of_new
 
+        if (new.file is not None) + (new.text is not None) + (new.prompt is not None or new.response is not None) > 1:
+            raise InputError("a new query is one text", "give a prompt and its response, or a text, or a file")
         parts = {"prompt": new.prompt, "response": new.response, "text": new.text}
         sample = read_sample(new.file) if new.file else sample_of(parts)
         variant = wanted.query_variant or "chatml"
@@ -96,9 +98,9 @@ class Ask(Part):
         how = {"device": ranking.device, "precision": new.precision}
         made = sketch_new(self._db, sample, sketcher=wanted.sketcher, checkpoint=at, variant=variant, **how)
         question = ask_new(self._db, wanted, made.fingerprint)
-        unit = made.sketch.vector * made.sketch.vector.numel() ** -0.5
-        sketch = Queries(["new"], unit[None], torch.tensor([made.sketch.grad_norm]))
-        return top_of_new(self._db, Asked(["new"], [sketch], [made.text]), question, ranking, variant)
+        unit = torch.nn.functional.normalize(made.sketch.vector[None], dim=1)
+        sketch = Queries(["new"], unit, torch.tensor([made.sketch.grad_norm]))
+        return top_of_new(self._db, Asked(["new"], [sketch], [made.text]), question, ranking, (at, variant))
 
     def ft_pt(
         self,

@@ -1,0 +1,542 @@
+"""What a score is by each method, what it is held against, and queries that are not in the store."""
+
+from __future__ import annotations
+
+import shutil
+
+import bm25s
+import numpy as np
+import polars as pl
+import pytest
+from conftest import qa_rows, text_rows, write_jsonl
+from rank_bm25 import BM25Okapi
+from scipy import stats
+from test_query import as_dict, brute_force, sketches
+
+from lark_store import Store
+from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError
+from lark_store.query.significance import sign_null_p
+from lark_store.query.tally import Tally
+from lark_store.schema.records import NewText
+
+ASK = {"checkpoint": "base", "sketcher": "small"}
+BOTH = {"checkpoint": ["base", "epoch-1"], "sketcher": "small"}
+KEYS = ["source", "variant", "sample_id"]
+LONG = "the night train to the old harbour " * 100
+
+
+@pytest.fixture(scope="module")
+def uneven(scored_path, tmp_path_factory):
+    """The scored store, with one sample, one query and one source that only the second checkpoint has sketched."""
+    root = tmp_path_factory.mktemp("uneven")
+    with Store.open(shutil.copytree(scored_path, root / "lark.store")) as made:
+        made.source_add("songs", write_jsonl(root / "new.jsonl", text_rows(7)), stage="pretrain")
+        made.source_add("test", write_jsonl(root / "test.jsonl", qa_rows(1, start=700)), stage="query")
+        made.source_add("late", write_jsonl(root / "late.jsonl", text_rows(3, "harbour")), stage="pretrain")
+        made.ingest(["epoch-1"], ["songs", "test", "late"], ["chatml"], sketcher="small")
+        yield made
+
+
+def texts(store):
+    """(source, sample_id) to text of every sample that is no query, in the table's order."""
+    table = pl.from_arrow(store._db.vectors.table("samples").to_arrow())
+    return {
+        (r["source"], r["sample_id"]): r["text"] if r["text"] is not None else f"{r['prompt']}\n{r['response']}"
+        for r in table.iter_rows(named=True)
+        if r["source"] != "test"
+    }
+
+
+def query_text(query):
+    n = int(query[1:])
+    return f"Context: Seen in {n}.\n\nQuestion: Is organ {n} affected?\n{('yes', 'no', 'maybe')[n % 3]}"
+
+
+def words(corpus):
+    return bm25s.tokenize(list(corpus), stopwords="en", return_ids=False, show_progress=False)
+
+
+def lexical(store, text, method="bm25"):
+    """(source, sample_id) to BM25 score, by the library itself."""
+    documents = texts(store)
+    if method == "bm25-okapi":
+        engine = BM25Okapi(words(documents.values()))
+    else:
+        engine = bm25s.BM25(method="lucene")
+        engine.index(words(documents.values()), show_progress=False)
+    return dict(zip(documents, engine.get_scores(words([text])[0]).tolist(), strict=True))
+
+
+def z(scores):
+    values = np.array(list(scores.values()))
+    return dict(zip(scores, (values - values.mean()) / values.std(), strict=True))
+
+
+def tracin(store, query):
+    parts = [brute_force(store, query, at=at, query_at=at, dot=True) for at in ("base", "epoch-1")]
+    return {key: 2e-4 * (parts[0][key] + parts[1][key]) for key in parts[0].keys() & parts[1].keys()}
+
+
+def expected_of(store, method, query):
+    if method == "tracin":
+        return tracin(store, query)
+    cosine = brute_force(store, query)
+    if method in {"cosine", "dot"}:
+        return cosine if method == "cosine" else brute_force(store, query, dot=True)
+    found = lexical(store, query_text(query), "bm25" if method == "hybrid" else method)
+    found = {key: found[key[0], key[2]] for key in cosine}
+    if method == "hybrid":
+        return {key: a + b for (key, a), b in zip(z(cosine).items(), z(found).values(), strict=True)}
+    return found
+
+
+METHODS = ["cosine", "dot", "tracin", "bm25", "bm25-okapi", "hybrid"]
+
+
+@pytest.mark.parametrize("opponents", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_its_definition(scored, method, opponents):
+    hits = scored.top("q101", method=method, opponents=opponents, k=99, **(BOTH if method == "tracin" else ASK))
+    expected = expected_of(scored, method, "q101")
+    assert as_dict(hits.frame) == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    ordered = hits.frame["score"].to_list()
+    assert ordered == sorted(ordered, reverse=not opponents)
+    assert hits.method == method
+    if method == "tracin":
+        assert hits.how.startswith("exact tracin over 26 sketches at `base, epoch-1`, query as `chatml`; ingest runs ")
+        assert len(hits.ingest_runs) == 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attribute_and_metrics_of_each_method(scored_copy, method):
+    at = ["base", "epoch-1"] if method == "tracin" else ["base"]
+    scored_copy.attribute(at, queries="test", sketcher="small", method=method)
+    made = scored_copy.sql("from influence where method = ? and checkpoint = ?", [method, at[-1]])
+    phi = {}
+    for query in ("q100", "q101", "q102", "q103"):
+        expected = expected_of(scored_copy, method, query)
+        assert as_dict(made.filter(query_id=query)) == pytest.approx(expected, rel=2e-3, abs=2e-5)
+        for (source, variant, _), score in expected.items():
+            phi.setdefault((source, variant), {}).setdefault(query, []).append(score)
+    means = scored_copy.metrics(method=method, sketcher="small", checkpoint=at[-1]).filter(metric="mean_max_influence")
+    found = {(r["source"], r["variant"]): r["value"] for r in means.iter_rows(named=True)}
+    best = {key: np.mean([max(scores) for scores in per.values()]) for key, per in phi.items()}
+    assert found == pytest.approx(best, rel=2e-3, abs=2e-5)
+
+
+def test_tracin_leaves_out_what_is_not_at_each_checkpoint(uneven):
+    hits = uneven.top("q100", method="tracin", k=99, **BOTH)
+    assert as_dict(hits.frame) == pytest.approx(tracin(uneven, "q100"), rel=2e-3, abs=1e-7)
+    assert {"sea-5", "sea-6"}.isdisjoint(hits.frame["sample_id"])
+    assert "late" not in set(hits.frame["source"])
+    with pytest.raises(NameUnknownError, match="no query `q700`"):
+        uneven.top("q700", method="tracin", **BOTH)
+    report = uneven.attribute(BOTH["checkpoint"], queries="test", sketcher="small", method="tracin")
+    assert report.filter(source="songs", variant="chatml").select("n_queries", "n_samples", "checkpoint").rows() == [
+        (4, 5, "epoch-1")
+    ]
+    assert report.filter(source="late")["status"].to_list() == ["empty"]
+    assert uneven.top("q700", checkpoint="epoch-1", sketcher="small", sources=["late"]).n_searched == 3
+
+
+def test_tracin_with_a_null_source_that_is_not_searched(scored):
+    hits = scored.top("q101", method="tracin", sources=["finetune"], null="songs", k=9, **BOTH)
+    expected = tracin(scored, "q101")
+    null = [score for (source, variant, _), score in expected.items() if (source, variant) == ("songs", "chatml")]
+    for row in hits.frame.iter_rows(named=True):
+        above = sum(score >= expected["finetune", "chatml", row["sample_id"]] for score in null)
+        assert row["p_value"] == pytest.approx((1 + above) / (1 + len(null)))
+
+
+def test_tracin_takes_checkpoints_with_learning_rates(scored_copy, tmp_path, checkpoints):
+    scored_copy.checkpoint_add("bare", shutil.copytree(checkpoints["base"], tmp_path / "bare"))
+    scored_copy.ingest(["bare"], ["finetune", "test"], ["chatml"], sketcher="small")
+    for at in (["bare"], ["base", "bare"]):
+        with pytest.raises(InputError, match="weighs checkpoints by learning rate, and `bare` has none"):
+            scored_copy.top("q100", checkpoint=at, sketcher="small", method="tracin")
+        with pytest.raises(InputError, match="`bare` has none"):
+            scored_copy.attribute(at, queries="test", sketcher="small", method="tracin")
+    with pytest.raises(InputError, match="`bare` has none"):
+        scored_copy.self_influence(checkpoints=["base", "bare"], sketcher="small")
+    assert len(scored_copy.self_influence(checkpoints=["bare"], sketcher="small", k=99)) == 6
+
+
+@pytest.mark.parametrize("method", [None, "cosine", "dot", "bm25", "hybrid"])
+def test_other_methods_take_one_checkpoint(scored, method):
+    with pytest.raises(InputError, match="looks at one checkpoint, not at `base`, `epoch-1`"):
+        scored.top("q100", method=method, **BOTH)
+
+
+def test_wrong_methods_and_checkpoints_say_so(scored):
+    with pytest.raises(InputError, match=r"`cos` is no method\n\nhint: the methods are `cosine`, `dot`, `tracin`"):
+        scored.top("q100", method="cos", **ASK)
+    with pytest.raises(InputError, match="no checkpoint is named"):
+        scored.top("q100", checkpoint=[], sketcher="small")
+    with pytest.raises(InputError, match="from the same checkpoints"):
+        scored.top("q100", method="tracin", query_checkpoint="epoch-1", **ASK)
+    for method in ("tracin", "bm25", "hybrid"):
+        with pytest.raises(InputError, match="is not offered here"):
+            scored.ft_pt("base", method=method, sketcher="small")
+        with pytest.raises(InputError, match="is not offered here"):
+            scored.trajectory("q100", "q0", method=method, sketcher="small")
+
+
+@pytest.mark.parametrize("null", [None, "songs"])
+def test_a_hybrid_shows_its_parts_and_their_ranks(scored, null):
+    hits = scored.top("q101", method="hybrid", sources=["medical"], null=null, k=4, **ASK)
+    cosine = {key: s for key, s in brute_force(scored, "q101").items() if key[0] == "medical"}
+    scores = lexical(scored, query_text("q101"))
+    parts = {"cosine": cosine, "bm25": {key: scores[key[0], key[2]] for key in cosine}}
+    for row in hits.frame.iter_rows(named=True):
+        key = tuple(row[name] for name in KEYS)
+        for name, part in parts.items():
+            assert row[name] == pytest.approx(part[key], rel=1e-3, abs=1e-6)
+            assert row[f"{name}_rank"] == 1 + sum(other > part[key] + 1e-6 for other in part.values())
+        assert row["noise"] is None
+
+
+def test_a_part_that_is_the_same_everywhere_adds_nothing(scored):
+    hits = scored.top("q101", method="hybrid", where="sample_id = 'sea-1'", k=4, sources=["songs"], **ASK)
+    assert set(hits.frame["bm25_rank"]) == {1}
+    assert hits.frame["score"].abs().to_list() == pytest.approx([1, 1])
+
+
+def test_lexical_scores_change_with_the_corpus(scored_copy, tmp_path):
+    how = {"queries": "test", "sketcher": "small", "method": "bm25"}
+    assert set(scored_copy.attribute(["base"], **how)["status"]) == {"scored"}
+    assert set(scored_copy.attribute(["base"], **how)["status"]) == {"current"}
+    scored_copy.source_add("more", write_jsonl(tmp_path / "more.jsonl", qa_rows(9, start=300)), stage="pretrain")
+    assert set(scored_copy.attribute(["base"], **how)["status"]) == {"scored"}
+    made = scored_copy.sql("from influence where method = 'bm25' and query_id = 'q101'")
+    assert as_dict(made) == pytest.approx(expected_of(scored_copy, "bm25", "q101"), rel=1e-4, abs=1e-6)
+
+
+# --- p- and q-values -----------------------------------------------------------------------------------------------
+
+
+def within(p, groups):
+    """Benjamini–Hochberg in each group, times their number, by scipy."""
+    found = {}
+    names = sorted(set(groups.values()))
+    for name in names:
+        mine = [key for key in p if groups[key] == name]
+        made = stats.false_discovery_control([p[key] for key in mine], method="bh")
+        found |= {key: min(1.0, q * len(names)) for key, q in zip(mine, made, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("opponents", [False, True])
+@pytest.mark.parametrize("null", [None, "sources", "songs", "test"])
+def test_p_and_q_against_other_sources(scored, null, opponents):
+    how = {"opponents": opponents, "k": 99, "null": null, "variants": ["chatml"]}
+    hits = scored.top("q101", **how, **ASK)
+    scores = {key: score for key, score in brute_force(scored, "q101").items() if key[1] == "chatml"}
+    against = dict(scores)
+    if null == "test":
+        table = sketches(scored).filter(checkpoint="base", variant="chatml", source="test")
+        asked = np.array(table.filter(sample_id="q101")["vector"].item(), np.float64)
+        for row in table.iter_rows(named=True):
+            against["test", "chatml", row["sample_id"]] = np.array(row["vector"], np.float64) @ asked / len(asked)
+    sign = -1 if opponents else 1
+    p = {}
+    for key, score in scores.items():
+        held = [s for k, s in against.items() if (k[0] != key[0] if null in {None, "sources"} else k[0] == null)]
+        if key[0] != null:
+            p[key] = (1 + sum(sign * s >= sign * score for s in held)) / (1 + len(held))
+    q = within(p, {key: key[:2] for key in p})
+    assert hits.n_searched == len(scores)
+    for row in hits.frame.iter_rows(named=True):
+        key = tuple(row[name] for name in KEYS)
+        assert row["p_value"] == (pytest.approx(p[key]) if key in p else None)
+        assert row["q_value"] == (pytest.approx(q[key]) if key in p else None)
+    what = {None: "the other sources' samples", "sources": "the other sources' samples"}.get(null, f"`{null}`")
+    n = sum(q[key] <= 0.05 for key in q)
+    assert hits.how.endswith(f"\nagainst {what}: {f'{n} of 16 hits' if n else 'nothing significant'} at q ≤ 0.05")
+
+
+@pytest.mark.parametrize("opponents", [False, True])
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+def test_p_and_q_against_shuffled_signs(scored, method, opponents):
+    hits = scored.top("q101", null="signs", method=method, opponents=opponents, k=99, **ASK)
+    table = {r["row_key"]: r for r in sketches(scored).iter_rows(named=True)}
+    asked = np.array(table["base/test/chatml/q101"]["vector"], np.float64)
+    p = {}
+    for key in brute_force(scored, "q101"):
+        products = asked * np.array(table["/".join(("base", *key))]["vector"], np.float64)
+        score = -products.sum() if opponents else products.sum()
+        p[key] = float(sign_null_p([score], [np.sqrt(np.square(products).sum())])[0])
+    q = within(p, {key: key[:2] for key in p})
+    for row in hits.frame.iter_rows(named=True):
+        key = tuple(row[name] for name in KEYS)
+        assert row["p_value"] == pytest.approx(p[key], rel=2e-2)
+        assert row["q_value"] == pytest.approx(q[key], rel=2e-2)
+    assert "\nagainst shuffled signs: " in hits.how
+
+
+@pytest.mark.parametrize("null", ["none", "signs", "sources"])
+@pytest.mark.parametrize("sources", [[], ["songs"]])
+def test_what_is_there_to_say_of_a_null(scored, null, sources):
+    hits = scored.top("q100", null=null, sources=sources, **ASK)
+    assert hits.null == null
+    tested = null == "signs" or (null == "sources" and not sources)
+    assert (hits.frame["p_value"].null_count() == 0) == tested
+    assert ("against" in hits.how) == (null != "none")
+    if not tested and null != "none":
+        assert hits.how.endswith("nothing significant at q ≤ 0.05")
+    assert hits.frame.schema["p_value"] == hits.frame.schema["q_value"] == hits.frame.schema["noise"] == pl.Float64
+
+
+def test_the_default_null_goes_with_what_is_searched(scored):
+    assert scored.top("q100", **ASK).null == "sources"
+    assert scored.top("q100", sources=["songs"], **ASK).null == "signs"
+    assert scored.top("q100", sources=["songs"], method="bm25", **ASK).null == "none"
+
+
+def test_wrong_nulls_say_so(scored):
+    with pytest.raises(NameUnknownError, match=r"no source `song`\n\nhint: did you mean `songs`\?"):
+        scored.top("q100", null="song", **ASK)
+    for method in ("bm25", "hybrid", "tracin"):
+        with pytest.raises(InputError, match=f"`{method}` has no signs to shuffle"):
+            scored.top("q100", null="signs", method=method, **ASK)
+    with pytest.raises(NothingToScoreError, match="of `finetune` and `raw`"):
+        scored.top("q100", null="finetune", variants=["raw"], **ASK)
+
+
+@pytest.mark.parametrize("method", ["cosine", "dot", "tracin", "bm25", "hybrid"])
+def test_noise_is_that_of_a_sketch_in_the_scores_unit(scored, method):
+    frame = scored.top("q101", method=method, k=99, **(BOTH if method == "tracin" else ASK)).frame
+    if method in {"bm25", "hybrid"}:
+        assert frame["noise"].null_count() == len(frame)
+        return
+    variance = {}
+    for at in ("base", "epoch-1") if method == "tracin" else ("base",):
+        cosine = brute_force(scored, "q101", at=at, query_at=at)
+        dot = brute_force(scored, "q101", at=at, query_at=at, dot=True)
+        for key, rho in cosine.items():
+            unit = 1 if method == "cosine" else dot[key] / rho * (2e-4 if method == "tracin" else 1)
+            variance[key] = variance.get(key, 0) + (unit * (1 - rho**2) / np.sqrt(1024)) ** 2
+    for row in frame.iter_rows(named=True):
+        assert row["noise"] == pytest.approx(np.sqrt(variance[tuple(row[name] for name in KEYS)]), rel=1e-2)
+
+
+# --- what commands beside `top` answer -----------------------------------------------------------------------------
+
+
+def test_self_influence_is_the_squared_norm(scored):
+    table = sketches(scored).filter(pl.col("source") != "test")
+    one = scored.self_influence(checkpoints=["base"], sketcher="small", k=99)
+    expected = {tuple(r[k] for k in KEYS): r for r in table.filter(checkpoint="base").iter_rows(named=True)}
+    assert as_dict(one) == pytest.approx({key: r["grad_norm"] ** 2 for key, r in expected.items()}, rel=1e-5)
+    assert one["score"].is_sorted(descending=True)
+    assert one["rank"].to_list() == list(range(1, 27))
+    for row in one.iter_rows(named=True):
+        assert row["loss"] == pytest.approx(expected[tuple(row[k] for k in KEYS)]["loss"])
+        assert row["text"]
+    two = scored.self_influence(checkpoints=["base", "epoch-1"], sketcher="small", k=3, sources=["songs", "finetune"])
+    summed = table.group_by(KEYS).agg(
+        score=(pl.col("grad_norm").cast(pl.Float64) ** 2).sum() * 2e-4, loss=pl.mean("loss")
+    )
+    best = summed.filter(pl.col("source") != "medical").sort("score", descending=True).head(3)
+    assert two.select(KEYS).equals(best.select(KEYS))
+    np.testing.assert_allclose(two["score"], best["score"], rtol=1e-5)
+    np.testing.assert_allclose(two["loss"], best["loss"], rtol=1e-5)
+
+
+def test_self_influence_of_what_is_at_each_checkpoint(uneven):
+    found = uneven.self_influence(checkpoints=["base", "epoch-1"], sources=["songs"], sketcher="small", k=99)
+    assert len(found) == 10
+    with pytest.raises(InputError, match="no checkpoint is named"):
+        uneven.self_influence(sketcher="small")
+    with pytest.raises(InputError, match="k = 0"):
+        uneven.self_influence(checkpoints=["base"], sketcher="small", k=0)
+    with pytest.raises(NothingToScoreError, match="of `late` at checkpoint `base`"):
+        uneven.self_influence(checkpoints=["base"], sources=["late"], sketcher="small")
+
+
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+def test_ft_pt_is_what_the_metrics_average(scored_copy, method):
+    scored_copy.attribute(["base"], queries="test", sketcher="small", method=method)
+    metrics = scored_copy.metrics(sketcher="small", checkpoint="base", method=method)
+    found = scored_copy.ft_pt("base", sketcher="small", method=method)
+    assert len(found) == 4 * 4
+    pair = ["source", "variant", "against_source", "against_variant"]
+    shares = found.group_by(pair).agg(
+        wins=(pl.col("winner") == "finetune").mean(), loses=(pl.col("winner") == "pretrain").mean(), r=pl.mean("ratio")
+    )
+    for row in shares.iter_rows(named=True):
+        of = metrics.filter(**{name: row[name] for name in pair})
+        assert of.filter(metric="ft_wins")["value"].item() == row["wins"]
+        assert of.filter(metric="pt_dominance")["value"].item() == row["loses"]
+        assert of.filter(metric="ft_pt_ratio")["value"].item() == pytest.approx(row["r"], rel=1e-4)
+    for row in found.iter_rows(named=True):
+        scores = brute_force(scored_copy, row["query_id"], dot=method == "dot")
+        for value, names in (("ft", pair[:2]), ("pt", pair[2:])):
+            group = [s for key, s in scores.items() if key[:2] == tuple(row[n] for n in names)]
+            assert row[value] == pytest.approx(max(group), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [None, "dot"])
+def test_a_trajectory_is_the_score_at_each_checkpoint(uneven, method):
+    found = uneven.trajectory("q100", "sea-2", variant="raw", method=method, sketcher="small")
+    assert found["checkpoint"].to_list() == ["base", "epoch-1"]
+    assert found["epoch"].to_list() == [0, 1]
+    losses = {r["row_key"]: r["loss"] for r in sketches(uneven).iter_rows(named=True)}
+    for row in found.iter_rows(named=True):
+        at = row["checkpoint"]
+        hits = uneven.top("q100", checkpoint=at, method=method, sketcher="small", k=99, null="none").frame
+        same = hits.filter(sample_id="sea-2", variant="raw").row(0, named=True)
+        assert row["score"] == pytest.approx(same["score"], rel=1e-4)
+        assert row["noise"] == pytest.approx(same["noise"], rel=1e-4)
+        assert row["sample_loss"] == pytest.approx(losses[f"{at}/songs/raw/sea-2"])
+        assert row["query_loss"] == pytest.approx(losses[f"{at}/test/chatml/q100"])
+    late = uneven.trajectory("q100", "sea-6", sketcher="small")
+    assert late.select("checkpoint", "source", "variant").rows() == [("epoch-1", "songs", "chatml")]
+
+
+def test_trajectories_of_what_is_not_there_say_why(uneven):
+    with pytest.raises(NameUnknownError, match="no query `q99`"):
+        uneven.trajectory("q99", "sea-2", sketcher="small")
+    with pytest.raises(NameUnknownError, match="no sample `see-2`\n\nhint: did you mean `sea-2`"):
+        uneven.trajectory("q100", "see-2", sketcher="small")
+    with pytest.raises(NameUnknownError, match="sample `sea-2` has no `small` sketch"):
+        uneven.trajectory("q100", "sea-2", source="medical", sketcher="small")
+    for names in ({"source": "song"}, {"variant": "chat"}, {"queries": "tests"}, {"sketcher": "tiny"}):
+        with pytest.raises(NameUnknownError):
+            uneven.trajectory("q100", "sea-2", **({"sketcher": "small"} | names))
+
+
+@pytest.mark.parametrize("sources", [[], ["medical", "finetune"]])
+def test_similar_text_is_bm25(scored, sources):
+    for found, text in (
+        (scored.similar_text("q102", k=7, sources=sources), query_text("q102")),
+        (scored.similar_text(text="the night train", k=7, sources=sources), "the night train"),
+    ):
+        expected = {key: s for key, s in lexical(scored, text).items() if not sources or key[0] in sources}
+        best = sorted(expected, key=lambda key: (-expected[key], key))[:7]
+        assert found.select("source", "sample_id").rows() == best
+        np.testing.assert_allclose(found["score"], [expected[key] for key in best], rtol=1e-5)
+        assert found["text"].to_list() == [texts(scored)[key] for key in best]
+        assert set(found["stage"]) <= {"finetune", "pretrain"}
+    assert set(scored.similar_text(text="…", k=3)["score"]) == {0.0}
+
+
+def test_wrong_questions_of_similar_text_say_so(scored):
+    with pytest.raises(NameUnknownError, match="no query `q999`"):
+        scored.similar_text("q999")
+    with pytest.raises(NameUnknownError, match="no query `q0`"):  # no query, though a sample
+        scored.similar_text("q0")
+    with pytest.raises(NameUnknownError, match="no source `song`"):
+        scored.similar_text("q100", sources=["song"])
+    for asked in ({}, {"query": "q100", "text": "x"}):
+        with pytest.raises(InputError, match="one query is needed"):
+            scored.similar_text(**asked)
+    with pytest.raises(InputError, match="k = 0"):
+        scored.similar_text("q100", k=0)
+
+
+# --- a query that is not in the store ------------------------------------------------------------------------------
+
+NEW = {"prompt": "Context: Seen in 102.\n\nQuestion: Is organ 102 affected?", "response": "yes"}
+
+
+@pytest.mark.parametrize("at", ["base", "epoch-1"])
+@pytest.mark.parametrize("method", [None, "hybrid", "bm25"])
+def test_a_new_text_gets_the_answer_of_the_same_query_in_the_store(scored, at, method):
+    how = {"checkpoint": at, "sketcher": "small", "method": method, "k": 26}
+    stored = scored.top("q102", **how)
+    made = scored.top(new=NewText(**NEW), **how)
+    assert as_dict(made.frame) == pytest.approx(as_dict(stored.frame), rel=2e-3, abs=2e-4)
+    assert made.frame.columns == stored.frame.columns
+    assert made.query_id == "new"
+    assert made.how.split(";")[0] == stored.how.split(";")[0]
+
+
+def test_a_new_text_may_be_sketched_at_another_checkpoint(scored):
+    how = {"query_checkpoint": "epoch-1", "k": 5, **ASK}
+    stored, made = scored.top("q102", **how), scored.top(new=NewText(**NEW), **how)
+    assert made.method == stored.method == "dot"
+    assert made.frame.select(KEYS).equals(stored.frame.select(KEYS))
+    np.testing.assert_allclose(made.frame["score"], stored.frame["score"], rtol=5e-3)
+    assert ", query at `epoch-1`, query as `chatml`" in made.how
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".csv", ".parquet", ".txt", ""])
+def test_a_new_text_from_a_file(scored, tmp_path, ending):
+    text = "A song about the sea number 3 and the night train."
+    file = tmp_path / f"new{ending}"
+    frame = pl.DataFrame({"text": [text, "another"]})
+    if ending.lower() == ".jsonl":
+        frame.write_ndjson(file)
+    elif ending in {".csv", ".parquet"}:
+        getattr(frame, f"write_{ending[1:]}")(file)
+    else:
+        file.write_text(text + "\n")
+    how = {"query_variant": "raw", "k": 2, "variants": ["raw"], **ASK}
+    hits = scored.top(new=NewText(file=file), **how)
+    assert hits.frame["sample_id"][0] == "sea-3"
+    assert hits.frame["score"][0] == pytest.approx(1, abs=1e-3)
+    assert hits.frame.equals(scored.top(new=NewText(text=text), **how).frame)
+
+
+def test_a_new_text_longer_than_the_model_is_cut_as_ingest_does(scored_copy, tmp_path):
+    scored_copy.source_add("long", write_jsonl(tmp_path / "a.jsonl", [{"id": "l", "text": LONG}]), stage="pretrain")
+    scored_copy.ingest(["base"], ["long"], ["raw"], sketcher="small")
+    hits = scored_copy.top(new=NewText(text=LONG), query_variant="raw", sources=["long"], **ASK)
+    assert hits.frame["score"].to_list() == pytest.approx([1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("new", "fact"),
+    [
+        (NewText(), "a row needs"),
+        (NewText(prompt="why?"), "a row needs"),
+        (NewText(response="because"), "a row needs"),
+        (NewText(prompt="", response=""), "the query is empty"),
+        (NewText(text=""), "the query is empty"),
+        (NewText(text=" \n"), "the query is empty"),
+        (NewText(text="x", prompt="a", response="b"), "a new query is one text"),
+        (NewText(prompt="a", response=LONG), "the query can't be sketched: "),
+        (NewText(text="x", precision="float8"), "float8"),
+    ],
+    ids=str,
+)
+def test_a_new_text_that_is_none_says_so(scored, new, fact):
+    with pytest.raises(LarkStoreError, match=fact) as raised:
+        scored.top(new=new, **ASK)
+    assert raised.value.hint
+
+
+def test_one_query_is_asked_with(scored, tmp_path):
+    for asked in ({}, {"query": "q100", "new": NewText(text="x")}):
+        with pytest.raises(InputError, match="one query is needed"):
+            scored.top(**asked, **ASK)
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff")
+    (tmp_path / "odd.jsonl").write_text('{"title": "x"}')
+    for name in ("bad.jsonl", "none.jsonl", "bytes.txt", "odd.jsonl", "missing.txt", ""):
+        with pytest.raises(InputError) as raised:
+            scored.top(new=NewText(file=tmp_path / name), **ASK)
+        assert raised.value.hint
+    with pytest.raises(InputError, match="a new query is one text"):
+        scored.top(new=NewText(file=tmp_path / "bad.jsonl", text="x"), **ASK)
+    with pytest.raises(InputError, match="a new text is sketched at one checkpoint"):
+        scored.top(new=NewText(text="x"), method="tracin", **BOTH)
+    for names in ({"query_variant": "chat"}, {"query_checkpoint": "bas"}, {"sketcher": "smal"}, {"sources": ["song"]}):
+        with pytest.raises(NameUnknownError):
+            scored.top(new=NewText(text="x"), **(ASK | names))
+
+
+def test_a_small_deviation_about_a_large_mean_is_kept():
+    rng = np.random.default_rng(0)
+    scores = (0.9 + 1e-4 * rng.normal(size=(2, 900))).astype(np.float32)
+    tally = Tally(2, 3)
+    tally.take([str(i) for i in range(300)], scores[:, :300])
+    first, resumed = tally.result(), Tally(2, 3)
+    resumed.resume(first.top_ids, first.top_scores, first.mean_Q, first.std_Q, first.n)
+    for start in (300, 600):
+        resumed.take([str(i) for i in range(start, start + 300)], scores[:, start : start + 300])
+    made = resumed.result()
+    np.testing.assert_allclose(made.std_Q, scores.astype(np.float64).std(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(made.mean_Q, scores.astype(np.float64).mean(axis=1), rtol=1e-6)
+    assert made.n == 900

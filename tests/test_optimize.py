@@ -8,27 +8,24 @@ from datetime import timedelta
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 from conftest import text_rows, write_jsonl
 from test_upkeep import everything
 
 from lark_store import Store
 from lark_store.errors import InputError, StoreBusyError
-from lark_store.schema.vectors import VectorStore, where
+from lark_store.schema.vectors import VectorStore, sketch_rows, where
 from lark_store.upkeep import optimize as compaction
 from lark_store.upkeep import retry
 
 
 def wide(table, start, n, k=256):
     """Rows of sketches as an ingest commits them."""
-    ids = [str(i) for i in range(start, start + n)]
-    columns = {name: ["x"] * n for name in ("checkpoint", "source", "variant")}
-    columns |= {"row_key": ids, "sample_id": ids} | {name: [1] * n for name in ("ingest_run", "n_tokens")}
-    columns |= {"n_loss_tokens": [1] * n, "loss": [1.0] * n, "grad_norm": [1.0] * n}
-    values = (np.arange(start * k, (start + n) * k) % 1009).astype(np.float16)
-    columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=table.schema.field("vector").type)
-    return pa.table({name: columns[name] for name in table.schema.names}, schema=table.schema)
+    same = dict.fromkeys(("checkpoint", "source", "variant"), "x") | {"ingest_run": 1, "n_tokens": 1}
+    same |= {"n_loss_tokens": 1, "loss": 1.0, "grad_norm": 1.0}
+    rows = [same | {"row_key": str(i), "sample_id": str(i)} for i in range(start, start + n)]
+    values = (np.arange(start * k, (start + n) * k) % 1009).astype(np.float16).reshape(n, k)
+    return sketch_rows(rows, values, table.schema)
 
 
 def fill_wide(store, commits=20, n=64):
@@ -84,7 +81,10 @@ def test_answers_are_the_same_after_optimizing(scored_copy):
     report = scored_copy.db_optimize()
     assert report["table"].to_list() == sorted(scored_copy._db.vectors.table_names())
     assert everything(scored_copy) == before
-    assert scored_copy.top("q100", checkpoint="base", sketcher="small", k=50).frame.equals(top)
+    again = scored_copy.top("q100", checkpoint="base", sketcher="small", k=50).frame
+    numbers = ["score", "noise", "p_value", "q_value"]  # batches are cut elsewhere: the last bits of a sum may differ
+    assert again.drop(numbers).equals(top.drop(numbers))
+    np.testing.assert_allclose(again.select(numbers), top.select(numbers), rtol=1e-5)
     assert scored_copy.ingest(["base"], ["finetune"], ["chatml"], sketcher="small").units["n_existing"].item() == 6
 
 

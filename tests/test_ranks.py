@@ -285,7 +285,10 @@ def test_the_report_is_the_same_in_every_process(more):
     ("case", "message"),
     [
         ("unknown", "error: no variant `ra`\n\nhint: did you mean `raw`?\n"),
-        ("busy", "error: another process is ingesting base · many · chatml\n\nhint: wait for it, or ingest "),
+        (
+            "busy",
+            "error: another process is ingesting base · many · chatml\n\nhint: wait for it, or do something else ",
+        ),
     ],
 )
 def test_an_error_ends_every_process_and_the_first_tells_it(more, case, message):

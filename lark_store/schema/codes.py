@@ -36,10 +36,11 @@ def code_bytes(k: int) -> int:
 def fold(vectors_NK: NDArray[Any], bins: int) -> NDArray[np.float32]:
     """Return sketches folded to `bins`, (N, F) float32; sketches that F does not divide are filled up with zeros."""
     n, k = vectors_NK.shape
-    full = np.zeros((n, -(-k // bins) * bins), np.float32) if k % bins else vectors_NK.astype(np.float32, copy=False)
+    folds = -(-k // bins)
+    full = np.zeros((n, folds * bins), np.float32) if k % bins else vectors_NK.astype(np.float32, copy=False)
     if k % bins:
         full[:, :k] = vectors_NK
-    folded: NDArray[np.float32] = full.reshape(n, -1, bins).sum(axis=1)
+    folded: NDArray[np.float32] = full.reshape(n, folds, bins).sum(axis=1)
     return folded
 
 

@@ -242,8 +242,10 @@ class VectorStore:
         return True
 
     def sketches(self, fingerprint: str, *, k: int, dtype: str) -> Any:
-        """Open the table of a sketcher's sketches, made if it is not there."""
+        """Open the table of a sketcher's sketches, made if it is not there; an older one may have no codes."""
         name = sketch_table(fingerprint)
+        if self.has(name):
+            return self.table(name)
         return self.connection.create_table(name, schema=sketch_schema(k, dtype), exist_ok=True)
 
     def append(self, table: Any, rows: pa.Table) -> int:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import torch
 from sqlalchemy import select
 
 from lark_store.errors import InputError
 from lark_store.query.groups import ADDING, LEXICAL
-from lark_store.query.lexical import count_documents
+from lark_store.query.lexical import corpus_sha256
 from lark_store.query.scores import DEFAULT_MEMORY, Search, query_ids
+from lark_store.query.scoring import device_name, pick_device
 from lark_store.query.tally import GroupScores, Tally
 from lark_store.schema.catalog import ScoreRun, now
 from lark_store.schema.records import OnProgress, Progress
@@ -55,7 +55,7 @@ class _Job:
     question: Question
     group: Group
     hits: int
-    documents: int | None = None  # of the lexical corpus, where the method reads it
+    corpus: str | None = None  # of the lexical corpus, where the method reads it
     run: ScoreRun | None = None
     before: ScoreRun | None = None
 
@@ -88,8 +88,8 @@ class _Job:
             recipe["weights"] = {term.checkpoint.name: term.weight for term in terms}
         if self.question.method not in ADDING:  # the score depends on what else is searched
             recipe["with"] = sorted({run for term in terms for group in term.groups for run in group.runs})
-        if self.documents is not None:
-            recipe["documents"] = self.documents
+        if self.corpus is not None:
+            recipe["corpus"] = self.corpus
         return recipe
 
     def extends(self, run: ScoreRun) -> bool:
@@ -121,8 +121,8 @@ def attribute(
         raise InputError(f"{hits} hits per group are too few", "the default is 100")
     rows: list[tuple[Any, ...]] = []
     for question in questions:
-        documents = count_documents(db) if question.method in {*LEXICAL, "hybrid"} else None
-        jobs = [_Job(question, group, hits, documents) for group in question.groups]
+        corpus = corpus_sha256(db) if question.method in {*LEXICAL, "hybrid"} else None
+        jobs = [_Job(question, group, hits, corpus) for group in question.groups]
         for job in jobs:
             job.run, job.before = _known(db, job)
         todo = [job for job in jobs if job.run is None]
@@ -161,7 +161,7 @@ def _score(
     """Score some groups of a question in one pass, and commit each."""
     how = {
         "versions": {name: version(name) for name in ("lark-store", "torch", "lancedb")},
-        "device": device if device != "auto" else f"cpu ({torch.get_num_threads()} threads)",
+        "device": device_name(pick_device(device)),
     }
     for job in jobs:
         job.run = ScoreRun(**job.ids, **how, recipe=job.recipe, status="running")

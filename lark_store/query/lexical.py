@@ -8,6 +8,7 @@ each process. Both read the same words: lower case, two letters or more, without
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -108,10 +109,11 @@ def _open(db: Database, engine: str, version: int) -> Lexical:
     return Lexical(engine, documents, index)
 
 
-def count_documents(db: Database) -> int:
-    """Return how many samples are no query: the corpus only grows, so scores of as many are of the same."""
-    samples = db.vectors.table("samples")
-    return int(samples.count_rows()) - int(samples.count_rows(where(source=_query_sources(db))))
+def corpus_sha256(db: Database) -> str:
+    """Return the hash of the corpus: scores are the same as long as it is."""
+    found = db.vectors.read("samples", ["source", "sample_id", "content_sha256"])
+    documents = found.filter(~pl.col("source").is_in(_query_sources(db))).sort(found.columns)
+    return hashlib.sha256(documents.write_csv().encode()).hexdigest()
 
 
 def _query_sources(db: Database) -> list[str]:
@@ -128,8 +130,11 @@ def _corpus(db: Database) -> tuple[pl.DataFrame, list[str]]:
 
 def _keep(index: Any, documents: pl.DataFrame, place: Path) -> None:
     """Write an index beside the store's tables, whole or not at all; older ones go."""
-    place.parent.mkdir(exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=place.parent))
+    try:
+        place.parent.mkdir(exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=place.parent))
+    except OSError:  # a store that can only be read: the index is made anew each time
+        return
     try:
         index.save(str(draft), show_progress=False)
         documents.write_parquet(draft / _KEYS)

@@ -71,6 +71,11 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"there is no device `{name}` here", "use `--device auto`, `cpu` or `cuda`") from error
 
 
+def device_name(device: torch.device) -> str:
+    """Return a device's name as people know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+
+
 def stored_of(column: pa.Array) -> torch.Tensor:
     """Return a column of sketches as it is stored, (B, K) float16 or float32 with norm √K, in place."""
     flat = column.flatten().to_numpy(zero_copy_only=True)

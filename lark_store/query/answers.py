@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from sqlalchemy import select
 
-from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError
 from lark_store.query.groups import ADDING, Wanted, ask
 from lark_store.query.lexical import open_lexical, texts_of
 from lark_store.query.scores import Search, query_ids
@@ -170,13 +170,13 @@ def _losses(db: Database, group: Group, sample_id: str) -> float:
     return float(found["loss"][0])
 
 
-def _unknown(db: Database, what: str, name: str, by: Sketcher) -> NameUnknownError:
+def _unknown(db: Database, what: str, name: str, by: Sketcher) -> LarkStoreError:
     with db.session() as session:
         queries = list(session.scalars(select(Source.name).where(Source.stage == "query")))
     of_queries = pl.col("source").is_in(queries)
     known = db.vectors.read("samples", ["source", "sample_id"]).filter(of_queries if what == "query" else ~of_queries)
     if name in known["sample_id"]:
-        return NameUnknownError(
+        return NothingToScoreError(
             f"{what} `{name}` has no `{by.name}` sketch beside one that it can be compared with",
             "ingest it, and its partner, at the same checkpoint",
         )
@@ -212,6 +212,17 @@ def similar_text(
     )
     keys = ["source", "sample_id"]
     return ranked.join(texts_of_frame(db.vectors, ranked), on=keys, how="left", maintain_order="left")
+
+
+def check_query(db: Database, query: str) -> None:
+    """Raise an error if no query source has a sample of this id; it may have no sketch.
+
+    Raises
+    ------
+    NameUnknownError
+    """
+    with db.session() as session:
+        _text_of(db, query, {source.name: source.stage for source in session.scalars(select(Source))})
 
 
 def _text_of(db: Database, query: str, stages: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pyarrow as pa
 
-from lark_store.errors import InputError
+from lark_store.errors import InputError, NothingToScoreError
 from lark_store.query.views import Column
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Answer = Callable[[Database, list[Arguments], Stop], list[pl.DataFrame | None]]
 
 _SKETCHER = "lark"
+_EXAMPLES = {"checkpoint": "'epoch-2'", "k": "10"}
 _ARROW = {
     "VARCHAR": pa.string(),
     "DOUBLE": pa.float64(),
@@ -87,7 +88,7 @@ def _rows(frame: pl.DataFrame, columns: dict[str, Column]) -> list[dict[str, Any
 def _required(arguments: Arguments, *names: str) -> None:
     for name in names:
         if arguments[name] is None:
-            raise InputError(f"`{name}` is missing", f"for example `{name} := 'epoch-2'`")
+            raise InputError(f"`{name}` is missing", f"for example `{name} := {_EXAMPLES[name]}`")
 
 
 def _listed(value: str | None) -> tuple[str, ...]:
@@ -119,7 +120,7 @@ def _top_influence(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.
         )
         ranking = Ranking(call["k"], bool(call["opponents"]), call["condition"], check=stop.check)
         ids = list(dict.fromkeys(calls[number]["query"] for number in numbers))
-        answers = top(db, ids, ask(db, wanted), ranking)
+        answers = top(db, ids, ask(db, wanted), ranking, lenient=True)  # DuckDB may hand over one row or many
         for number in numbers:
             hits = answers.get(calls[number]["query"])
             at = {"checkpoint": call["checkpoint"], "query_id": calls[number]["query"]}
@@ -129,7 +130,7 @@ def _top_influence(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.
 
 
 def _ft_pt(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFrame | None]:
-    from lark_store.query.answers import ft_pt
+    from lark_store.query.answers import check_query, ft_pt
     from lark_store.query.groups import Wanted
 
     known: dict[tuple[Any, ...], pl.DataFrame] = {}
@@ -144,7 +145,11 @@ def _ft_pt(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFram
             wanted = Wanted(*names, query_variant=call["query_variant"], method=call["method"])
             known[key] = ft_pt(db, wanted, check=stop.check)
         frame = known[key]
-        frames.append(frame if call["query"] is None else frame.filter(query_id=call["query"]))
+        if call["query"] is not None:
+            frame = frame.filter(query_id=call["query"])
+            if frame.is_empty():
+                check_query(db, call["query"])
+        frames.append(frame)
     return frames
 
 
@@ -160,7 +165,10 @@ def _trajectory(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.Dat
             continue
         of, by = (_listed(call["source"]), _listed(call["variant"])), call["sketcher"] or _SKETCHER
         wanted = Wanted([], by, call["queries"], *of, query_variant=call["query_variant"], method=call["method"])
-        frames.append(trajectory(db, call["query"], call["sample_id"], wanted))
+        try:
+            frames.append(trajectory(db, call["query"], call["sample_id"], wanted))
+        except NothingToScoreError:
+            frames.append(None)
     return frames
 
 

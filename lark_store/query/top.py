@@ -53,13 +53,15 @@ class Ranking:
             raise InputError(f"k = {self.k} is not from 1 to {_MOST_HITS}", "try `-k 10`")
 
 
-def top(db: Database, queries: Sequence[str], questions: list[Question], ranking: Ranking) -> dict[str, Hits]:
+def top(
+    db: Database, queries: Sequence[str], questions: list[Question], ranking: Ranking, *, lenient: bool = False
+) -> dict[str, Hits]:
     """Rank the rows of the questions' groups for each query; see `Store.top`.
 
-    Of several queries, those that have a sample and no sketch have no answer; one alone is an error then.
+    A query that has a sample and no sketch is an error, or with `lenient` has no answer.
     """
     found: dict[str, Hits] = {}
-    for question, ids in _found(db, queries, questions):
+    for question, ids in _found(db, queries, questions, lenient=lenient):
         searcher = _Searcher(db, question, ranking)
         for asked in searcher.search.blocks(ids):
             found |= {hits.query_id: hits for hits in searcher.hits(asked)}
@@ -242,14 +244,16 @@ def _empty(condition: str | None) -> NothingToScoreError:
     )
 
 
-def _found(db: Database, queries: Sequence[str], questions: list[Question]) -> list[tuple[Question, list[str]]]:
+def _found(
+    db: Database, queries: Sequence[str], questions: list[Question], *, lenient: bool
+) -> list[tuple[Question, list[str]]]:
     """Return each question with those of the queries that its query source holds."""
     holding: dict[str, list[Question]] = {query: [] for query in queries}
     for question in questions:
         for query in holding.keys() & _ids(db, question):
             holding[query].append(question)
     for query, found in holding.items():
-        if not found and (len(holding) == 1 or query not in _samples(db, questions)):
+        if not found and not (lenient and query in _samples(db, questions)):
             known = [name for question in questions for name in _ids(db, question)]
             raise NameUnknownError.of("query", query, known, "ingest a source of stage `query`")
         if len(found) > 1:

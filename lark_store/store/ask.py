@@ -145,7 +145,7 @@ class Ask(Part):
 
         Raises
         ------
-        NameUnknownError, InputError
+        NameUnknownError, NothingToScoreError, InputError
         """
         from lark_store.query.answers import trajectory
         from lark_store.query.groups import Wanted

@@ -16,7 +16,7 @@ from lark_store.query.condition import satisfying
 from lark_store.schema.vectors import ROWS_PER_BATCH, where
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     import pyarrow as pa
     from numpy.typing import NDArray
@@ -28,16 +28,16 @@ _SCALARS = ("ingest_run", "sample_id", "n_tokens", "n_loss_tokens", "loss", "gra
 # Below this share of the table's rows they are fetched one by one, above it all are read and some thrown away.
 _FETCH_BELOW = 0.25
 _BATCHES_AHEAD = 4
-_KEPT = ["row_id", "group", "source", "variant", "sample_id", "loss", "grad_norm"]
+_KEPT = ["row_id", "group", "source", "variant", "sample_id", "loss", "grad_norm", "chosen"]
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows of some groups.
 
-    `frame` has row_id, group (the place in `groups`), source, variant, sample_id, loss and grad_norm. `n_there` rows
-    satisfy `filter`; the frame holds those of them that were chosen. `check` is called at each batch, to raise where
-    the search must end.
+    `frame` has row_id, group (the place in `groups`), source, variant, sample_id, loss, grad_norm and chosen (whether
+    the condition holds; what is exempt from it is there without). `n_there` rows satisfy `filter`; the frame holds those
+    of them that were chosen. `check` is called at each batch, to raise where the search must end.
     """
 
     groups: Sequence[Group]
@@ -99,12 +99,12 @@ def find_rows(
     groups: Sequence[Group],
     condition: str | None = None,
     *,
-    exempt: int = 0,
+    exempt: Collection[str] = (),
     check: Callable[[], None] | None = None,
 ) -> Rows:
     """Find the committed rows of groups (of one checkpoint and sketcher) that satisfy a condition in SQL.
 
-    The last `exempt` groups are taken whole.
+    Rows of the sources `exempt` are there in any case; `chosen` tells which rows satisfy the condition.
 
     Raises
     ------
@@ -115,10 +115,8 @@ def find_rows(
     filter_ = where(checkpoint=groups[0].checkpoint.name, ingest_run=[run for group in groups for run in group.runs])
     state = (table.name, table.version, filter_)
     frame = db.remember("rows", state, lambda: _frame(table, filter_, groups))
-    if condition is None:
-        kept = frame
-    else:
-        kept = frame.filter(satisfying(db, frame, condition) | (frame["group"] >= len(groups) - exempt))
+    satisfied = pl.lit(value=True) if condition is None else satisfying(db, frame, condition)
+    kept = frame.with_columns(chosen=satisfied).filter(pl.col("chosen") | pl.col("source").is_in(list(exempt)))
     return Rows(groups, table, filter_, kept.select(_KEPT), len(frame), check)
 
 

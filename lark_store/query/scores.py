@@ -73,19 +73,25 @@ class Search:
         check: Callable[[], None] | None = None,
     ) -> None:
         self.db, self.question, self.device = db, question, device
-        nulls = [[g for g in null_groups if g.checkpoint.id == term.checkpoint.id] for term in question.terms]
-        *before, last = [[*term.groups, *null] for term, null in zip(question.terms, nulls, strict=True)]
-        found = find_rows(db, last, condition, exempt=len(nulls[-1]), check=check)
+        own = {group.source.name for group in question.groups}
+        exempt = {group.source.name for group in null_groups}
+        extra = [group for group in null_groups if group.source.name not in own]
+        *before, last = [
+            [*term.groups, *(group for group in extra if group.checkpoint.id == term.checkpoint.id)]
+            for term in question.terms
+        ]
+        found = find_rows(db, last, condition, exempt=exempt, check=check)
         others = [find_rows(db, groups, check=check) for groups in before]
         self.of_terms = _common([*others, found])
         self.rows = self.of_terms[-1]
-        self.n_left_out = len(found) - len(self.rows)
 
     @property
     def null_only(self) -> NDArray[np.bool_]:
         """Which rows are there as a null alone, (N)."""
-        only: NDArray[np.bool_] = self.rows.frame["group"].to_numpy() >= len(self.question.groups)
-        return only
+        frame = self.rows.frame
+        only = (frame["group"] >= len(self.question.groups)) | ~frame["chosen"]
+        found: NDArray[np.bool_] = only.to_numpy()
+        return found
 
     @property
     def uses_sketches(self) -> bool:

@@ -94,10 +94,14 @@ class _Searcher:
     def __init__(self, db: Database, question: Question, ranking: Ranking, made: tuple[str, str] | None = None) -> None:
         self.db, self.question, self.ranking = db, question, ranking
         self.query_at, self.query_as = made or (question.queries.checkpoint.name, question.queries.variant.name)
-        own = {group.source.name for group in question.groups}
-        extra = [group for group in ranking.null_groups if group.source.name not in own]
-        how = {"device": ranking.device, "check": ranking.check}
-        self.search = Search(db, question, condition=ranking.condition, null_groups=extra, **how)  # type: ignore[arg-type]
+        self.search = Search(
+            db,
+            question,
+            condition=ranking.condition,
+            null_groups=ranking.null_groups,
+            device=ranking.device,
+            check=ranking.check,
+        )
         rows = self.search.rows
         groups = rows.groups
         if rows.frame.is_empty() or self.search.null_only.all():

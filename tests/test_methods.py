@@ -398,7 +398,7 @@ def test_trajectories_of_what_is_not_there_say_why(uneven):
         uneven.trajectory("q99", "sea-2", sketcher="small")
     with pytest.raises(NameUnknownError, match="no sample `see-2`\n\nhint: did you mean `sea-2`"):
         uneven.trajectory("q100", "see-2", sketcher="small")
-    with pytest.raises(NameUnknownError, match="sample `sea-2` has no `small` sketch"):
+    with pytest.raises(NothingToScoreError, match="sample `sea-2` has no `small` sketch"):
         uneven.trajectory("q100", "sea-2", source="medical", sketcher="small")
     for names in ({"source": "song"}, {"variant": "chat"}, {"queries": "tests"}, {"sketcher": "tiny"}):
         with pytest.raises(NameUnknownError):

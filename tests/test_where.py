@@ -73,10 +73,8 @@ def facts(library):
         if row["checkpoint"] == "base" and stages[row["source"]] != "query":
             of = (row["source"], row["sample_id"])
             own = {k: v for k, v in meta.get(of, {}).items() if k not in {"id", "source", "text", "label", "_row"}}
-            found[row["source"], row["variant"], row["sample_id"]] = (
-                own | texts[of] | {k: row[k] for k in ("n_tokens", "n_loss_tokens", "loss", "grad_norm", "variant")}
-                | {"stage": stages[row["source"]]}
-            )  # fmt: skip
+            own |= texts[of] | {k: row[k] for k in ("n_tokens", "n_loss_tokens", "loss", "grad_norm", "variant")}
+            found[row["source"], row["variant"], row["sample_id"]] = own | {"stage": stages[row["source"]]}
     return found
 
 

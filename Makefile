@@ -34,7 +34,7 @@ lint: install
 
 docs: install
 	$(BIN)/typer lark_store.cli.app utils docs --name lark-store --output docs/reference/cli.md
-	$(BIN)/python -m lark_store.query.reference docs/reference/sql.md
+	$(BIN)/python -m lark_store.query.sql.reference docs/reference/sql.md
 
 clean:
 	rm -rf $(VENV) demo/.work

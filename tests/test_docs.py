@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lark_store.query.reference import renewed
-from lark_store.query.views import VIEWS
+from lark_store.query.sql.reference import renewed
+from lark_store.query.sql.views import VIEWS
 
 ROOT = Path(__file__).parent.parent
 

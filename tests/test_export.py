@@ -16,7 +16,7 @@ from test_cli import lark
 from test_sql import CHANGES, READS, set_status, statements
 
 from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError, QueryError
-from lark_store.query.sql import VIEWS
+from lark_store.query.sql.views import VIEWS
 
 ENDINGS = (".parquet", ".csv", ".json", ".jsonl")
 

@@ -15,9 +15,9 @@ from test_cli import PROGRAM, lark, run
 
 from lark_store import Store
 from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError, QueryError
-from lark_store.query.functions import FUNCTIONS
 from lark_store.query.rows import Rows
-from lark_store.query.stop import Stop
+from lark_store.query.sql.functions import FUNCTIONS
+from lark_store.query.sql.stop import Stop
 
 AT = {"checkpoint": "base", "sketcher": "small"}
 PARTS = ["cosine", "cosine_rank", "bm25", "bm25_rank"]

@@ -16,7 +16,7 @@ from prompt_toolkit.output import DummyOutput
 
 from lark_store.cli.shell import Shell, SqlCompleter, history_path, is_complete
 from lark_store.cli.sql import Asker
-from lark_store.query.views import VIEWS
+from lark_store.query.sql.views import VIEWS
 
 TAB, CTRL_C, CTRL_D, UP = "\t", "\x03", "\x04", "\x1b[A"
 

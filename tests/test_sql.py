@@ -17,7 +17,7 @@ import pytest
 from lark_store import Store
 from lark_store.cli.sql import sql
 from lark_store.errors import QueryError
-from lark_store.query.views import VIEWS
+from lark_store.query.sql.views import VIEWS
 
 NAMED = ["name", "created_at"]
 RUN = ["status", "sketcher", "checkpoint", "source", "variant", "device", "fingerprint", "recipe", "versions"]

@@ -11,11 +11,11 @@ import polars as pl
 import pytest
 
 from lark_store.errors import InputError, NameUnknownError, QueryError
-from lark_store.query.functions import FUNCTIONS, Function
-from lark_store.query.reference import reference
-from lark_store.query.sql import connect, fetch
-from lark_store.query.stop import Stop
-from lark_store.query.views import Column, schema
+from lark_store.query.sql.engine import connect, fetch
+from lark_store.query.sql.functions import FUNCTIONS, Function
+from lark_store.query.sql.reference import reference
+from lark_store.query.sql.stop import Stop
+from lark_store.query.sql.views import Column, schema
 
 # Each would take more time or memory than a machine has.
 TOO_LONG = [

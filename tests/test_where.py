@@ -311,7 +311,7 @@ def test_a_condition_of_another_type_is_cast_as_where_does(library, facts, condi
 @pytest.mark.parametrize("meta", ["[1]", "3", '"year"', "{}"])
 def test_metadata_without_keys_leaves_the_columns(meta):
     from lark_store.query.condition import _keys
-    from lark_store.query.sandbox import sandbox
+    from lark_store.query.sql.sandbox import sandbox
 
     connection = sandbox()
     connection.execute("CREATE TABLE _rows AS SELECT 's' AS source")

@@ -18,8 +18,8 @@ from pygments.lexers.sql import SqlLexer
 from lark_store.cli.options import Format
 from lark_store.cli.output import emit, say
 from lark_store.errors import LarkStoreError
-from lark_store.query.functions import FUNCTIONS
-from lark_store.query.views import VIEWS, described, overview
+from lark_store.query.sql.functions import FUNCTIONS
+from lark_store.query.sql.views import VIEWS, described, overview
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

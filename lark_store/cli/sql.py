@@ -57,7 +57,7 @@ def sql(
     if query is not None and file is not None:
         raise typer.BadParameter("give a query or `--file`, not both")
     if schema:
-        from lark_store.query.views import schema as frames
+        from lark_store.query.sql.views import schema as frames
 
         emit_frames(frames(), form)
         return
@@ -117,7 +117,7 @@ def _read(query: str | None, file: str | None) -> str:
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
     """End the process at once if a query that was ended still holds up one of its threads."""
-    from lark_store.query.stop import is_held_up
+    from lark_store.query.sql.stop import is_held_up
 
     try:
         yield

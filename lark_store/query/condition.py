@@ -10,7 +10,7 @@ import duckdb
 import polars as pl
 
 from lark_store.errors import InputError, QueryError
-from lark_store.query.sandbox import one_select, sandbox
+from lark_store.query.sql.sandbox import one_select, sandbox
 
 if TYPE_CHECKING:
     from lark_store.schema.database import Database

@@ -18,8 +18,8 @@ from sqlalchemy import select
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError, QueryError
 from lark_store.query.groups import Group, committed_groups
-from lark_store.query.sql import checked, distinct
-from lark_store.query.views import VIEWS
+from lark_store.query.sql.engine import checked, distinct
+from lark_store.query.sql.views import VIEWS
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
 from lark_store.schema.database import Database, exists, find
 from lark_store.schema.frames import writable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lark_store.query.sql import connect, fetch
+from lark_store.query.sql.engine import connect, fetch
 from lark_store.schema.records import Inventory
 
 if TYPE_CHECKING:

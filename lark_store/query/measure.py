@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.query import metrics
 from lark_store.query.groups import check_method
-from lark_store.query.sql import connect, fetch
+from lark_store.query.sql.engine import connect, fetch
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher
 from lark_store.schema.database import Database, find
 

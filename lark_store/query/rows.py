@@ -36,8 +36,8 @@ class Rows:
     """Rows of some groups.
 
     `frame` has row_id, group (the place in `groups`), source, variant, sample_id, loss, grad_norm and chosen (whether
-    the condition holds; what is exempt from it is there without). `n_there` rows satisfy `filter`; the frame holds those
-    of them that were chosen. `check` is called at each batch, to raise where the search must end.
+    the condition holds; what is exempt from it is there without). `n_there` rows satisfy `filter`; the frame holds
+    those of them that were chosen. `check` is called at each batch, to raise where the search must end.
     """
 
     groups: Sequence[Group]

@@ -252,6 +252,6 @@ class Ask(Part):
         ------
         QueryError, InputError
         """
-        from lark_store.query.sql import run
+        from lark_store.query.sql.engine import run
 
         return run(self._db, query, parameters, timeout=timeout, memory=memory, max_rows=max_rows)

@@ -1,12 +1,12 @@
-"""The views' part of docs/reference/sql.md: `python -m lark_store.query.reference FILE` writes it anew."""
+"""The views' part of docs/reference/sql.md: `python -m lark_store.query.sql.reference FILE` writes it anew."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from lark_store.query.functions import FUNCTIONS, Function
-from lark_store.query.views import VIEWS
+from lark_store.query.sql.functions import FUNCTIONS, Function
+from lark_store.query.sql.views import VIEWS
 
 _BEGIN = "<!-- The views, by `make docs`: -->\n"
 _END = "<!-- End of the views. -->\n"

@@ -12,10 +12,10 @@ import pyarrow as pa
 from sqlalchemy import inspect, select
 
 from lark_store.errors import InputError, LarkStoreError, QueryError
-from lark_store.query.functions import FUNCTIONS
-from lark_store.query.sandbox import one_select, sandbox
-from lark_store.query.stop import Stop, too_large
-from lark_store.query.views import VIEWS
+from lark_store.query.sql.functions import FUNCTIONS
+from lark_store.query.sql.sandbox import one_select, sandbox
+from lark_store.query.sql.stop import Stop, too_large
+from lark_store.query.sql.views import VIEWS
 from lark_store.schema.catalog import (
     Base,
     Checkpoint,

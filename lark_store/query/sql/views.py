@@ -271,7 +271,7 @@ def overview() -> pl.DataFrame:
     """Return the views and the table functions, with what a row of each is."""
     import polars as pl
 
-    from lark_store.query.functions import FUNCTIONS
+    from lark_store.query.sql.functions import FUNCTIONS
 
     rows = [(name, view.meaning) for name, view in VIEWS.items()]
     rows += [(f"{name}()", function.meaning) for name, function in FUNCTIONS.items()]
@@ -288,7 +288,7 @@ def described(name: str) -> pl.DataFrame:
     import polars as pl
 
     from lark_store.errors import NameUnknownError
-    from lark_store.query.functions import FUNCTIONS
+    from lark_store.query.sql.functions import FUNCTIONS
 
     found = VIEWS.get(name) or FUNCTIONS.get(name)
     if found is None:
@@ -301,6 +301,6 @@ def described(name: str) -> pl.DataFrame:
 
 def schema() -> dict[str, pl.DataFrame]:
     """Return all views and table functions by name, the overview first."""
-    from lark_store.query.functions import FUNCTIONS
+    from lark_store.query.sql.functions import FUNCTIONS
 
     return {"views": overview()} | {name: described(name) for name in [*VIEWS, *FUNCTIONS]}

@@ -13,14 +13,14 @@ import polars as pl
 import pyarrow as pa
 
 from lark_store.errors import InputError, NothingToScoreError
-from lark_store.query.views import Column
+from lark_store.query.sql.views import Column
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import duckdb
 
-    from lark_store.query.stop import Stop
+    from lark_store.query.sql.stop import Stop
     from lark_store.schema.database import Database
 
     Arguments = dict[str, Any]

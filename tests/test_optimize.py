@@ -14,9 +14,9 @@ from test_upkeep import everything
 
 from lark_store import Store
 from lark_store.errors import InputError, StoreBusyError
+from lark_store.schema import retry
 from lark_store.schema.vectors import VectorStore, sketch_rows, where
 from lark_store.upkeep import optimize as compaction
-from lark_store.upkeep import retry
 
 
 def wide(table, start, n, k=256):
@@ -96,6 +96,7 @@ def test_rows_may_be_added_and_read_while_a_table_is_optimized(store):
         vectors = VectorStore(store._db.vectors.uri)
         table = vectors.table(name)
         while not stop.is_set():
+            time.sleep(0.02)  # an ingest takes longer between its commits
             try:
                 vectors.append(table, wide(table, n[0], 16))
                 n[0] += 16

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -348,3 +350,22 @@ def test_no_condition_ends_in_a_traceback_of_another_kind(library):
             library.top("q100", k=1, where=condition, **ASK)
         except LarkStoreError as error:
             assert error.hint  # noqa: PT017  # both ways are right, a third isn't
+
+
+ENDLESS = "(select count(*) from range(1000000) a, range(1000000) b) > 0"
+
+
+def test_a_condition_without_end_is_ended(scored, monkeypatch):
+    monkeypatch.setattr("lark_store.query.condition._SECONDS", 0.5)
+    with pytest.raises(QueryError, match=r"longer than 0\.5 s"):
+        scored.top("q100", where=ENDLESS, **ASK)
+
+
+def test_a_condition_inside_of_sql_ends_with_the_query_around_it(scored):
+    call = f"from top_influence(checkpoint := 'base', query := 'q100', sketcher := 'small', condition := '{ENDLESS}')"
+    with pytest.raises(QueryError, match=r"longer than 2 s"):
+        scored.sql(call, timeout=2)
+    deadline = time.monotonic() + 10
+    while any(thread.name == "lark-store-query" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -206,7 +206,9 @@ def metrics(
             "and of a checkpoint with the one before, with q-values)."
         ),
     ] = "all",
-    method: Annotated[str, typer.Option(help="`cosine` or `dot`.")] = "cosine",
+    method: Annotated[
+        str, typer.Option(help="What `attribute` scored by: `cosine`, `dot`, `tracin`, `bm25`, …")
+    ] = "cosine",
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     query_variant: QueryVariantOption = None,
     store: StoreOption = None,

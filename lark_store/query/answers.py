@@ -228,6 +228,8 @@ def check_query(db: Database, query: str) -> None:
 def _text_of(db: Database, query: str, stages: dict[str, str]) -> str:
     asking = [name for name, stage in stages.items() if stage == "query"]
     found = db.vectors.read("samples", ["source"], where(sample_id=query, source=asking))["source"].to_list()
+    if len(found) > 1:
+        raise InputError(f"query `{query}` is in {', '.join(f'`{name}`' for name in found)}", "give its text instead")
     if not found:
         known = db.vectors.read("samples", ["sample_id"], where(source=asking))["sample_id"].to_list()
         raise NameUnknownError.of("query", query, known, "add a source of stage `query`")

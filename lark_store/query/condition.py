@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -11,17 +12,21 @@ import polars as pl
 
 from lark_store.errors import InputError, QueryError
 from lark_store.query.sql.sandbox import one_select, sandbox
+from lark_store.query.sql.stop import Stop
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lark_store.schema.database import Database
 
 _OF_SKETCHES = ("source", "stage", "domain", "variant", "sample_id", "n_tokens", "n_loss_tokens", "loss", "grad_norm")
 _OF_SAMPLES = ("prompt", "response", "text", "label", "meta")
+_SECONDS, _MEMORY = 60.0, 4 << 30  # what a condition may take
 COLUMNS = (*_OF_SKETCHES, *_OF_SAMPLES)
 _UNKNOWN_COLUMN = re.compile(r"Referenced column|Referenced table")
 
 
-def satisfying(db: Database, frame: pl.DataFrame, condition: str) -> pl.Series:
+def satisfying(db: Database, frame: pl.DataFrame, condition: str, check: Callable[[], None] | None = None) -> pl.Series:
     """Return which rows of a frame of sketches satisfy a condition, as booleans.
 
     The columns are `COLUMNS`, those of the sketch, of its source and of its sample, and the keys of `meta`.
@@ -29,23 +34,32 @@ def satisfying(db: Database, frame: pl.DataFrame, condition: str) -> pl.Series:
     Raises
     ------
     QueryError
-        The condition is no SQL, names an unknown column, or is more than a condition.
+        The condition is no SQL, names an unknown column, is more than a condition, or takes over a minute.
     InputError
         It is empty.
     """
     if not condition.strip():
         raise InputError("the condition is empty", 'for example `--where "n_tokens < 300"`')
     _check_is_one(condition)
-    connection = sandbox()
-    try:
-        connection.register("_rows", frame.select(*_OF_SKETCHES).with_row_index("_row").to_arrow())
-        connection.register("_samples", db.vectors.table("samples").to_lance())
-        rows = _rows(connection, condition)
-    except duckdb.Error as error:
-        raise _failure(condition, error) from error
-    finally:
-        connection.close()
+    connection = sandbox(_MEMORY)
+
+    def work() -> pl.Series:
+        try:
+            connection.register("_rows", frame.select(*_OF_SKETCHES).with_row_index("_row").to_arrow())
+            connection.register("_samples", db.vectors.table("samples").to_lance())
+            return _rows(connection, condition)
+        except duckdb.Error as error:
+            raise _failure(condition, error) from error
+        finally:
+            connection.close()
+
+    rows = Stop(_SECONDS, growth=2 * _MEMORY, check=check).watch(work, lambda: _interrupt(connection))
     return pl.select(pl.int_range(len(frame), dtype=pl.UInt32).is_in(rows.implode())).to_series()
+
+
+def _interrupt(connection: duckdb.DuckDBPyConnection) -> None:
+    with suppress(duckdb.Error):  # it is closed by now
+        connection.interrupt()
 
 
 def _check_is_one(condition: str) -> None:

@@ -24,6 +24,7 @@ from lark_store.schema.catalog import IngestRun, SearchIndex, Sketcher, now
 from lark_store.schema.codes import code_bytes, codes_of
 from lark_store.schema.database import find
 from lark_store.schema.records import Progress
+from lark_store.schema.retry import retried
 from lark_store.schema.vectors import sketch_table
 
 if TYPE_CHECKING:
@@ -91,7 +92,11 @@ def _complete(db: Database, fingerprint: str, k: int) -> None:
             column = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), type=kind)
             return pa.RecordBatch.from_arrays([column], schema=pa.schema([pa.field("code", kind)]))
 
-        table.to_lance().add_columns(coded, read_columns=["vector"], batch_size=64)
+        def add() -> None:
+            table.checkout_latest()
+            table.to_lance().add_columns(coded, read_columns=["vector"], batch_size=64)
+
+        retried(add, f"the codes of `{table.name}` can't be added")
         table.checkout_latest()
     db.vectors.refresh_indices(table)
 

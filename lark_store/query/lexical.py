@@ -59,8 +59,8 @@ class Lexical:
         places = rows.frame.join(numbered, on=keys, how="left", maintain_order="left")["_document"]
         if places.null_count():
             raise NothingToScoreError(
-                f"{places.null_count()} sketches have no sample in the store, so no text",
-                "`lark-store source add` them again",
+                f"{places.null_count()} of the samples searched are not in the lexical corpus",
+                "it holds every sample of the store that is no query",
             )
         found: NDArray[np.float32] = self.scores(texts)[:, places.to_numpy()]
         return found

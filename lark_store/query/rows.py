@@ -115,7 +115,7 @@ def find_rows(
     filter_ = where(checkpoint=groups[0].checkpoint.name, ingest_run=[run for group in groups for run in group.runs])
     state = (table.name, table.version, filter_)
     frame = db.remember("rows", state, lambda: _frame(table, filter_, groups))
-    satisfied = pl.lit(value=True) if condition is None else satisfying(db, frame, condition)
+    satisfied = pl.lit(value=True) if condition is None else satisfying(db, frame, condition, check)
     kept = frame.with_columns(chosen=satisfied).filter(pl.col("chosen") | pl.col("source").is_in(list(exempt)))
     return Rows(groups, table, filter_, kept.select(_KEPT), len(frame), check)
 

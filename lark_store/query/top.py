@@ -225,7 +225,7 @@ class _Searcher:
             query_variant=self.query_as,
             method=question.method,
             n_searched=len(rows) - int(self.search.null_only.sum()),
-            ingest_runs=sorted({run for term in question.terms for group in term.groups for run in group.runs}),
+            ingest_runs=sorted({run for rows in self.search.of_terms for group in rows.groups for run in group.runs}),
             exact=index is None,
             condition=self.ranking.condition,
             null=self.null,

@@ -15,8 +15,8 @@ import polars as pl
 from lark_store.errors import InputError
 from lark_store.schema.locks import maintenance
 from lark_store.schema.records import OnProgress, Progress
+from lark_store.schema.retry import retried
 from lark_store.schema.vectors import ROWS_PER_BATCH, SKETCH_PREFIX
-from lark_store.upkeep.retry import retried
 from lark_store.upkeep.status import bytes_in, folder_of, n_files
 
 if TYPE_CHECKING:

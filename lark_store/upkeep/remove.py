@@ -28,8 +28,8 @@ from lark_store.errors import InputError, NameUnknownError
 from lark_store.schema.catalog import Checkpoint, CheckpointMetric, IngestRun, ScoreRun, Source
 from lark_store.schema.database import Database, find
 from lark_store.schema.locks import removing
+from lark_store.schema.retry import retried
 from lark_store.schema.vectors import sketch_table, where
-from lark_store.upkeep.retry import retried
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,12 +23,15 @@ class Stop:
     """When a query must end: after `timeout` seconds, or when the process has grown by `growth` bytes.
 
     Code that computes inside the query calls `check()` now and then; what ends the query early raises there, and
-    reaches the asker as it is.
+    reaches the asker as it is. `check` is that of a query around this one, if there is one.
     """
 
-    def __init__(self, timeout: float | None = None, growth: int | None = None) -> None:
+    def __init__(
+        self, timeout: float | None = None, growth: int | None = None, check: Callable[[], None] | None = None
+    ) -> None:
         self.timeout = timeout
         self.growth = growth
+        self._outer = check
         self.error: BaseException | None = None
 
     @property
@@ -80,11 +83,20 @@ class Stop:
         self.check()
         return made[0]
 
+    def _look_up(self) -> None:
+        """End when the work that this is a part of must end."""
+        try:
+            if self._outer:
+                self._outer()
+        except LarkStoreError as error:
+            self.end(error)
+
     def _wait(self, done: threading.Event) -> None:
         """Wait for the work or for what ends it."""
         process = psutil.Process()
         before, start = process.memory_info().rss, time.monotonic()
         while not done.wait(_TICK_S) and not self.expired:
+            self._look_up()
             if self.timeout is not None and time.monotonic() - start > self.timeout:
                 self.end(
                     QueryError(

@@ -34,6 +34,8 @@ def opened(probe: Probe, home: str) -> Any:
         import polars as pl  # noqa: F401
         import torch  # noqa: F401
 
+        import lark_store.query.attribute
+        import lark_store.query.top  # noqa: F401
         from lark_store import Store
     with probe.step("open"):
         return Store.open(home)

@@ -28,8 +28,6 @@ from lark_store.schema.records import OnProgress, Progress
 from lark_store.schema.vectors import INFLUENCE, SOURCE_INFLUENCE, where
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from lark_store.query.groups import Group, Question
     from lark_store.query.scores import Asked
     from lark_store.schema.database import Database
@@ -192,8 +190,8 @@ def _write(
     terms = [*question.terms[:-1], replace(question.terms[-1], groups=searched)]
     search = Search(db, replace(question, terms=terms), device=device)
     label = f"{question.terms[-1].checkpoint.name}: scoring {asked.source.name} by {question.method}"
-    total = len(ids) * len(search.rows)
-    done = 0
+    coded = _coded(db, search, searched, jobs)
+    total, done = len(ids) * len(search.rows), 0
     for block in search.blocks(ids, memory):
 
         def scored(n: int, block: Asked = block) -> None:
@@ -202,83 +200,112 @@ def _write(
             if on_progress:
                 on_progress(Progress(label, done, total))
 
-        tallies = [_tally(db, job, block.ids) for job in jobs]
-        for number, ids_B, scores_QB in _parts(search, block, searched, jobs, scored):
-            tallies[number].take(ids_B, scores_QB)
-        for job, tally in zip(jobs, tallies, strict=True):
-            _append(db, job, block.ids, tally)
+        tallies = [_tally(db, job, names, block.ids) for job, names in zip(jobs, coded.names, strict=True)]
+        for numbers, scores_QB in search.stream(block):
+            for job in np.unique(coded.job_N[numbers]):
+                if job >= 0:
+                    mine = coded.job_N[numbers] == job
+                    tallies[job].take(coded.code_N[numbers[mine]], scores_QB[:, mine])
+            scored(len(numbers))
+        _append(db, jobs, coded.names, block.ids, tallies)
 
 
-def _parts(
-    search: Search, block: Asked, searched: list[Group], jobs: list[_Job], scored: Callable[[int], None]
-) -> Iterator[tuple[int, list[str], np.ndarray[Any, Any]]]:
-    """Yield the numbers of jobs with sample ids (B) and scores (Q, B) of their groups, as the pass goes on."""
+@dataclass(frozen=True)
+class _Coded:
+    """The rows of a pass: their job's number, -1 for none (N), and their sample's code in the job's sorted `names`."""
+
+    job_N: np.ndarray[Any, Any]
+    code_N: np.ndarray[Any, Any]
+    names: list[np.ndarray[Any, Any]]
+
+
+def _coded(db: Database, search: Search, searched: list[Group], jobs: list[_Job]) -> _Coded:
     of_group = {(job.group.source.id, job.group.variant.id): number for number, job in enumerate(jobs)}
     job_of = np.array([of_group.get((group.source.id, group.variant.id), -1) for group in searched])
-    jobs_N, ids_N = job_of[search.rows.frame["group"].to_numpy()], search.rows.frame["sample_id"].to_numpy()
-    for numbers, scores_QB in search.stream(block):
-        for job in np.unique(jobs_N[numbers]):
-            if job >= 0:
-                mine = jobs_N[numbers] == job
-                yield int(job), ids_N[numbers[mine]].tolist(), scores_QB[:, mine]
-        scored(len(numbers))
+    job_N, ids_N = job_of[search.rows.frame["group"].to_numpy()], search.rows.frame["sample_id"].to_numpy()
+    code_N, names = np.full(len(ids_N), -1), []
+    for number, job in enumerate(jobs):
+        mine = np.flatnonzero(job_N == number)
+        known = [] if job.before is None else _hits(db, job.before)["sample_id"].unique().to_list()
+        both, codes = np.unique(np.array([*ids_N[mine], *known], dtype=object), return_inverse=True)
+        code_N[mine] = codes[: len(mine)]
+        names.append(both)
+    return _Coded(job_N, code_N, names)
 
 
-def _tally(db: Database, job: _Job, ids: list[str]) -> Tally:
+def _hits(db: Database, run: ScoreRun) -> pl.DataFrame:
+    columns = ["query_id", "sample_id", "score", "rank"]
+    return db.vectors.read("influence", columns, where(score_run=run.id)).sort("query_id", "rank")
+
+
+def _tally(db: Database, job: _Job, names: np.ndarray[Any, Any], ids: list[str]) -> Tally:
     """Return an empty tally, or one that holds what the run before found."""
     tally = Tally(len(ids), job.hits)
     if job.before is None:
         return tally
+    hits = _hits(db, job.before).filter(pl.col("query_id").is_in(ids))
     keys = where(score_run=job.before.id, query_id=ids)
-    hits = db.vectors.read("influence", ["query_id", "sample_id", "score", "rank"], keys).sort("query_id", "rank")
     sums = db.vectors.read("source_influence", ["query_id", "mean", "std", "n"], keys).sort("query_id")
     if sums.is_empty():  # the run before had no sample
         return tally
-    width = len(hits) // len(ids)
-    tally.resume(
-        hits["sample_id"].to_numpy().reshape(len(ids), width),
-        hits["score"].to_numpy().reshape(len(ids), width),
-        sums["mean"].to_numpy(),
-        sums["std"].to_numpy(),
-        int(sums["n"][0]),
-    )
+    shape = (len(ids), len(hits) // len(ids))
+    codes = np.searchsorted(names, hits["sample_id"].to_numpy()).reshape(shape)
+    scores = hits["score"].to_numpy().reshape(shape)
+    tally.resume(codes, scores, sums["mean"].to_numpy(), sums["std"].to_numpy(), int(sums["n"][0]))
     return tally
 
 
-def _append(db: Database, job: _Job, ids: list[str], tally: Tally) -> None:
-    run, scores = job.run, tally.result()
-    assert run is not None
-    if scores is None:
+def _append(
+    db: Database, jobs: list[_Job], names: list[np.ndarray[Any, Any]], ids: list[str], tallies: list[Tally]
+) -> None:
+    """Write what a block of queries found in all groups, in one commit for each table."""
+    hits, sums, runs = [], [], []
+    for job, known, tally in zip(jobs, names, tallies, strict=True):
+        run, scores = job.run, tally.result()
+        assert run is not None
+        if scores is None:
+            continue
+        run.n_queries += len(ids)
+        run.n_samples = scores.n
+        keys = {"score_run": run.id, "checkpoint": job.group.checkpoint.name}
+        keys |= {"source": job.group.source.name, "variant": job.group.variant.name}
+        hits.append(_influence_rows(keys, ids, pa.array(known, pa.string()), scores))
+        sums.append(_source_rows(keys, ids, pa.array(known, pa.string()), scores))
+        runs.append(run)
+    if not runs:
         return
-    run.n_queries += len(ids)
-    run.n_samples = scores.n
-    keys = {"score_run": run.id, "checkpoint": job.group.checkpoint.name}
-    keys |= {"source": job.group.source.name, "variant": job.group.variant.name}
-    db.vectors.append(db.vectors.table("influence"), _influence_rows(keys, ids, scores))
-    run.lance_version = db.vectors.append(db.vectors.table("source_influence"), _source_rows(keys, ids, scores))
+    db.vectors.append(db.vectors.table("influence"), pa.concat_tables(hits))
+    version = db.vectors.append(db.vectors.table("source_influence"), pa.concat_tables(sums))
+    for run in runs:
+        run.lance_version = version
 
 
 def _table(columns: dict[str, Any], schema: pa.Schema, n: int) -> pa.Table:
-    full = {name: value if isinstance(value, np.ndarray | list) else [value] * n for name, value in columns.items()}
-    return pa.table({name: full[name] for name in schema.names}, schema=schema)
+    full = {
+        field.name: columns[field.name]
+        if isinstance(columns[field.name], np.ndarray | list | pa.Array)
+        else pa.repeat(pa.scalar(columns[field.name], field.type), n)
+        for field in schema
+    }
+    return pa.table(full, schema=schema)
 
 
-def _influence_rows(keys: dict[str, Any], ids: list[str], scores: GroupScores) -> pa.Table:
+def _influence_rows(keys: dict[str, Any], ids: list[str], names: pa.Array, scores: GroupScores) -> pa.Table:
     n_queries, hits = scores.top_scores.shape
     columns = keys | {
-        "query_id": np.repeat(np.array(ids, dtype=object), hits),
-        "sample_id": scores.top_ids.reshape(-1),
+        "query_id": pa.array(ids).take(pa.array(np.repeat(np.arange(n_queries), hits))),
+        "sample_id": names.take(pa.array(scores.top_codes.reshape(-1))),
         "score": scores.top_scores.reshape(-1),
         "rank": np.tile(np.arange(1, hits + 1, dtype=np.int32), n_queries),
     }
     return _table(columns, INFLUENCE, n_queries * hits)
 
 
-def _source_rows(keys: dict[str, Any], ids: list[str], scores: GroupScores) -> pa.Table:
+def _source_rows(keys: dict[str, Any], ids: list[str], names: pa.Array, scores: GroupScores) -> pa.Table:
     columns = keys | {
         "query_id": ids,
         "max": scores.max_Q,
-        "argmax": scores.argmax,
+        "argmax": names.take(pa.array(scores.argmax)),
         "mean": scores.mean_Q,
         "std": scores.std_Q,
         "n": scores.n,

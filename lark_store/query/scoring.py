@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lark_store.query.rows import Rows
     from lark_store.schema.vectors import VectorStore
 
-_BLOCK = 256  # rows of a product of many queries
+_BLOCK = 512  # rows of a product of many queries
 _FEW = 8  # so many queries are multiplied row by row, which one thread does as fast as memory gives
 _STRETCH = 8  # rows widened at once for few queries: they stay in a core's cache
 

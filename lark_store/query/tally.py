@@ -6,7 +6,7 @@ Shape letters: Q queries, B rows of a batch, N samples of a group, H hits kept p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,53 +18,55 @@ if TYPE_CHECKING:
 class GroupScores:
     """One group's scores against Q queries.
 
-    `top_ids`, `top_scores` (Q, H) hold the highest scores of each query, best first, ties by sample id (which of
-    those that tie for the last place is kept is not said);
-    `max_Q`, `mean_Q`, `std_Q` (the population's) and `argmax` are over all N samples.
+    `top_codes`, `top_scores` (Q, H) hold the highest scores of each query, best first, ties by code (which of those
+    that tie for the last place is kept is not said); `max_Q`, `mean_Q`, `std_Q` (the population's) and `argmax`, a
+    code, are over all N samples.
     """
 
-    top_ids: NDArray[Any]
+    top_codes: NDArray[np.int64]
     top_scores: NDArray[np.float32]
     max_Q: NDArray[np.float32]
-    argmax: NDArray[Any]
+    argmax: NDArray[np.int64]
     mean_Q: NDArray[np.float32]
     std_Q: NDArray[np.float32]
     n: int
 
 
 class Tally:
-    """The H best of each of Q queries over a stream of scores, and what mean and deviation are made of."""
+    """The H best of each of Q queries over a stream of scores, and what mean and deviation are made of.
+
+    Samples go by codes, whole numbers in the order of their ids.
+    """
 
     def __init__(self, n_queries: int, hits: int) -> None:
         self.hits = hits
         self.n = 0
         self._scores = np.empty((n_queries, 0), np.float32)
-        self._ids = np.empty((n_queries, 0), dtype=object)
+        self._codes = np.empty((n_queries, 0), np.int64)
         self._mean = np.zeros(n_queries)
         self._spread = np.zeros(n_queries)  # the sum of squares about the mean
 
     def resume(
         self,
-        ids_QH: NDArray[Any],
+        codes_QH: NDArray[np.int64],
         scores_QH: NDArray[np.float32],
         mean_Q: NDArray[np.float32],
         std_Q: NDArray[np.float32],
         n: int,
     ) -> None:
         """Take what an earlier tally of as many hits came to, over n samples."""
-        self._ids, self._scores, self.n = ids_QH.astype(object), scores_QH, n
+        self._codes, self._scores, self.n = codes_QH, scores_QH, n
         self._mean, self._spread = mean_Q.astype(np.float64), np.square(std_Q.astype(np.float64)) * n
 
-    def take(self, ids: list[str], scores_QB: NDArray[np.float32]) -> None:
+    def take(self, codes_B: NDArray[np.int64], scores_QB: NDArray[np.float32]) -> None:
         """Take the scores of some samples."""
         self._add(scores_QB.astype(np.float64))
-        names = np.broadcast_to(np.array(ids, dtype=object), scores_QB.shape)
         scores = np.concatenate([self._scores, scores_QB], axis=1)
-        names = np.concatenate([self._ids, names], axis=1)
+        codes = np.concatenate([self._codes, np.broadcast_to(codes_B, scores_QB.shape)], axis=1)
         if scores.shape[1] > self.hits:
             best = np.argpartition(-scores, self.hits - 1, axis=1)[:, : self.hits]
-            scores, names = np.take_along_axis(scores, best, 1), np.take_along_axis(names, best, 1)
-        self._scores, self._ids = scores, names
+            scores, codes = np.take_along_axis(scores, best, 1), np.take_along_axis(codes, best, 1)
+        self._scores, self._codes = scores, codes
 
     def _add(self, scores_QB: NDArray[np.float64]) -> None:
         """Merge means and spreads (Chan, Golub & LeVeque 1983): sums of squares would lose a small deviation."""
@@ -81,9 +83,7 @@ class Tally:
         """Return what was found; None if there was no sample."""
         if self.n == 0:
             return None
-        by_id = np.argsort(self._ids, axis=1, kind="stable")
-        scores, ids = np.take_along_axis(self._scores, by_id, 1), np.take_along_axis(self._ids, by_id, 1)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+        order = np.lexsort((self._codes, -self._scores), axis=1)
+        scores, codes = np.take_along_axis(self._scores, order, 1), np.take_along_axis(self._codes, order, 1)
         of_groups = self._mean.astype(np.float32), np.sqrt(self._spread / self.n).astype(np.float32)
-        return GroupScores(ids, scores, scores[:, 0], ids[:, 0], *of_groups, self.n)
+        return GroupScores(codes, scores, scores[:, 0], codes[:, 0], *of_groups, self.n)

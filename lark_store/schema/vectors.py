@@ -88,7 +88,7 @@ TABLES = {
 INDICES = {
     "samples": {"source": "bitmap", "sample_id": "btree"},
     "failures": {"ingest_run": "bitmap"},
-    "influence": {"score_run": "bitmap", "query_id": "btree"},
+    "influence": {"score_run": "bitmap"},
     "source_influence": {"score_run": "bitmap"},
     "sketches": {
         "checkpoint": "bitmap",

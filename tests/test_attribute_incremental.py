@@ -184,7 +184,7 @@ def test_a_scoring_that_breaks_off_shows_the_run_before_and_is_done_again(grown,
     with monkeypatch.context() as patch:
         patch.setattr(module, "_append", breaks)
         with pytest.raises(KeyboardInterrupt):
-            grown.attribute(["base"], hits=5, memory=2 * 4096, **HOW)
+            grown.attribute(["base"], hits=5, memory=4096, **HOW)
     assert_same(tables(grown), before)
     assert grown.sql("select count(*) from score_runs where status = 'interrupted'").item() == 2
     grown.attribute(["base"], hits=5, **HOW)
@@ -202,7 +202,7 @@ def append(*args):
     if len(calls) == 3:
         os.kill(os.getpid(), 9)
 module._append = append
-Store.open(sys.argv[1]).attribute(["base"], queries="test", sketcher="small", hits=5, memory=2 * 4096)
+Store.open(sys.argv[1]).attribute(["base"], queries="test", sketcher="small", hits=5, memory=4096)
 """
 
 

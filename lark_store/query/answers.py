@@ -193,7 +193,8 @@ def similar_text(
     if k < 1:
         raise InputError(f"k = {k} is less than 1", "try `k = 10`")
     if (query is None) == (text is None):
-        raise InputError("one query is needed", "give the id of a query, or a text")
+        fact = "one query is needed" if query is None else "an id and a text are two queries"
+        raise InputError(fact, "give the id of a query, or a text")
     with db.session() as session:
         stages = {name: find(session, Source, name).stage for name in sources}
         every = {source.name: source.stage for source in session.scalars(select(Source))}

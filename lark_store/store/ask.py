@@ -73,7 +73,8 @@ class Ask(Part):
         if null is not None and null not in NULLS:
             ranking = replace(ranking, null_groups=null_groups(self._db, wanted, null))
         if (query is None) == (new is None):
-            raise InputError("one query is needed", "give the id of a query, or a new text")
+            fact = "an id and a new text are two queries" if new else "one query is needed"
+            raise InputError(fact, "give the id of a query, or a new text")
         if new is not None:
             return self._top_of_new(new, wanted, ranking)
         assert query is not None
@@ -92,6 +93,8 @@ class Ask(Part):
         if (new.file is not None) + (new.text is not None) + (new.prompt is not None or new.response is not None) > 1:
             raise InputError("a new query is one text", "give a prompt and its response, or a text, or a file")
         parts = {"prompt": new.prompt, "response": new.response, "text": new.text}
+        if not new.file and new.text is None and None in (new.prompt, new.response):
+            raise InputError("the new query is not whole", "give `--prompt` and `--response`, or `--text`")
         sample = read_sample(new.file) if new.file else sample_of(parts)
         variant = wanted.query_variant or "chatml"
         at = wanted.query_checkpoint or wanted.checkpoints[0]

@@ -428,7 +428,7 @@ def test_wrong_questions_of_similar_text_say_so(scored):
     with pytest.raises(NameUnknownError, match="no source `song`"):
         scored.similar_text("q100", sources=["song"])
     for asked in ({}, {"query": "q100", "text": "x"}):
-        with pytest.raises(InputError, match="one query is needed|two queries"):
+        with pytest.raises(InputError, match=r"one query is needed|two queries"):
             scored.similar_text(**asked)
     with pytest.raises(InputError, match="k = 0"):
         scored.similar_text("q100", k=0)
@@ -508,7 +508,7 @@ def test_a_new_text_that_is_none_says_so(scored, new, fact):
 
 def test_one_query_is_asked_with(scored, tmp_path):
     for asked in ({}, {"query": "q100", "new": NewText(text="x")}):
-        with pytest.raises(InputError, match="one query is needed|two queries"):
+        with pytest.raises(InputError, match=r"one query is needed|two queries"):
             scored.top(**asked, **ASK)
     (tmp_path / "bad.jsonl").write_text("{")
     (tmp_path / "none.jsonl").write_text("")

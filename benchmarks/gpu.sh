@@ -6,6 +6,6 @@ set -u
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu-results}
 mkdir -p "$OUT"
-$PYTHON -m pytest tests/test_kernel_gpu.py tests/test_oporp.py tests/test_gradients.py -q -W default 2>&1 | tail -30 | tee "$OUT/tests.txt"
+$PYTHON -m pytest tests/test_kernel_gpu.py tests/test_oporp.py tests/test_gradients.py tests/test_query.py -q -W default 2>&1 | tail -30 | tee "$OUT/tests.txt"
 $PYTHON benchmarks/gpu.py --json "$OUT/gpu.json" 2>&1 | tee "$OUT/gpu.md"
 $PYTHON benchmarks/ingest.py --growth --device cuda --samples 16 --batch-tokens 8192 2>&1 | tee "$OUT/growth.md"

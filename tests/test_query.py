@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from conftest import qa_rows, write_jsonl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.query import scoring
 from lark_store.schema.vectors import SKETCH_PREFIX
 
 if TYPE_CHECKING:
@@ -132,6 +134,32 @@ def test_scoring_in_small_blocks_of_memory_gives_the_same(scored_copy):
     order = ["query_id", "source", "variant", "rank"]
     assert before.sort(order).drop("score").equals(after.sort(order).drop("score"))
     np.testing.assert_allclose(before.sort(order)["score"], after.sort(order)["score"], atol=1e-6)
+
+
+@pytest.mark.parametrize("null", ["sources", "signs"])
+def test_the_path_for_many_queries_gives_what_that_for_few_gives(scored_copy, tmp_path, monkeypatch, null):
+    scored_copy.source_add("many", write_jsonl(tmp_path / "many.jsonl", qa_rows(150, start=1000)), stage="pretrain")
+    scored_copy.ingest(["base"], ["many"], ["chatml"], sketcher="small")
+    few = scored_copy.top("q100", k=176, null=null, **ASK).frame
+    monkeypatch.setattr(scoring, "_FEW", 0)
+    monkeypatch.setattr(scoring, "_BLOCK", 64)
+    many = scored_copy.top("q100", k=176, null=null, **ASK).frame
+    numbers = ["score", "noise", "p_value", "q_value"]
+    both = few.join(many, on=["source", "variant", "sample_id"], suffix="_many")
+    assert len(both) == len(few) == 176
+    for name in numbers:
+        np.testing.assert_allclose(both[name], both[f"{name}_many"], rtol=1e-4, atol=1e-6)
+    scored_copy.attribute(["base"], queries="test", sources=["many"], sketcher="small", hits=150)
+    expected = {k: s for k, s in brute_force(scored_copy, "q103").items() if k[0] == "many"}
+    made = as_dict(scored_copy.sql("select * from influence where source = 'many' and query_id = 'q103'"))
+    assert made == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_scores_on_a_gpu_are_those_on_the_cpu(scored):
+    cpu, gpu = (scored.top("q101", k=26, device=device, **ASK).frame for device in ("cpu", "cuda"))
+    assert cpu["sample_id"].to_list() == gpu["sample_id"].to_list()
+    np.testing.assert_allclose(cpu["score"], gpu["score"], rtol=1e-4, atol=1e-6)
 
 
 def test_groups_are_scored_again_only_where_sketches_were_added(scored_copy, tmp_path):

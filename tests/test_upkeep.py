@@ -360,7 +360,6 @@ def test_nothing_is_removed_while_scores_are_made(scored_copy):
     assert seen
     scored_copy.sample_remove("songs", ["sea-1"])
     assert list((scored_copy.path / "locks").glob("*.json")) == []
-    assert list((scored_copy.path / "locks").glob("score-*")) == []
 
 
 def test_an_ingest_that_runs_is_seen_by_a_removal(store):

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 # What the score of a sample for a query is made of, and what it takes to compute.
 ADDING = ("cosine", "dot")  # a sample's score depends on nothing but the sample and the query, at one checkpoint
-GRADIENT = (*ADDING, "tracin")
 LEXICAL = ("bm25", "bm25-okapi")
-METHODS = (*GRADIENT, *LEXICAL, "hybrid")
+METHODS = (*ADDING, "tracin", *LEXICAL, "hybrid")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
@@ -31,6 +31,8 @@ _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 class LarkStoreCallback(TrainerCallback):  # type: ignore[misc]
     """Adds each checkpoint that Trainer saves to a store, as `step-500`, with its epoch, learning rate and metrics.
 
+    With `by="epoch"` the names are `epoch-2` and the like, for trainings that save once per epoch.
+
     Metrics are those of the evaluation at the same step, before or after the save (`eval_accuracy` as `accuracy`), and
     the training loss logged at it (`train_loss`). Hashing the files takes about a second per GB, in the main process.
     A fault of the store is logged as a warning; it never ends the training.
@@ -46,29 +48,38 @@ class LarkStoreCallback(TrainerCallback):  # type: ignore[misc]
         What the checkpoints' names begin with, to tell this training from others in the store.
     model
         The model's name in the store (default: the type that its config names).
+    by
+        What checkpoints are named by: `step` or `epoch`.
 
     Raises
     ------
     NotAStoreError, OlderSchemaError, NewerSchemaError, NameInvalidError
     """
 
-    def __init__(self, store: str | Path | None = None, *, prefix: str = "", model: str | None = None) -> None:
+    def __init__(
+        self,
+        store: str | Path | None = None,
+        *,
+        prefix: str = "",
+        model: str | None = None,
+        by: Literal["step", "epoch"] = "step",
+    ) -> None:
         super().__init__()
         try:
-            check_name(_name(prefix, (1 << 31) - 1))
+            check_name(f"{prefix}step-{(1 << 31) - 1}")
         except NameInvalidError as error:
             raise NameInvalidError(
                 f"`{prefix}` can't begin a checkpoint's name: lower-case letters, digits, `.`, `_` and `-` only, "
                 "a letter or digit first, at most 85",
                 "for example `medical-`",
             ) from error
-        self._prefix, self._model = prefix, model
+        self._prefix, self._model, self._by = prefix, model, by
         self._store = store
         if os.environ.get("RANK", "0") == "0":  # the other processes, maybe on other machines, never use the store
             with Store.open(store) as opened:
                 self._store = opened.path.absolute()
         self._learning_rate: Any = None
-        self._added: set[int] = set()
+        self._added: dict[int, str] = {}
         self._best: int | None = None
 
     def on_train_begin(
@@ -100,25 +111,27 @@ class LarkStoreCallback(TrainerCallback):  # type: ignore[misc]
             return
         step = state.global_step
         folder = _folder(args, step)
-        with self._guarded(step):
+        name = self._added.get(step) or self._name(state)
+        with self._guarded(name):
             processor = kwargs.get("processing_class")
             if folder.is_dir() and processor is not None and not has_tokenizer(folder):
                 processor.save_pretrained(folder)
             logged = {k: v for entry in state.log_history if entry.get("step") == step for k, v in entry.items()}
             metrics = _metrics(logged)
             if step in self._added:  # saved again at this step: epoch and learning rate are known
-                self._write(step, folder, metrics=metrics)
+                self._write(name, folder, metrics=metrics)
             else:
                 rate = self._rate(state)
-                self._write(step, folder, metrics=metrics, epoch=state.epoch, step=step, learning_rate=rate)
+                self._write(name, folder, metrics=metrics, epoch=state.epoch, step=step, learning_rate=rate)
+                self._added[step] = name
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the metrics of a checkpoint that was saved before it was evaluated."""
         del control
         step = state.global_step if self._best is None else self._best
         if state.is_world_process_zero and step in self._added:
-            with self._guarded(step):
-                self._write(step, _folder(args, step), metrics=_metrics(kwargs.get("metrics") or {}))
+            with self._guarded(self._added[step]):
+                self._write(self._added[step], _folder(args, step), metrics=_metrics(kwargs.get("metrics") or {}))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,10 +141,13 @@ class LarkStoreCallback(TrainerCallback):  # type: ignore[misc]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = state.best_global_step
 
-    def _write(self, at: int, folder: Path, **known: Any) -> None:
+    def _name(self, state: TrainerState) -> str:
+        at = state.global_step if self._by == "step" else f"{round(state.epoch or 0, 2):g}"
+        return f"{self._prefix}{self._by}-{at}"
+
+    def _write(self, name: str, folder: Path, **known: Any) -> None:
         with Store.open(self._store) as store:
-            store.checkpoint_add(_name(self._prefix, at), folder, model=self._model, **known)
-        self._added.add(at)
+            store.checkpoint_add(name, folder, model=self._model, **known)
 
     def _rate(self, state: TrainerState) -> float | None:
         """Return the learning rate of the last step; without it the newest that was logged."""
@@ -140,23 +156,18 @@ class LarkStoreCallback(TrainerCallback):  # type: ignore[misc]
         return next((e["learning_rate"] for e in reversed(state.log_history) if "learning_rate" in e), None)
 
     @contextmanager
-    def _guarded(self, step: int) -> Iterator[None]:
+    def _guarded(self, name: str) -> Iterator[None]:
         """Make a warning of any fault: no training ends for its store."""
         try:
             yield
         except LarkStoreError as error:
-            self._warn(step, error.fact, error.hint)
+            self._warn(name, error.fact, error.hint)
         except Exception as error:  # noqa: BLE001  # such as a full disk or a locked catalog
-            self._warn(step, f"{type(error).__name__}: {error}", "add it later with `lark-store checkpoint add`")
+            self._warn(name, f"{type(error).__name__}: {error}", "add it later with `lark-store checkpoint add`")
 
-    def _warn(self, step: int, fact: str, hint: str | None) -> None:
-        name = _name(self._prefix, step)
+    def _warn(self, name: str, fact: str, hint: str | None) -> None:
         tail = f"\nhint: {hint}" if hint else ""
         _LOG.warning("lark-store: checkpoint `%s` was not written to the store: %s%s", name, fact, tail)
-
-
-def _name(prefix: str, step: int) -> str:
-    return f"{prefix}step-{step}"
 
 
 def _folder(args: TrainingArguments, step: int) -> Path:

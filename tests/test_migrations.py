@@ -22,8 +22,8 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "0004"
+down_revision = "0003"
 
 
 def upgrade():
@@ -62,7 +62,7 @@ def next_schema(tmp_path, monkeypatch):
 
     def install(script):
         shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "versions" / "0002_next.py").write_text(script, encoding="utf-8")
+        (folder / "versions" / "0004_next.py").write_text(script, encoding="utf-8")
         monkeypatch.setattr(migrations, "_config", config)
 
     return install
@@ -147,10 +147,10 @@ def test_a_newer_schema_is_neither_opened_nor_upgraded(path, catalog):
 def test_an_older_schema_is_not_opened_and_not_changed(path, catalog, next_schema):
     next_schema(NEXT)
     before = catalog.read_bytes()
-    with pytest.raises(OlderSchemaError, match="has schema 0002; this lark-store needs 0003") as caught:
+    with pytest.raises(OlderSchemaError, match="has schema 0003; this lark-store needs 0004") as caught:
         Store.open(path)
     assert "`lark-store db upgrade`" in caught.value.hint
-    assert versions(path) == ("0002", "0003")
+    assert versions(path) == ("0003", "0004")
     assert catalog.read_bytes() == before
 
 
@@ -158,10 +158,10 @@ def test_an_upgrade_brings_the_newest_schema_and_keeps_a_backup(path, catalog, n
     execute(catalog, "UPDATE sketcher SET name = 'kept'")
     next_schema(NEXT)
     backup = Store.db_upgrade(path)
-    assert versions(path) == ("0003", "0003")
+    assert versions(path) == ("0004", "0004")
     assert "note" in [row[1] for row in execute(catalog, "PRAGMA table_info(source)")]
     assert execute(catalog, "SELECT name FROM sketcher") == execute(backup, "SELECT name FROM sketcher") == [("kept",)]
-    assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0002",)]
+    assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0003",)]
     with Store.open(path) as opened:
         assert opened.show().sketchers["name"].to_list() == ["kept"]
     assert Store.db_upgrade(path) is None

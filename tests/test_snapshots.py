@@ -239,14 +239,14 @@ def test_an_upgrade_upgrades_the_snapshots_too(scored_copy, next_schema):  # noq
     scored_copy.close()
     next_schema(NEXT)
     backup = Store.db_upgrade(path)
-    assert backup.name == "catalog-0002.backup.sqlite"
+    assert backup.name == "catalog-0003.backup.sqlite"
     for catalog in (path / "catalog.sqlite", path / "snapshots" / "a.sqlite"):
-        assert execute(catalog, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0003",)]
-    assert execute(path / "snapshot-a-0002.backup.sqlite", "SELECT count(*) FROM source") == [(4,)]
+        assert execute(catalog, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0004",)]
+    assert execute(path / "snapshot-a-0003.backup.sqlite", "SELECT count(*) FROM source") == [(4,)]
     with Store.open(path, snapshot="a") as then:
         assert then.sql("select * from source_influence order by all").equals(before)
     assert Store.db_upgrade(path) is None
-    assert Store.db_status(path).newest == "0003"
+    assert Store.db_status(path).newest == "0004"
 
 
 def test_a_copy_of_the_store_has_its_snapshots(scored_copy, tmp_path):

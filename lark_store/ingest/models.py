@@ -19,7 +19,8 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep transformers from writing to the terminal."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -39,7 +40,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     home = folder if has_tokenizer(folder) else base_folder(folder)
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(home, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds for a broken file
         raise CheckpointError(
@@ -60,7 +61,7 @@ def meta_model(folder: Path) -> torch.nn.Module:
 
     base = base_folder(folder)
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(base, trust_remote_code=False)
             model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a config it can't use
@@ -77,7 +78,7 @@ def meta_model(folder: Path) -> torch.nn.Module:
 @contextmanager
 def _attaching(folder: Path) -> Iterator[None]:
     try:
-        with _quiet():
+        with quiet():
             yield
     except CheckpointError:
         raise
@@ -128,7 +129,7 @@ def unweighted_model(folder: Path, dtype: torch.dtype, device: torch.device) -> 
     from transformers import AutoConfig, AutoModelForCausalLM, initialization
 
     base = base_folder(folder)
-    with _quiet(), initialization.no_init_weights():
+    with quiet(), initialization.no_init_weights():
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     model.tie_weights()  # left out along with the initial values
@@ -172,7 +173,7 @@ def _load_whole(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )

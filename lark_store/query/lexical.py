@@ -47,9 +47,9 @@ class Lexical:
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the BM25 score of every document for each text, (Q, documents)."""
         made = np.zeros((len(texts), len(self.documents)), np.float32)
-        for row, words in zip(made, _words(texts), strict=True):
-            if words:
-                row[:] = self._index.get_scores(words)
+        for row, asked in zip(made, words(texts), strict=True):
+            if asked:
+                row[:] = self._index.get_scores(asked)
         return made
 
     def of_rows(self, rows: Rows, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -66,7 +66,8 @@ class Lexical:
         return found
 
 
-def _words(texts: Sequence[str]) -> list[list[str]]:
+def words(texts: Sequence[str]) -> list[list[str]]:
+    """Return the words of each text that BM25 looks at."""
     import bm25s
 
     found: list[list[str]] = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
@@ -99,11 +100,11 @@ def _open(db: Database, engine: str, version: int) -> Lexical:
     if engine == "bm25-okapi":
         from rank_bm25 import BM25Okapi
 
-        return Lexical(engine, documents, BM25Okapi(_words(texts)))
+        return Lexical(engine, documents, BM25Okapi(words(texts)))
     import bm25s
 
     index = bm25s.BM25(method="lucene")
-    index.index(_words(texts), show_progress=False)
+    index.index(words(texts), show_progress=False)
     if len(documents) >= _KEPT_FROM:
         _keep(index, documents, kept)
     return Lexical(engine, documents, index)

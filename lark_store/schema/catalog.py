@@ -253,3 +253,15 @@ class SearchIndex(Base):
     n_queries: Mapped[int]
     n_rows: Mapped[int]
     built_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+
+class Study(Named):
+    """An experiment whose tables come from this store: its recipe, where it ran, hashes of what it read and made."""
+
+    __tablename__ = "study"
+    __table_args__ = STRICT
+
+    recipe: Mapped[dict[str, Any]]
+    environment: Mapped[dict[str, Any]]
+    hashes: Mapped[dict[str, Any]]
+    finished_at: Mapped[dt.datetime | None]

@@ -11,7 +11,7 @@ from sqlalchemy import URL, Engine, create_engine, event, select
 from sqlalchemy.orm import Session
 
 from lark_store.errors import NameTakenError, NameUnknownError, StoreError
-from lark_store.schema.catalog import Checkpoint, FormatVariant, Named, Sketcher, Source
+from lark_store.schema.catalog import Checkpoint, FormatVariant, Named, Sketcher, Source, Study
 from lark_store.schema.names import check_name
 from lark_store.schema.vectors import VectorStore
 
@@ -25,6 +25,7 @@ N = TypeVar("N", bound=Named)
 V = TypeVar("V")
 
 _KINDS: dict[type[Named], tuple[str, str]] = {
+    Study: ("study", "make one with `lark-store study run`"),
     Checkpoint: ("checkpoint", "add it with `lark-store checkpoint add`"),
     Source: ("source", "add it with `lark-store source add`"),
     FormatVariant: ("variant", "add it with `lark-store variant add`"),

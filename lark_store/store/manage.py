@@ -171,6 +171,30 @@ class Manage(Part):
 
         return taken(self._db, name, checkpoint)
 
+    def study_keep(
+        self,
+        name: str,
+        *,
+        recipe: dict[str, Any],
+        environment: dict[str, Any],
+        hashes: dict[str, str],
+        finished: bool = False,
+    ) -> None:
+        """Keep what a study is made of beside its rows, in the view `studies`; keeping it again takes the new values.
+
+        Raises
+        ------
+        NameInvalidError, NameTakenError
+            The name stands for another recipe.
+        """
+        from lark_store.schema.catalog import Study, now
+
+        row = Study(name=name, recipe=recipe, environment=environment, hashes=hashes)
+        with self._writable.session() as session:
+            kept = add_named(session, row, ("recipe",))
+            kept.environment, kept.hashes = environment, hashes
+            kept.finished_at = now() if finished else None
+
     def show(self) -> Inventory:
         """Return what the store holds."""
         from lark_store.query.inventory import inventory

@@ -7,11 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from lark_store.errors import InputError, StoreExistsError
 from lark_store.schema.names import check_name
 
+BUILT_IN = ("raw", "chatml")
 TEMPLATE = Path(__file__).with_name("recipe.toml")
 
 
@@ -30,7 +31,7 @@ class Model(_Part):
 
 
 class Finetune(_Part):
-    """Full fine-tuning: one learning rate for each epoch, on the tokens that the format variant has as targets."""
+    """Full fine-tuning: one learning rate for each epoch, and the loss that is sketched."""
 
     learning_rates: list[float] = Field(min_length=1)
     batch_size: int = Field(default=4, ge=1)
@@ -89,6 +90,16 @@ class Truth(_Part):
     column: str
 
 
+class Variant(_Part):
+    """A format variant of the study's own: see `Store.variant_add`."""
+
+    name: str
+    template: str
+    targets: Literal["auto", "response", "text", "predicted"] = "auto"
+    max_length: int = Field(default=1024, ge=2)
+    _slug = field_validator("name")(check_name)
+
+
 class Source(_Part):
     """A set of samples and how it is drawn from a file or dataset: see `Store.source_add`."""
 
@@ -103,29 +114,31 @@ class Source(_Part):
     samples: int | None = Field(default=None, ge=1)
     skip: int = Field(default=0, ge=0)
     choose: Literal["first", "random", "bm25"] = "first"
-    variants: list[Literal["raw", "chatml"]] = Field(default=["chatml"], min_length=1)
+    variants: list[str] = Field(default=["chatml"], min_length=1)
+    _slug = field_validator("name")(check_name)
 
-    @field_validator("name")
-    @classmethod
-    def _slug(cls, name: str) -> str:
-        return check_name(name)
+    @property
+    def variant(self) -> str:
+        """The first format variant: what is trained on, or asked in."""
+        return self.variants[0]
 
 
 class Recipe(_Part):
-    """A study's recipe. `folder` is where its store, checkpoints, tables and figures lie."""
+    """A study's recipe. Its paths are relative to the folder that the recipe's file lies in."""
 
     title: str
     folder: Path
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
-    max_length: int = Field(default=1024, ge=2)
     model: Model
     finetune: Finetune
     evaluate: Evaluate | None = None
     sketch: Sketch = Sketch()
     compare: Compare = Compare()
     truth: Truth | None = None
+    variant: list[Variant] = []
     source: list[Source]
+    _home: Path = PrivateAttr(Path())
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -140,6 +153,10 @@ class Recipe(_Part):
             raise ValueError(f"`compare.against` is `{self.against}`, which is no source of stage `pretrain`")
         if self.queries.choose == "bm25":
             raise ValueError("the queries can't be chosen by their likeness to themselves: `first` or `random`")
+        known = {*BUILT_IN, *(variant.name for variant in self.variant)}
+        unknown = sorted({name for source in self.source for name in source.variants} - known)
+        if unknown:
+            raise ValueError(f"there is no format variant `{unknown[0]}`: `raw`, `chatml`, or one of `[[variant]]`")
         if not 0 <= self.epoch <= self.epochs:
             raise ValueError(f"`compare.epoch` is {self.epoch}, of {self.epochs} epochs")
         return self
@@ -183,9 +200,23 @@ class Recipe(_Part):
         return ["base", *(f"epoch-{n}" for n in range(1, self.epochs + 1))]
 
     @property
+    def root(self) -> Path:
+        """The study's own folder: store, checkpoints, pools, tables, figures, report."""
+        return self._home / self.folder
+
+    @property
     def store(self) -> Path:
         """Where the store lies."""
-        return self.folder / "lark.store"
+        return self.root / "lark.store"
+
+    def place(self, name: str) -> str:
+        """Return a path that stands in the recipe as it is from here; a hub name as it is."""
+        return str(self._home / name) if (self._home / name).exists() else name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the sketches: all but the title, the device and what the tables compare."""
+        return self.model_dump(mode="json", exclude={"title", "device", "folder", "compare", "truth"})
 
 
 def init(path: str | Path) -> Path:
@@ -230,18 +261,8 @@ def read(path: str | Path) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise _explained(path, error) from error
-    return _located(recipe, path.absolute().parent)
-
-
-def _located(recipe: Recipe, home: Path) -> Recipe:
-    """Return the recipe with paths that don't depend on the working folder."""
-
-    def place(name: str) -> str:
-        return str(home / name) if (home / name).exists() else name
-
-    sources = [source.model_copy(update={"uri": place(source.uri)}) for source in recipe.source]
-    model = recipe.model.model_copy(update={"path": place(recipe.model.path)})
-    return recipe.model_copy(update={"folder": home / recipe.folder, "source": sources, "model": model})
+    recipe._home = path.absolute().parent  # noqa: SLF001 (pydantic's way to keep what is no key)
+    return recipe
 
 
 def _explained(path: Path, error: ValidationError) -> InputError:
@@ -275,4 +296,5 @@ _PARTS: dict[str, type[_Part]] = {
     "compare": Compare,
     "truth": Truth,
     "source": Source,
+    "variant": Variant,
 }

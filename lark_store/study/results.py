@@ -22,8 +22,8 @@ class Results:
     measured is null.
 
     `influence` (Table I, at every checkpoint): checkpoint, epoch, source, stage, variant, mean_max_influence, low,
-    high, ft_wins, ft_wins_low, ft_wins_high (share of queries on which fine-tuning is closer; null for fine-tuning itself),
-    n_queries.
+    high, ft_wins, ft_wins_low, ft_wins_high (share of queries on which fine-tuning is closer; null for fine-tuning
+    itself), n_queries.
 
     `relevance` (a pretraining source over another in one variant): checkpoint, epoch, variant, source, against_source,
     value (ratio of their mean max influences − 1), low, high, p_value, n_queries.

@@ -26,6 +26,7 @@ from lark_store.schema.catalog import (
     ScoreRun,
     Sketcher,
     Source,
+    Study,
     UtcTime,
 )
 from lark_store.schema.vectors import SKETCH_COLUMNS, sketch_schema, sketch_table
@@ -52,6 +53,7 @@ _CATALOG: dict[str, type[Base]] = {
     "_sketcher": Sketcher,
     "_ingest_run": IngestRun,
     "_score_run": ScoreRun,
+    "_study": Study,
 }
 
 

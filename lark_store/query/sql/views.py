@@ -230,6 +230,18 @@ VIEWS = {
                c.learning_rate * (x.grad_norm::DOUBLE * x.grad_norm) AS tracin
         FROM sketches x JOIN _checkpoint c ON c.name = x.checkpoint""",
     ),
+    "studies": View(
+        "An experiment whose tables come from this store",
+        _text(
+            name="name of the study",
+            recipe="its recipe, JSON",
+            environment="versions, device and machine, JSON",
+            hashes="sha256 of its inputs, checkpoints and tables, JSON",
+        )
+        | _columns(_TIME, finished_at="when its tables were made, UTC")
+        | _ADDED,
+        "SELECT name, recipe, environment, hashes, finished_at, created_at FROM _study",
+    ),
     "failures": View(
         "A try of a sample that failed: a row for each try",
         _INGEST_RUN | _CHECKPOINT | _GROUP | _SAMPLE | _text(reason="why it failed"),

@@ -266,8 +266,8 @@ def read(path: str | Path) -> Recipe:
 
 
 def _explained(path: Path, error: ValidationError) -> InputError:
-    """Make one clear error of what is wrong in a recipe: the first fault, and how many more there are."""
-    first, *others = error.errors(include_url=False)
+    """Make one clear error of what is wrong in a recipe: an unknown key or else the first fault, and how many more."""
+    first, *others = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     where = ".".join(f"{part + 1}" if isinstance(part, int) else part for part in first["loc"])
     what = first["msg"].removeprefix("Value error, ")
     hint: str | None = "`lark-store study init NEW.toml` writes a recipe with every key explained"

@@ -1,0 +1,46 @@
+"""Write the files of the facts study (docs/results/facts.toml) from a JSON-lines file of facts.
+
+A line of the input has `id`, `relation`, `train_texts` (statements of the fact), `query` (a held-out paraphrase that
+stops before the answer) and `answer`. Of 100 facts drawn at random two statements each are trained on and the held-out
+paraphrase is asked; two statements each of 70 other facts are candidates that the model never saw.
+
+    python benchmarks/facts.py FACTS.jsonl FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+TRAINED, OTHERS, STATEMENTS = 100, 70, 2
+
+
+def statements(facts: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the statements of facts as rows."""
+    return [
+        {"id": f"{fact['id']}-{i}", "text": text.strip(), "fact": fact["id"], "relation": fact["relation"]}
+        for fact in facts
+        for i, text in enumerate(fact["train_texts"][:STATEMENTS])
+    ]
+
+
+def main(source: Path, folder: Path) -> None:
+    """Write finetune.jsonl, others.jsonl and queries.jsonl."""
+    facts = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    drawn = random.Random(0).sample(facts, TRAINED + OTHERS)  # noqa: S311 (no secret)
+    trained, others = drawn[:TRAINED], drawn[TRAINED:]
+    queries = [
+        {"id": fact["id"], "prompt": fact["query"], "response": fact["answer"], "fact": fact["id"]} for fact in trained
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("finetune", statements(trained)), ("others", statements(others)), ("queries", queries)):
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        print(f"{folder / name}.jsonl: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

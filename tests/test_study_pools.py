@@ -1,0 +1,173 @@
+"""Pools: what is drawn, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from conftest import qa_rows, text_rows, write_jsonl
+
+from lark_store import Store
+from lark_store.errors import InputError
+from lark_store.study import pools
+from lark_store.study import recipe as recipes
+
+RECIPE = """
+[model]
+path = "model"
+[finetune]
+learning_rates = [1e-3]
+[evaluate]
+labels = ["yes", "no", "maybe"]
+samples = 9
+[[source]]
+name = "finetune"
+stage = "finetune"
+uri = "qa.jsonl"
+samples = 6
+[[source]]
+name = "test"
+stage = "query"
+uri = "qa.jsonl"
+skip = 6
+samples = 4
+[[source]]
+name = "medical"
+stage = "pretrain"
+uri = "medical.jsonl"
+samples = 5
+choose = "bm25"
+[[source]]
+name = "songs"
+stage = "pretrain"
+uri = "songs.jsonl"
+samples = 5
+choose = "random"
+"""
+ORGANS = [
+    "the kidney",
+    "a song about organ 77",
+    "affected: organ 66 is affected, affected",
+    "seen 88 times at sea",
+    "a question",
+    "organ 99 and kidney 77",
+    "no such thing",
+]
+
+
+def lucene(documents, queries, k1=1.5, b=0.75):
+    """Score documents by BM25 in Lucene's form, in plain Python."""
+    texts = pools.words(documents)
+    mean = sum(map(len, texts)) / len(texts)
+    has = Counter(word for text in texts for word in set(text))
+    idf = {word: math.log(1 + (len(texts) - n + 0.5) / (n + 0.5)) for word, n in has.items()}
+
+    def score(asked, text):
+        count = Counter(text)
+        long = k1 * (1 - b + b * len(text) / mean)
+        return sum(idf[word] * count[word] / (count[word] + long) for word in asked if count[word])
+
+    return [[score(asked, text) for text in texts] for asked in pools.words(queries)]
+
+
+@pytest.fixture
+def place(tmp_path):
+    rows = [{**row, "context": f"{row['context']} {11 * i} times."} for i, row in enumerate(qa_rows(20))]
+    write_jsonl(tmp_path / "qa.jsonl", rows)
+    write_jsonl(tmp_path / "medical.jsonl", [{"id": f"m{i}", "text": text} for i, text in enumerate(ORGANS)])
+    write_jsonl(tmp_path / "songs.jsonl", text_rows(30))
+    return tmp_path
+
+
+def recipe(place, *changes, name="tiny"):
+    text = RECIPE
+    for change in changes:
+        assert change[0] in text
+        text = text.replace(*change)
+    path = place / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return recipes.read(path)
+
+
+def ids(path):
+    return [sample.sample_id for sample in pools.read(path)]
+
+
+def test_the_first_rows_after_the_skipped_ones(place):
+    paths = pools.build(recipe(place))
+    assert ids(paths["finetune"]) == [f"q{i}" for i in range(6)]
+    assert ids(paths["test"]) == [f"q{i}" for i in range(6, 10)]
+    assert ids(paths["evaluation"]) == [f"q{i}" for i in range(6, 15)]
+
+
+def test_a_random_draw_is_the_seed_s_and_no_prefix_of_the_file(place):
+    first, again = (ids(pools.build(recipe(place, name=name))["songs"]) for name in ("one", "two"))
+    other = ids(
+        pools.build(recipe(place, ("[model]", "[model]"), ("\n[model]", "seed = 1\n[model]"), name="x"))["songs"]
+    )
+    assert first == again != other
+    assert first != [f"sea-{i}" for i in range(5)]
+    assert len(set(first)) == 5
+
+
+def test_likeness_takes_each_query_s_best_in_turn(place):
+    paths = pools.build(recipe(place))
+    queries = [pools.text_of(sample) for sample in pools.read(paths["test"])]
+    ranked = [sorted(range(len(ORGANS)), key=lambda i: -scores[i]) for scores in lucene(ORGANS, queries)]
+    assert len({ranks[0] for ranks in ranked}) > 1
+    expected = dict.fromkeys(ranks[place] for place in range(len(ORGANS)) for ranks in ranked)
+    assert ids(paths["medical"]) == [f"m{i}" for i in expected][:5]
+
+
+def test_a_pool_that_is_there_is_used_as_it_is(place):
+    before = pools.build(recipe(place))["songs"].read_bytes()
+    write_jsonl(place / "songs.jsonl", text_rows(30, "mountain"))
+    paths = pools.build(recipe(place))
+    assert paths["songs"].read_bytes() == before
+    paths["songs"].unlink()
+    assert b"mountain" in pools.build(recipe(place))["songs"].read_bytes()
+
+
+def test_rows_come_back_as_they_were_with_labels_and_metadata(place, tmp_path):
+    rows = [
+        {
+            "pubid": i,
+            "question": f"Is {i}?",
+            "context": {"contexts": ["a", "b"], "year": 7},
+            "final": "no",
+            "x": {"y": 1},
+        }
+        for i in range(30)
+    ]
+    write_jsonl(place / "qa.jsonl", rows)
+    columns = 'columns = { sample_id = "pubid", answer = "final", context = "context.contexts" }\nuri = "qa.jsonl"'
+    paths = pools.build(recipe(place, ('uri = "qa.jsonl"', columns)))
+    sample = pools.read(paths["test"])[0]
+    assert (sample.sample_id, sample.prompt, sample.response) == ("6", "Context: a\nb\n\nQuestion: Is 6?", "no")
+    assert sample.meta == {"context_": {"year": 7}, "x": {"y": 1}}
+    with Store.create(tmp_path / "s") as store:
+        assert store.source_add("test", paths["test"], stage="query").n_added == 4
+
+
+def test_a_sample_counts_once_by_id_and_by_content(place):
+    rows = [*text_rows(3), {"id": "sea-1", "text": "another"}, {"id": "copy", "text": text_rows(1)[0]["text"]}]
+    write_jsonl(place / "songs.jsonl", rows)
+    with pytest.raises(
+        InputError, match=r"`songs.jsonl` has 3 usable samples after the first 0, 5 are wanted"
+    ) as caught:
+        pools.build(recipe(place))
+    assert "lower `samples` of source `songs`" in caught.value.hint
+
+
+def test_a_query_is_never_trained_on(place):
+    with pytest.raises(InputError, match="4 samples of `finetune` are queries too, such as `q0`") as caught:
+        pools.build(recipe(place, ("skip = 6\n", "")))
+    assert "skip" in caught.value.hint
+
+
+def test_a_row_that_can_t_be_used_is_named(place):
+    (place / "medical.jsonl").write_text(json.dumps({"title": "x"}) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"`medical\.jsonl`, row 1: a row needs"):
+        pools.build(recipe(place))

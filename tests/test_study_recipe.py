@@ -1,0 +1,113 @@
+"""The recipe: what it says, what is refused and how."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+
+from lark_store.errors import InputError, StoreExistsError
+from lark_store.study import recipe as recipes
+
+MINIMAL = """
+[model]
+path = "model"
+[finetune]
+learning_rates = [1e-3, 1e-4]
+[[source]]
+name = "finetune"
+stage = "finetune"
+uri = "qa.jsonl"
+[[source]]
+name = "test"
+stage = "query"
+uri = "qa.jsonl"
+[[source]]
+name = "medical"
+stage = "pretrain"
+uri = "medical.jsonl"
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "tiny.toml"
+    path.write_text(text, encoding="utf-8")
+    return recipes.read(path)
+
+
+def test_a_minimal_recipe_says_the_rest_itself(tmp_path):
+    recipe = read(tmp_path, MINIMAL)
+    assert (recipe.title, recipe.root, recipe.store) == ("tiny", tmp_path / "tiny", tmp_path / "tiny" / "lark.store")
+    assert recipe.checkpoints == ["base", "epoch-1", "epoch-2"]
+    assert (recipe.against, recipe.epoch, recipe.queries.name) == ("medical", 2, "test")
+    assert (recipe.sketch.k, recipe.compare.methods, recipe.evaluate) == (65_536, ["cosine", "bm25"], None)
+
+
+def test_paths_are_relative_to_the_recipe_and_hub_names_stay(tmp_path, monkeypatch):
+    (tmp_path / "qa.jsonl").touch()
+    recipe = read(tmp_path, MINIMAL)
+    monkeypatch.chdir("/")
+    assert recipe.place("qa.jsonl") == str(tmp_path / "qa.jsonl")
+    assert recipe.place("qiaojin/PubMedQA") == "qiaojin/PubMedQA"
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        (("learning_rates", "learning_rate"), r"`finetune.learning_rate`: there is no such key.*", "`learning_rates`"),
+        (('path = "model"', ""), r"`model.path`: Field required", "every key explained"),
+        (("1e-4]", "7.0]"), "a learning rate lies between 0 and 1", "every key explained"),
+        (('stage = "query"', 'stage = "finetune"'), "one source of stage `finetune`, this one has 2", "explained"),
+        (('stage = "pretrain"', 'stage = "query"'), "one source of stage `query`, this one has 2", "explained"),
+        (('name = "test"', 'name = "finetune"'), "two sources have one name", "explained"),
+        (('name = "test"', 'name = "Test Set"'), r"`source.2.name`: `Test Set` can't be a name", "try `test-set`"),
+        (('name = "medical"', 'name = "medical"\nvariants = ["rwa"]'), "no format variant `rwa`", "explained"),
+        (("[finetune]", "[compare]\nagainst = 'songs'\n[finetune]"), "`songs`, which is no source", "explained"),
+        (("[finetune]", "[compare]\nepoch = 3\n[finetune]"), "`compare.epoch` is 3, of 2 epochs", "explained"),
+        (("[finetune]", "[compare]\nmethods = ['bm25']\n[finetune]"), "must have `cosine`", "explained"),
+        (('stage = "query"', 'stage = "query"\nchoose = "bm25"'), "likeness to themselves", "explained"),
+        (("[model]", "[model"), "is no TOML: ", "shows its form"),
+        (("[finetune]", "[finetune]\nmicro_batch_size = 3"), "multiple of `micro_batch_size`", "explained"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_key_and_a_hint(tmp_path, change, message, hint):
+    with pytest.raises(InputError, match=message) as caught:
+        read(tmp_path, MINIMAL.replace(*change, 1))
+    assert hint in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_and_one_that_is_no_text(tmp_path):
+    with pytest.raises(InputError, match="can't be read: No such file") as caught:
+        recipes.read(tmp_path / "none.toml")
+    assert "study init" in caught.value.hint
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="is no TOML"):
+        recipes.read(tmp_path / "bytes.toml")
+
+
+def test_init_writes_the_reference_recipe_once(tmp_path):
+    made = recipes.init(tmp_path / "pubmedqa.toml")
+    recipe = recipes.read(made)
+    assert recipe.finetune.learning_rates == [2e-4, 2e-4, 2e-4, 2e-5, 2e-5]
+    assert [source.samples for source in recipe.source] == [500] * 4
+    with pytest.raises(StoreExistsError, match="something at"):
+        recipes.init(made)
+    with pytest.raises(InputError, match="can't be written"):
+        recipes.init(tmp_path / "no" / "folder.toml")
+
+
+def test_every_line_of_the_reference_recipe_that_is_commented_out_is_a_key(tmp_path):
+    text = recipes.TEMPLATE.read_text(encoding="utf-8")
+    lines = [re.sub(r"^# (?=[\w\[]+(?: = |\]))", "", line) for line in text.splitlines()]
+    assert sum(a != b for a, b in zip(lines, text.splitlines(), strict=True)) >= 15
+    values = tomllib.loads("\n".join(lines))
+    assert values["truth"] == {"column": "fact"}
+    assert read(tmp_path, "\n".join(lines)).finetune.micro_batch_size == 1
+
+
+def test_identity_is_what_decides_the_sketches(tmp_path):
+    recipe = read(tmp_path, MINIMAL)
+    other = read(tmp_path, f"title = 'other'\ndevice = 'cpu'\n[compare]\nmethods = ['cosine']\n{MINIMAL}")
+    assert other.identity == recipe.identity
+    assert read(tmp_path, f"seed = 1\n{MINIMAL}").identity != recipe.identity

@@ -7,6 +7,7 @@ folder was cut off; it goes, and its epoch is trained again from the checkpoint 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -18,18 +19,17 @@ from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.models import context_length, load_model, load_tokenizer, quiet
 from lark_store.ingest.variants import Tokens
 from lark_store.schema.records import Progress
+from lark_store.store import Store
 from lark_store.study.render import renderer_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import torch
     from transformers import TrainerControl, TrainerState
 
     from lark_store.ingest.sources import Sample
     from lark_store.schema.records import OnProgress
-    from lark_store.store import Store
     from lark_store.study.recipe import Recipe
 
 _TO_GO_ON = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
@@ -70,17 +70,27 @@ def finetune(store: Store, recipe: Recipe, base: Path, samples: Sequence[Sample]
         processing_class=tokenizer,
         callbacks=[
             LarkStoreCallback(recipe.store, model=model_name(recipe), by="epoch"),
-            _Housekeeping(),
+            _Housekeeping(recipe.store),
             _Told(on_progress),
         ],
     )
     trainer.remove_callback(PrinterCallback)
     with quiet():
-        trainer.train(resume_from_checkpoint=str(list(done.values())[-1]) if done else None)
-    done = _whole(store, folder)
-    if len(done) < recipe.epochs:
-        raise CheckpointError("a checkpoint was not added to the store; the log above says why", "run the study again")
-    _forget(done.values())
+        trainer.train(resume_from_checkpoint=_start(done))
+    _forget(_whole(store, folder).values())
+
+
+def _start(done: dict[str, Path]) -> str | None:
+    """Return the checkpoint to go on from: the last one."""
+    if not done:
+        return None
+    last = list(done.values())[-1]
+    if not (last / "optimizer.pt").is_file():
+        raise CheckpointError(
+            f"the training can't go on from `{last}`: its optimizer's state is gone",
+            "begin again: remove the study's folder",
+        )
+    return str(last)
 
 
 def model_name(recipe: Recipe) -> str:
@@ -167,15 +177,22 @@ class _StudyTrainer(Trainer):  # type: ignore[misc]
 
 
 class _Housekeeping(TrainerCallback):  # type: ignore[misc]
-    """Keeps the optimizer's state of the last checkpoint alone."""
+    """Keeps the optimizer's state of the last checkpoint alone; a checkpoint that was not added ends the training."""
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove the older ones'."""
-        from pathlib import Path
-
-        del control, kwargs
-        folders = Path(args.output_dir).glob("checkpoint-*")
-        _forget(folder for folder in folders if folder.name != f"checkpoint-{state.global_step}")
+        """Look whether it was added, then remove the older ones' state."""
+        del args, control, kwargs
+        with Store.open(self._store) as store:
+            found = store.sql("select path, step from checkpoints where name like 'epoch-%' order by step")
+        if state.global_step not in found["step"]:
+            raise CheckpointError(
+                f"the checkpoint of step {state.global_step} was not added to the store; the log says why",
+                "run the study again: it goes on from the checkpoint before it",
+            )
+        _forget(map(Path, found["path"][:-1]))
 
 
 class _Told(TrainerCallback):  # type: ignore[misc]

@@ -34,6 +34,7 @@ def notes_of(store: Store, results: Results, phi: pl.DataFrame, sketcher: str) -
         *_sizes(phi),
         *_missing(results, phi),
         *_without_truth(results),
+        *_gone(results),
     ]
 
 
@@ -112,9 +113,15 @@ def _without_truth(results: Results) -> list[str]:
     if results.truth.is_empty():
         return []
     asked_queries = results.queries.group_by("checkpoint").len()["len"].max()
-    used = results.truth["n_queries"].min()
+    used = min(results.truth["n_queries"].to_list())
     if used == asked_queries:
         return []
     return [
         f"Of {asked_queries} queries {used} have samples that state their answer; the truth is asked of these alone."
     ]
+
+
+def _gone(results: Results) -> list[str]:
+    if results.storage["parameters"].null_count() == 0:
+        return []
+    return ["No checkpoint's files are where they were: how large the model's gradients would be is not known."]

@@ -2,8 +2,8 @@
 
 A difference is said to be there where its q-value (Benjamini–Hochberg over all the findings' tests) is at most 0.05 and
 its interval does not reach the other side of 0. What was not tested query by query is held to its intervals: figures
-whose 95% intervals have no point in common differ at p < 0.05, however they depend on each other (of two normal
-estimates with deviations a and b, the distance is then above 1.96 (a + b), and the difference's deviation at most a + b).
+whose 95% intervals have no point in common differ at p < 0.05, however they depend on each other. (Of normal
+estimates with deviations a and b the distance is then above 1.96 (a + b); that of their difference is at most a + b.)
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _dominance(results: Results) -> Iterator[_Claim]:
 
 
 def _dominance_rises(results: Results) -> Iterator[_Claim]:
-    """Compare, query by query, how often pretraining is ahead: at the last epoch and the first, at low and high rates."""
+    """Compare, query by query, how often pretraining is ahead: last epoch and first, low rates and high."""
     recipe = results.recipe
     won = results.queries.drop_nulls("winner").select(
         "epoch", "query_id", win=(pl.col("winner") == "pretrain").cast(pl.Float64)
@@ -250,7 +250,8 @@ def _format_effect_falls(results: Results) -> Iterator[_Claim]:
         ]
         text = (
             f"The format effect (`chatml` over `raw`) of `{before['source']}` is {figures[0]} at "
-            f"`{before['checkpoint']}` and {figures[1]} at `{after['checkpoint']}` ({after['n_queries']} queries): {end}."
+            f"`{before['checkpoint']}` and {figures[1]} at `{after['checkpoint']}` ({after['n_queries']} queries): "
+            f"{end}."
         )
         yield _said(
             f"Does the format effect of `{before['source']}` fall with training?",
@@ -275,8 +276,8 @@ def _methods(results: Results) -> Iterator[_Claim]:
             return (
                 f"Against {name} at `{row['checkpoint']}`, fine-tuning is ahead on {share(row['ft_wins'])} of the "
                 f"queries by LARK's cosine and on {share(row['rival_ft_wins'])} by `{row['method']}`: "
-                f"{points(row['difference'])} percentage points {interval(row['low'], row['high'], points)} ({row['n_queries']} queries, "
-                f"{tested(row['p_value'], q[0])}): {end}."
+                f"{points(row['difference'])} percentage points {interval(row['low'], row['high'], points)} "
+                f"({row['n_queries']} queries, {tested(row['p_value'], q[0])}): {end}."
             ), holds
 
         yield _Claim(f"LARK against `{row['method']}`: FT wins over {name}", say, [row["p_value"]])
@@ -295,8 +296,8 @@ def _storage(results: Results) -> Iterator[_Claim]:
         yield _said("What does storage cost?", f"{held}.", None)
         return
     others = ", ".join(
-        f"{row['what'].removeprefix('gradients ')} {size(row['bytes_per_sample'])} each and {size(row['bytes'])} in all "
-        f"({_times(row['times_smaller'])})"
+        f"{row['what'].removeprefix('gradients ')} {size(row['bytes_per_sample'])} each and {size(row['bytes'])} in "
+        f"all ({_times(row['times_smaller'])})"
         for row in full
     )
     text = f"{held}. Gradients of the {full[0]['parameters']:,} parameters that are sketched would take {others}."
@@ -322,8 +323,8 @@ def _accuracy(results: Results) -> Iterator[_Claim]:
     ]
     asked = "" if after["n_evaluated"] is None else f" ({after['n_evaluated']} questions)"
     text = (
-        f"Accuracy is {figures[0]} at `{before['checkpoint']}` and {figures[1]} at `{after['checkpoint']}`{asked}: {end}. "
-        f"It is highest at `{best['checkpoint']}`, {share(best['accuracy'])}."
+        f"Accuracy is {figures[0]} at `{before['checkpoint']}` and {figures[1]} at `{after['checkpoint']}`{asked}: "
+        f"{end}. It is highest at `{best['checkpoint']}`, {share(best['accuracy'])}."
     )
     yield _said("Does fine-tuning raise accuracy?", text, rose)
 

@@ -112,13 +112,10 @@ def _missing(results: Results, phi: pl.DataFrame) -> list[str]:
 def _without_truth(results: Results) -> list[str]:
     if results.truth.is_empty():
         return []
-    asked_queries = results.queries.group_by("checkpoint").len()["len"].max()
-    used = min(results.truth["n_queries"].to_list())
-    if used == asked_queries:
+    n, used = results.queries["query_id"].n_unique(), min(results.truth["n_queries"].to_list())
+    if used == n:
         return []
-    return [
-        f"Of {asked_queries} queries {used} have samples that state their answer; the truth is asked of these alone."
-    ]
+    return [f"Of {n} queries {used} have samples that state their answer; the truth is asked of these alone."]
 
 
 def _gone(results: Results) -> list[str]:

@@ -44,9 +44,13 @@ def stating(rows: list[dict[str, object]], facts: list[object]) -> list[dict[str
 
 
 def sources(folder: Path) -> list[dict[str, object]]:
-    """Four sources; `short` has one token, so that as `raw` it has no target; the last query states nothing known."""
+    """Four sources; `short` has one token and as `raw` no target; the copies of fine-tuning samples make for ties."""
     tuning = stating(qa_rows(6), ["f0", "f1", "f2", "f0", 7, None])
-    medical = [*stating(text_rows(5, "kidney"), ["f0", "f1", "f3", None, ""]), {"id": "short", "text": "a"}]
+    medical = [
+        *stating(text_rows(5, "kidney"), ["f0", "f1", "f3", None, ""]),
+        {"id": "short", "text": "a"},
+        *qa_rows(3),
+    ]
     songs = [
         *stating(text_rows(6), ["f0", "f3", "f3", "7", "f9", "f9"]),
         {"id": "copy", "text": text_rows(6)[1]["text"]},
@@ -295,7 +299,7 @@ def test_storage_is_what_lies_on_disk(results, path):
         (path / "vectors").glob("sketches_*.lance") if (path / "vectors").is_dir() else path.rglob("sketches_*.lance")
     )
     on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    n = 3 * (6 + 7 + 2 * 6 + 2 * 7 - 1)
+    n = 3 * (6 + 7 + 2 * 9 + 2 * 7 - 1)
     with Store.open(path) as store:
         n_parameters = sum(
             row["coordinates"] for row in store.sketcher_show("study", checkpoint="base").rows(named=True)
@@ -341,7 +345,7 @@ def test_truth_is_what_a_loop_gives_and_ties_count_against(first, path, recipe, 
                 for s in ("finetune", "medical", "songs")
                 for z, x in scores[method, checkpoint, query, s, "chatml"].items()
             }
-            assert len(ranked) == 19
+            assert len(ranked) == 22
             best = max(ranked[z] for z in own[query])
             others = [x for z, x in ranked.items() if z not in own[query]]
             n_tied += best in others
@@ -360,7 +364,7 @@ def test_truth_is_what_a_loop_gives_and_ties_count_against(first, path, recipe, 
             values = [pair[i] for pair in mine]
             prefix = name.removesuffix("_at_10")
             close([row[name], row[f"{prefix}_low"], row[f"{prefix}_high"]], [mean(values), *bounds(values)])
-        assert (row["n_queries"], row["n_samples"]) == (5, 19)
+        assert (row["n_queries"], row["n_samples"]) == (5, 22)
     assert found.truth.select("checkpoint", "method").rows() == list(itertools.product(CHECKPOINTS, METHODS))
     for row in found.truth_gaps.rows(named=True):
         i = ["mrr", "recall_at_10"].index(row["metric"])
@@ -384,7 +388,7 @@ def test_truth_that_can_not_be_told_is_an_error(path, recipe, tmp_path):
     shutil.copytree(path, tmp_path / "copy")
     with Store.open(tmp_path / "copy") as store:
         store.attribute(["epoch-1"], queries="test", sketcher="study", hits=3)
-        with pytest.raises(InputError, match=r"9 of 19 samples are ranked by `cosine` at `epoch-1`[\s\S]*hits=7"):
+        with pytest.raises(InputError, match=r"9 of 22 samples are ranked by `cosine` at `epoch-1`[\s\S]*hits=9"):
             tables.collect(store, recipe)
         store.checkpoint_remove("epoch-2")
         with pytest.raises(NothingToScoreError, match=r"not scored by `cosine` at `epoch-2` yet"):
@@ -395,7 +399,7 @@ def test_notes_warn(results):
     notes = "\n".join(results.notes)
     assert results.notes[0] == "a note"
     assert "1 sample of `medical` as `raw` could not be sketched at `base`, `epoch-1` and `epoch-2`" in notes
-    assert "(`finetune` 6, `medical` 6, `songs` 7)" in notes
+    assert "(`finetune` 6, `medical` 9, `songs` 7)" in notes
     assert "Of 7 queries 5 have samples that state their answer" in notes
     losses = results.checkpoints["query_loss"].to_list()
     for i, name in enumerate(CHECKPOINTS[1:], 1):

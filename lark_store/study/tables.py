@@ -85,12 +85,11 @@ def collect(
     Raises
     ------
     NothingToScoreError, InputError
-        The store lacks what the recipe asks for; see `truth.found`.
     """
     phi = read_phi(store, recipe, sketcher)
     cosine = phi.filter(pl.col("method") == "cosine").drop("method")
-    asked_queries = store.sql(_QUERIES, asked(recipe, sketcher))
-    checkpoints = _checkpoints(store, recipe, asked_queries)
+    losses = store.sql(_QUERIES, asked(recipe, sketcher))
+    checkpoints = _checkpoints(store, recipe, losses)
     mean = metrics.mean_max_influence(cosine)
     own, gaps = truth.found(store, recipe, phi, sketcher)
     found = Results(
@@ -102,7 +101,7 @@ def collect(
         format_effect=_format_effect(cosine, recipe),
         storage=_storage(store, recipe, sketcher),
         methods=_methods(phi, recipe),
-        queries=_queries(asked_queries, cosine, predictions, recipe),
+        queries=_queries(losses, cosine, predictions, recipe),
         truth=own,
         truth_gaps=gaps,
         notes=list(notes),

@@ -1,0 +1,217 @@
+"""The study's findings: the words follow the numbers, and all tests are counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import polars as pl
+
+from lark_store.study.findings import findings
+from lark_store.study.recipe import Recipe
+from lark_store.study.results import Results
+from lark_store.study.words import NO_DIFFERENCE
+
+CHECKPOINTS = ["base", "epoch-1", "epoch-2"]
+
+
+def recipe() -> Recipe:
+    stages = {"finetune": "finetune", "test": "query", "medical": "pretrain", "songs": "pretrain"}
+    return Recipe.model_validate(
+        {
+            "title": "made",
+            "folder": "made",
+            "model": {"path": "a/tiny"},
+            "finetune": {"learning_rates": [2e-4, 2e-5]},
+            "source": [{"name": name, "stage": stage, "uri": name} for name, stage in stages.items()],
+        }
+    )
+
+
+def stored(what: str, size: float) -> dict[str, object]:
+    """A row of the storage table, of 100 samples."""
+    row = {"model": "tiny", "parameters": 50_000_000, "what": what, "measured": what == "sketches"}
+    return row | {"bytes_per_sample": size, "n_samples": 100, "bytes": int(100 * size), "times_smaller": size / 1e5}
+
+
+def figure(sign: int, value: float = 0.2) -> dict[str, object]:
+    """A difference that is clear (sign 1 or -1) or none (0)."""
+    low, high = sorted((sign * value / 2, sign * value * 1.5)) if sign else (-value, value)
+    return {"low": low, "high": high, "p_value": 0.0002 if sign else 0.7}
+
+
+def shifted(sign: int, value: float = 0.2) -> dict[str, object]:
+    of = figure(sign, value)
+    return of | {"low": 1 + of["low"], "high": 1 + of["high"]}
+
+
+def made(sign: int) -> Results:
+    """Results of 40 queries whose every difference has one sign."""
+    at = {"checkpoint": "epoch-2", "epoch": 2}
+    group = at | {"variant": "chatml", "source": "medical", "n_queries": 40}
+    means = {"finetune": 0.5 + sign * 0.1, "medical": 0.5, "songs": 0.5 - sign * 0.1}
+    influence = [group | {"source": name, "mean_max_influence": x} for name, x in means.items()]
+    relevance = [group | {"against_source": "songs", "value": sign * 0.2} | figure(sign)]
+    wins = {"ft_wins": 0.5, "pt_wins": 0.5, "pt_wins_low": 0.4, "pt_wins_high": 0.6, "n_ratio": 40}
+    dominance = [group | wins | {"ft": 0.5 + sign * 0.1, "pt": 0.5, "ratio": 1 + sign * 0.2} | shifted(sign)]
+    effects = [
+        group | {"checkpoint": f"epoch-{epoch}", "epoch": epoch, "value": 1 + of * 0.2} | shifted(of)
+        for epoch, of in ((1, -sign), (2, sign))
+    ]
+    shares = {"method": "bm25", "ft_wins": 0.6, "rival_ft_wins": 0.4, "difference": sign * 0.2}
+    truth_rows = [
+        at
+        | {
+            "method": method,
+            "mrr": mrr,
+            "mrr_low": 0.1,
+            "mrr_high": 0.9,
+            "recall_at_10": 0.5,
+            "recall_low": 0.4,
+            "recall_high": 0.6,
+            "n_queries": 40,
+            "n_samples": 99,
+        }
+        for method, mrr in (("cosine", 0.5 + sign * 0.1), ("bm25", 0.5))
+    ]
+    gap = at | {"method": "bm25", "metric": "mrr", "difference": sign * 0.1, "n_queries": 40} | figure(sign, 0.1)
+    accuracies = [(0.5, 0.45, 0.55), (0.6, 0.4, 0.7), (0.5 + sign * 0.2, 0.45 + sign * 0.2, 0.55 + sign * 0.2)]
+    measured = [
+        {"checkpoint": name, "epoch": i, "accuracy": a, "accuracy_low": b, "accuracy_high": c, "n_evaluated": 40}
+        for i, (name, (a, b, c)) in enumerate(zip(CHECKPOINTS, accuracies, strict=True))
+    ]
+    return Results(
+        recipe=recipe(),
+        checkpoints=pl.DataFrame(measured),
+        influence=pl.DataFrame(influence),
+        relevance=pl.DataFrame(relevance),
+        dominance=pl.DataFrame(dominance),
+        format_effect=pl.DataFrame(effects),
+        methods=pl.DataFrame([group | shares | figure(sign)]),
+        queries=pl.DataFrame([query_row(name, i, sign) for name in CHECKPOINTS for i in range(40)]),
+        truth=pl.DataFrame(truth_rows),
+        truth_gaps=pl.DataFrame([gap]),
+        storage=pl.DataFrame([stored("sketches", 1e5), stored("gradients in fp16", 1e8)]),
+        notes=[],
+        environment={},
+        hashes={},
+    )
+
+
+def query_row(checkpoint: str, i: int, sign: int) -> dict[str, object]:
+    """Pretraining wins at the epoch that `sign` names, on most queries; the loss rises with `sign` at every step."""
+    epoch = CHECKPOINTS.index(checkpoint)
+    ahead = epoch == {1: 2, -1: 1, 0: i % 2 + 1}[sign] and i < 30
+    loss = (
+        2 + 0.1 * sign * epoch + 0.01 * (i % 7)
+        if sign
+        else 2 + 0.01 * (-1) ** (i // 4 + epoch) * (1 + i % 4) + (epoch > 1) * 1e-4
+    )
+    return {
+        "checkpoint": checkpoint,
+        "epoch": epoch,
+        "query_id": f"q{i}",
+        "winner": "pretrain" if ahead else "finetune",
+        "loss": loss,
+    }
+
+
+SAID = {
+    "Domain relevance: `medical` over `songs` as `chatml`": (
+        "`medical` is closer",
+        "`songs` is closer",
+        "+20.0% [+10.0%, +30.0%]",
+    ),
+    "Is fine-tuning closer than `medical` as `chatml`?": (
+        "fine-tuning is closer",
+        "pretraining is closer",
+        "1.200 [1.100, 1.300]",
+    ),
+    "Does the dominance of `medical` as `chatml` rise with training?": (
+        "it rises",
+        "it falls",
+        "+75.0 percentage points",
+    ),
+    "Is the dominance of `medical` as `chatml` higher at low learning rates?": (
+        "it rises",
+        "it falls",
+        "+75.0 percentage points",
+    ),
+    "Does the format alone bring `medical` closer?": (
+        "brings it closer",
+        "takes it further away",
+        "+20.0% [+10.0%, +30.0%]",
+    ),
+    "Does the format effect of `medical` fall with training?": ("it rises", "it falls", "0.800 [0.700, 0.900]"),
+    "LARK against `bm25`: FT wins over `medical` as `chatml`": (
+        "ahead more often",
+        "ahead less often",
+        "+20.0 percentage points [+10.0, +30.0]",
+    ),
+    "Does fine-tuning raise accuracy?": ("it rose", "it fell", "70.0% [65.0%, 75.0%]"),
+    "Does the model overfit?": ("overfits there", "no sign of overfitting", "+0.100 nats"),
+    "Does `cosine` find the samples that state the answer best?": (
+        "`cosine` is better",
+        "`bm25` is better",
+        "+0.100 [+0.050, +0.150]",
+    ),
+}
+
+
+def test_the_words_change_with_the_sign():
+    said = {sign: {f.question: f for f in findings(made(sign))} for sign in (1, -1, 0)}
+    others = {"Are sketches smaller than gradients?", "How many tests were looked at"}
+    assert set(said[1]) == set(said[-1]) == set(said[0]) == set(SAID) | others
+    for question, (above, below, figures) in SAID.items():
+        up, down, none = (said[sign][question] for sign in (1, -1, 0))
+        assert above in up.text, up
+        assert below not in up.text
+        assert figures in up.text
+        assert below in down.text, down
+        assert above not in down.text
+        assert NO_DIFFERENCE in none.text, none
+        assert above not in none.text
+        assert below not in none.text
+        falls = "fall with" in question
+        assert (up.holds, down.holds, none.holds) == (not falls, falls, None)
+        assert all(NO_DIFFERENCE not in finding.text for finding in (up, down))
+    assert "−20.0% [−30.0%, −10.0%]" in said[-1]["Domain relevance: `medical` over `songs` as `chatml`"].text
+
+
+def test_all_tests_are_counted():
+    """p = 0.04 is enough alone, and not among tests that show nothing."""
+    almost = {"value": 0.2, "low": 0.01, "high": 0.4, "p_value": 0.04, "n_queries": 40}
+    base = made(0)
+    one = replace(base, relevance=base.relevance.with_columns(**{k: pl.lit(v) for k, v in almost.items()}))
+    domain, *_, counted = findings(one)
+    assert "p = 0.04, q = 0.36" in domain.text
+    assert NO_DIFFERENCE in domain.text
+    assert domain.holds is None
+    assert counted.text.startswith("9 differences were tested")
+    assert "these 40" in counted.text
+    others = ("dominance", "format_effect", "methods", "queries", "truth", "truth_gaps")
+    empty = {name: getattr(base, name).clear() for name in others}
+    alone = findings(replace(one, **empty))[0]
+    assert "p = 0.04, q = 0.04" in alone.text
+    assert alone.holds is True
+
+
+def test_an_interval_across_zero_shows_nothing_and_undefined_is_said():
+    base = made(1)
+    wide = replace(base, relevance=base.relevance.with_columns(low=pl.lit(-0.1)))
+    assert findings(wide)[0].holds is None
+    assert NO_DIFFERENCE in findings(wide)[0].text
+    nothing = pl.lit(None, pl.Float64)
+    undefined = findings(
+        replace(base, relevance=base.relevance.with_columns(value=nothing, low=nothing, high=nothing))
+    )[0]
+    assert "undefined in mean max influence (0.500 against 0.400" in undefined.text
+    assert undefined.holds is True
+
+
+def test_storage_is_said_in_units():
+    (said,) = [finding for finding in findings(made(1)) if finding.question == "Are sketches smaller than gradients?"]
+    assert said.text == (
+        "A sketch takes 100.0 kB on disk, all 100 10.0 MB. Gradients of the 50,000,000 parameters that are sketched "
+        "would take in fp16 100.0 MB each and 10.0 GB in all (1,000.0 times as much)."
+    )
+    assert said.holds is True

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lark_store.query import metrics
-from lark_store.query.compare import RESAMPLES, intervals, permutation_p
+from lark_store.query.compare import RESAMPLES, Figure, evaluate, intervals, permutation_p
 
 STAGES = {"ft": "finetune", "ft2": "finetune", "med": "pretrain", "songs": "pretrain"}
 CHECKPOINTS = ("base", "epoch-1")
@@ -254,3 +254,13 @@ def test_the_papers_tables_show_the_same_figures():
     assert row["pt"] == against["value"].item()
     influence = metrics.influence_table(found)
     assert set(influence["mean_max_influence"]) == set(found.filter(metric="mean_max_influence")["value"])
+
+
+@pytest.mark.parametrize(("wins", "low", "high"), [(10, 0.6915, 1), (0, 0, 0.3085), (1, 0.025, 1)])
+def test_a_share_of_all_or_none_has_an_exact_interval(wins, low, high):
+    n = 1 if wins == 1 else 10
+    figure = Figure({}, np.full(n, float(wins > 0)), is_share=True)
+    (row,) = evaluate([figure])
+    assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-4)
+    (other,) = evaluate([Figure({}, figure.top)])
+    assert other["low"] != row["low"] or other["high"] != row["high"]

@@ -30,12 +30,14 @@ class Figure:
     """One figure: the mean over queries of `top` (Q), or that mean over the mean of `bottom` (Q).
 
     `difference` (of any length) holds Φ_left − Φ_right per query for the test; None where nothing is compared.
+    `is_share` says that `top` holds 0 or 1 for each query.
     """
 
     names: dict[str, Any]
     top: Floats
     bottom: Floats | None = None
     difference: Floats | None = None
+    is_share: bool = False
 
 
 def evaluate(figures: list[Figure]) -> list[dict[str, Any]]:
@@ -52,10 +54,20 @@ def evaluate(figures: list[Figure]) -> list[dict[str, Any]]:
             found = (_ratio(top.mean(axis=0), None if bottom is None else bottom.mean(axis=0)), *intervals(top, bottom))
             for i, value, low, high in zip(some, *found, strict=True):
                 rows[i] |= {"value": value, "low": low, "high": high}
+                if figures[i].is_share and value in {0, 1}:  # every resample is the same
+                    rows[i] |= dict(zip(("low", "high"), _exact(value, len(top)), strict=True))
     compared = {i: f.difference for i, f in enumerate(figures) if f.difference is not None and len(f.difference)}
     for i, p in zip(compared, _tests(list(compared.values())), strict=True):
         rows[i]["p_value"] = p
     return rows
+
+
+def _exact(share: float, n: int) -> tuple[float, float]:
+    """Return Clopper and Pearson's interval of a share of n."""
+    from scipy import stats
+
+    found = stats.binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="exact")
+    return float(found.low), float(found.high)
 
 
 def _alike(figures: list[Figure], key: Callable[[Figure], Any]) -> Iterator[list[int]]:

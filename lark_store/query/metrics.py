@@ -8,7 +8,8 @@ where phi = Φ(D, q) = max over samples z of D of φ(z, q), the influence of a s
 [−1, 1]). All return frames with the columns of `COLUMNS`, one row per figure: `source` and `variant` say what is
 measured, `against_source`, `against_variant` and, for a change, `against_checkpoint` what it is compared with.
 
-Intervals are percentile bootstrap intervals over queries (95%, 9,999 resamples, fixed seed). `p_value` is of the
+Intervals are percentile bootstrap intervals over queries (95%, 9,999 resamples, fixed seed); a share of 0 or 1, of
+which every resample is the same, has Clopper and Pearson's. `p_value` is of the
 two-sided paired permutation test that the mean over queries of Φ(left, q) − Φ(right, q) is 0 (9,999 sign flips, fixed
 seed; exact for 13 queries or fewer): of that difference for every comparison, also where the value is a ratio or a
 share. Both speak of other queries like these, not of other models or seeds.
@@ -92,7 +93,10 @@ def _finetune_against_pretrain(
     pairs = _pairs(
         phi.filter(stage == "finetune"), phi.filter(stage == "pretrain"), ["checkpoint", "queries", "query_id"]
     )
-    made = [Figure(names, _floats(figures(pair)), difference=_difference(pair)) for names, pair in pairs]
+    made = []
+    for names, pair in pairs:
+        of = figures(pair)
+        made.append(Figure(names, _floats(of), difference=_difference(pair), is_share=of.dtype == pl.Boolean))
     return _frame(metric, made)
 
 

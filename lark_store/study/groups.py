@@ -36,10 +36,8 @@ def columns(kind: Any, names: str) -> dict[str, Any]:
 
 
 def asked_in(source: Source) -> str:
-    """Return the variant that stands for a source: fine-tuning's first one, and for others `chatml` if they have it."""
-    if source.stage != "finetune" and FORMATTED in source.variants:
-        return FORMATTED
-    return source.variants[0]
+    """Return the variant that stands for a source: its first one, but of pretraining `chatml` where it has that."""
+    return FORMATTED if source.stage == "pretrain" and FORMATTED in source.variants else source.variant
 
 
 def searched(recipe: Recipe) -> list[tuple[str, str]]:
@@ -90,7 +88,7 @@ def in_order(frame: pl.DataFrame, recipe: Recipe, *columns: str) -> pl.DataFrame
         "method": list(dict.fromkeys(["cosine", *recipe.compare.methods])),
         "source": sources,
         "against_source": sources,
-        "variant": [FORMATTED, PLAIN],
+        "variant": list(dict.fromkeys([FORMATTED, PLAIN, *(variant.name for variant in recipe.variant)])),
     }
     return frame.sort([pl.col(name).cast(pl.Enum(orders[name])) for name in columns], maintain_order=True)
 

@@ -235,6 +235,7 @@ class _Study:
         from lark_store.study.report import save_tables
 
         self.say("tables, figures and report")
+        self.store.db_optimize(keep_versions_days=0)  # what sketches take on disk is measured next
         results = self.collect()
         save_tables(results, self.recipe.root / "tables")
         self._keep(finished=True)

@@ -17,9 +17,9 @@ def init(recipe: _Recipe = Path("study.toml")) -> None:
 
     Example: `lark-store study init pubmedqa.toml`
     """
-    from lark_store.study import recipe as recipes
+    from lark_store.study.recipe import init as write_recipe
 
-    made = recipes.init(recipe)
+    made = write_recipe(recipe)
     say(f"wrote `{made}`\n\nhint: change it, then `lark-store study run {made}`")
 
 
@@ -31,7 +31,7 @@ def run(recipe: _Recipe) -> None:
 
     Example: `lark-store study run pubmedqa.toml`
     """
-    from lark_store.study.run import run as run_study
+    from lark_store.study import run as run_study
 
     with ProgressBar() as bar:
         results = run_study(recipe, on_progress=bar, say=say)
@@ -53,7 +53,7 @@ def report(
 
     Example: `lark-store study report pubmedqa.toml -o report.html`
     """
-    from lark_store.study.run import report as write_report
+    from lark_store.study import report as write_report
 
     say(f"wrote `{write_report(recipe, output)}`")
 

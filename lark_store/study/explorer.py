@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from lark_store.study.results import FORMATTED
 from lark_store.study.style import source_colours
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from lark_store.store import Store
     from lark_store.study.results import Results
 

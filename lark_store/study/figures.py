@@ -142,8 +142,8 @@ def _pt_wins(results: Results) -> Figure | None:
     spans = alt.Chart(data(_slow_spans(results)))
     start = alt.X("start:Q", title=EPOCHS)
     band = spans.mark_rect(color="#8a8f98", opacity=0.16).encode(x=start, x2="end:Q", tooltip=tips(label="span"))
-    words = spans.mark_text(align="left", baseline="top", dx=6, dy=5, fontSize=12, color=QUIET)
-    label = words.encode(x=start, y=alt.value(0), text="label:N")
+    words = spans.mark_text(align="right", baseline="top", dx=-6, dy=5, fontSize=12, color=QUIET)
+    label = words.encode(x=alt.X("end:Q", title=EPOCHS), y=alt.value(0), text="label:N")
     shown = tips(
         source="pretraining source", checkpoint="checkpoint", pt_wins=("PT wins", ".1%"), low=("95% from", ".1%"),
         high=("to", ".1%"), learning_rate=("learning rate", "~g"), n_queries="queries",
@@ -161,14 +161,12 @@ def _storage(results: Results) -> Figure | None:
         return None
     sizes = frame["bytes_per_sample"].to_list()
     times = frame["times_smaller"].fill_null(1).to_list()
+    more = [f" ({times_text(t)})" if t > 1 else "" for t in times]
     frame = frame.with_columns(
-        row=pl.format("{} · {}", "what", "model"),
-        size=pl.Series(
-            [bytes_text(n) + ("" if t <= 1 else f"  ({times_text(t)})") for n, t in zip(sizes, times, strict=True)]
-        ),
+        size=pl.Series([bytes_text(n) + words for n, words in zip(sizes, more, strict=True)]),
         kind=pl.when("measured").then(pl.lit("measured on disk")).otherwise(pl.lit("computed")),
-    )
-    low, high = math.floor(math.log10(min(sizes)) - 0.3), math.ceil(math.log10(max(sizes)) + 1.2)
+    ).with_columns(row=pl.format("{}, {}: {}", "what", "model", "size"))
+    low, high = math.floor(math.log10(min(sizes)) - 0.3), math.ceil(math.log10(max(sizes)) + 0.1)
     ticks = [10.0**n for n in range(low, high + 1, 2)]
     scale = alt.Scale(type="log", domain=[10.0**low, 10.0**high], nice=False)
     axis = alt.Axis(values=ticks, labelExpr="format(datum.value, '~s') + 'B'")
@@ -182,10 +180,9 @@ def _storage(results: Results) -> Figure | None:
     colour = alt.Color("kind:N", scale=colours, title=None)
     rows = base.mark_rule(color="#d9dee3", strokeWidth=2).encode(x=x, x2=alt.value(0), y=y)
     dots = base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, color=colour, tooltip=shown)
-    value = base.mark_text(align="left", dx=10, fontSize=12.5).encode(x=x, y=y, text="size:N")
-    name = base.mark_text(align="left", dy=-15, fontSize=12, color=QUIET).encode(x=alt.value(2), y=y, text="row:N")
+    name = base.mark_text(align="left", dy=-15, fontSize=12.5).encode(x=alt.value(2), y=y, text="row:N")
     title = titled("Storage per sample", "sketches against whole gradients; × is how many times larger")
-    return alt.layer(rows, dots, value, name).properties(width=WIDTH, height=alt.Step(46), title=title)
+    return alt.layer(rows, dots, name).properties(width=WIDTH, height=46 * len(frame), title=title)
 
 
 def _methods_long(results: Results) -> pl.DataFrame:
@@ -239,14 +236,14 @@ def _methods(results: Results) -> Figure | None:
         .encode(x=alt.X("low:Q"), x2="high:Q", y=y, yOffset=offset)
     )
     rivals = base.transform_filter("isValid(datum.words)")
-    words = rivals.mark_text(align="left", lineBreak="\n", dy=-7, fontSize=11.5, lineHeight=14)
+    words = rivals.mark_text(align="left", lineBreak="\n", dy=-7, fontSize=11.5, lineHeight=13)
     text = words.encode(x=alt.XDatum(1.03), y=y, yOffset=offset, text="words:N")
     title = titled(
         "LARK's attribution against other methods",
         "right: LARK less the rival, percentage points [95%];",
         "the line on a rival's bar is that interval, taken from LARK's share",
     )
-    return alt.layer(bars, edges, text).properties(width=WIDTH, height=alt.Step(32, **{"for": "offset"}), title=title)
+    return alt.layer(bars, edges, text).properties(width=WIDTH, height=46 * len(frame), title=title)
 
 
 def _trajectories(results: Results) -> Figure | None:
@@ -280,8 +277,8 @@ def _trajectories(results: Results) -> Figure | None:
     middle = alt.Chart(data(median)).mark_line(color=INK, strokeWidth=3, point=alt.OverlayMarkDef(color=INK, size=60))
     line = middle.encode(x=x, y=y, tooltip=tips(epoch=("epoch", "~g"), gap=("median", "+.4f"), queries="queries"))
     undefined = len(results.queries.filter(pl.col("pt") <= 0))
-    under = f"above 0, fine-tuning is closer; black: the median. pt: {results.recipe.against}, chatml"
-    why = f"the difference, as the ratio is undefined where Φ(pt) ≤ 0 ({undefined:,} of {len(frame):,} points)"
+    under = f"pt is {results.recipe.against}, chatml; above 0, fine-tuning is closer; the heavy line is the median;"
+    why = f"a difference, as the ratio is undefined where Φ(pt) ≤ 0 ({undefined:,} of {len(frame):,} points)"
     title = titled("Fine-tuning less pretraining, query by query", under, why)
     return alt.layer(zero(), thin, line, dots).properties(width=WIDTH, height=HEIGHT + 40, title=title)
 
@@ -299,7 +296,7 @@ def _heatmap(results: Results) -> Figure | None:
     x = alt.X("epoch:O", title=EPOCHS, axis=alt.Axis(labelAngle=0, labelExpr=EPOCH, ticks=False))
     labels = alt.Axis(labelExpr=TWO_LINES, ticks=False, labelOffset=-6)
     y = alt.Y("group:N", sort=[row[0] for row in rows], title=None, axis=labels)
-    scale = alt.Scale(domain=[-most, 0, most], range=["#0072B2", "#f5f5f2", "#D55E00"], type="linear")
+    scale = alt.Scale(domain=[-most, 0, most], range=[OTHERS[0], "#f6f6f6", TUNING], interpolate="rgb")
     legend = alt.Legend(title="mean max influence (cosine)", format=".2f", gradientLength=180, tickCount=3)
     shown = tips(
         source="source", variant="format", checkpoint="checkpoint", mean_max_influence=("mean max influence", ".4f"),
@@ -315,8 +312,8 @@ def _heatmap(results: Results) -> Figure | None:
         .otherwise(alt.value(INK))
     )
     text = base.mark_text(fontSize=12).encode(text=alt.Text("mean_max_influence:Q", format=".3f"), color=ink)
-    title = titled("Every source at every epoch", "mean max influence; white is 0")
-    return alt.layer(cells, text).properties(width=WIDTH, height=alt.Step(38), title=title)
+    title = titled("Every source at every epoch", "mean max influence; the palest is 0")
+    return alt.layer(cells, text).properties(width=WIDTH, height=38 * len(rows), title=title)
 
 
 def _truth(results: Results) -> Figure | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from lark_store.study.results import FORMATTED
-from lark_store.study.style import CALLED, bytes_text, rate_text, times_text
+from lark_store.study.style import CALLED, bytes_text, points_text, rate_text, times_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Cell = Callable[[Row], str]
 
 NOTHING = "–"
+_FIGURE = {"mrr": "mean reciprocal rank", "recall_at_10": "recall@10"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ def share(value: float | None) -> str:
 
 def change(value: float | None) -> str:
     """Return a relative change in percent, with its sign."""
-    return NOTHING if value is None or math.isnan(value) else f"{100 * value:+.1f}%".replace("-", "−")
+    return NOTHING if value is None or math.isnan(value) else f"{points_text(value)}%"
+
+
+def points(value: float | None) -> str:
+    """Return a difference of shares in percentage points."""
+    return NOTHING if value is None or math.isnan(value) else points_text(value)
 
 
 def p_value(value: float | None) -> str:
@@ -76,7 +82,8 @@ def _whole(field: str) -> Cell:
 
 
 def _method(row: Row) -> str:
-    return CALLED.get(row["method"], row["method"])
+    name = str(row["method"])
+    return CALLED.get(name, name)
 
 
 def _epoch(row: Row) -> str:
@@ -113,11 +120,12 @@ def at_epoch(results: Results, frame: pl.DataFrame) -> pl.DataFrame:
 
 def _when(frame: pl.DataFrame) -> str:
     """Say at which checkpoint and over how many queries."""
-    return f"Checkpoint {', '.join(frame['checkpoint'].unique())}; {_queries(frame)}"
+    return f"Checkpoint {', '.join(frame['checkpoint'].unique(maintain_order=True))}; {_queries(frame)}"
 
 
 def _queries(frame: pl.DataFrame) -> str:
-    few, many = frame["n_queries"].min(), frame["n_queries"].max()
+    counts = [int(n) for n in frame["n_queries"].drop_nulls()]
+    few, many = min(counts, default=0), max(counts, default=0)
     return f"{many:,} queries" if few == many else f"{few:,} to {many:,} queries"
 
 
@@ -135,8 +143,8 @@ def _influence(results: Results) -> Sheet | None:
         "95% interval ": _between("ft_wins_low", "ft_wins_high", share),
     }
     caption = (
-        f"Influence of each source: the mean over queries of the highest cosine in it, and how often fine-tuning reaches "
-        f"further than it. {_when(frame)}; intervals are bootstrap, 95%."
+        "Influence of each source: the mean over queries of the highest cosine in it, and how often fine-tuning "
+        f"reaches further than it. {_when(frame)}; intervals are bootstrap, 95%."
     )
     return _sheet("Table I", caption, frame, columns, 3)
 
@@ -153,7 +161,10 @@ def _relevance(results: Results) -> Sheet | None:
         "95% interval": _between("low", "high", change),
         "p": _one("p_value", p_value),
     }
-    caption = f"One pretraining source over another in the same format: the ratio of their mean max influences, less 1. {_when(frame)}."
+    caption = (
+        "One pretraining source over another in the same format: the ratio of their mean max influences, less 1. "
+        f"{_when(frame)}."
+    )
     return _sheet("Table I b", caption, frame, columns, 3)
 
 
@@ -179,8 +190,8 @@ def _dominance(results: Results) -> Sheet | None:
     if not len(frame):
         return None
     caption = (
-        f"Fine-tuning (FT) against pretraining (PT: {against}, {FORMATTED}) by epoch. FT and PT are mean max influences; FT/PT "
-        f"is the mean of the queries' ratios where PT > 0; wins are shares of queries. {_queries(frame)}."
+        f"Fine-tuning (FT) against pretraining (PT: {against}, {FORMATTED}) by epoch. FT and PT are mean max "
+        f"influences; FT/PT is the mean of the queries' ratios where PT > 0; wins are shares of queries. {_queries(frame)}."
     )
     return _sheet("Table II", caption, frame, _dominance_columns(), 1)
 
@@ -238,13 +249,13 @@ def _methods(results: Results) -> Sheet | None:
         "method": _method,
         "FT wins, LARK": _one("ft_wins", share),
         "FT wins, method": _one("rival_ft_wins", share),
-        "LARK less method": _one("difference", change),
-        "95% interval": _between("low", "high", change),
+        "LARK less method (points)": _one("difference", points),
+        "95% interval": _between("low", "high", points),
         "p": _one("p_value", p_value),
     }
     caption = (
-        "How often fine-tuning reaches further than a pretraining source, by LARK's cosine and by other methods on the same "
-        f"samples. Differences are in percentage points. {_when(frame)}."
+        "How often fine-tuning reaches further than a pretraining source, by LARK's cosine and by other methods on the "
+        f"same samples. {_when(frame)}."
     )
     return _sheet("Table IV", caption, frame, columns, 3)
 
@@ -265,7 +276,9 @@ def _checkpoints(results: Results) -> Sheet | None:
         "95% interval ": _between("macro_f1_low", "macro_f1_high", number),
         "evaluated": _whole("n_evaluated"),
     }
-    caption = "The checkpoints: losses in nats per target token, accuracy and macro-F1 by the likelihoods of the labels."
+    caption = (
+        "The checkpoints: losses in nats per target token, accuracy and macro-F1 by the likelihoods of the labels."
+    )
     return _sheet("Table V", caption, frame, columns, 1)
 
 
@@ -281,8 +294,10 @@ def _truth(results: Results) -> Sheet | None:
         "recall@10": _one("recall_at_10", number),
         "95% interval ": _between("recall_low", "recall_high", number),
     }
-    samples = frame["n_samples"].max()
-    caption = f"How well each method finds the samples that state a query's answer. {_queries(frame)}, {samples:,} samples."
+    samples = max(int(n) for n in frame["n_samples"])
+    caption = (
+        f"How well each method finds the samples that state a query's answer. {_queries(frame)}, {samples:,} samples."
+    )
     return _sheet("Table VI", caption, frame, columns, 2)
 
 
@@ -293,32 +308,35 @@ def _gaps(results: Results) -> Sheet | None:
     columns = {
         "epoch": _epoch,
         "cosine less": _method,
-        "figure": lambda row: {"mrr": "mean reciprocal rank", "recall_at_10": "recall@10"}.get(row["metric"], row["metric"]),
+        "figure": lambda row: {"mrr": "mean reciprocal rank", "recall_at_10": "recall@10"}.get(
+            row["metric"], row["metric"]
+        ),
         "difference": _one("difference", number),
         "95% interval": _between("low", "high", number),
         "p": _one("p_value", p_value),
     }
-    return _sheet("Table VII", f"LARK's cosine less each other method, query by query. {_queries(frame)}.", frame, columns, 3)
+    return _sheet(
+        "Table VII",
+        f"LARK's cosine less each other method, query by query. {_queries(frame)}.",
+        frame,
+        columns,
+        3,
+        is_aside=True,
+    )
 
 
-FIGURES: dict[str, tuple[int, str]] = {
-    "influence-formatted": (
-        2,
-        "Mean max influence of the formatted (ChatML) sources by epoch. Higher: the queries' best samples in that source point "
-        "further in the queries' direction.",
-    ),
-    "influence-raw": (3, "The same for raw sources. Fine-tuning has no raw form here; its ChatML line is dashed, for reference."),
-    "pt-wins": (
-        4,
-        "Share of queries on which the pretraining source reaches further than fine-tuning, by epoch. The grey span marks the "
-        "epochs whose learning rate is lower than the first one's.",
-    ),
-    "storage": (5, "Bytes per sample, on a logarithmic axis. Sketches are measured on disk; whole gradients are computed."),
-    "methods": (6, "Share of queries on which fine-tuning wins, by LARK and by other methods, against each pretraining source."),
-    "trajectories": (
-        7,
-        "Every query's Φ(ft) − Φ(pt) by epoch; black is the median. Point at a line to follow one query.",
-    ),
-    "heatmap": (8, "Mean max influence of every source and format at every epoch; blue is below 0, white 0, orange above."),
-    "truth": (9, "Mean reciprocal rank and recall@10 of the samples that state a query's answer, by method and epoch."),
+_CAPTIONS = {
+    "influence-formatted": """Mean max influence of the formatted (ChatML) sources by epoch. Higher: a source's best
+    samples pull the model further in the queries' direction.""",
+    "influence-raw": """The same for raw sources. Where fine-tuning has no raw form, its ChatML line stands dashed, for
+    reference.""",
+    "pt-wins": """Share of queries on which the pretraining source reaches further than fine-tuning, by epoch. A grey
+    span marks epochs whose learning rate is lower than the first one's.""",
+    "storage": "Bytes per sample, on a logarithmic axis: sketches and whole gradients.",
+    "methods": "Share of queries on which fine-tuning wins over each pretraining source, by LARK and by other methods.",
+    "trajectories": """Every query's Φ(ft) − Φ(pt) by epoch; the heavy line is the median. Point at a line to follow one
+    query.""",
+    "heatmap": "Mean max influence of every source and format at every epoch; blue is below 0, orange above.",
+    "truth": "Mean reciprocal rank and recall@10 of the samples that state a query's answer, by method and epoch.",
 }
+FIGURES = {name: (n, " ".join(text.split())) for n, (name, text) in enumerate(_CAPTIONS.items(), start=2)}

@@ -29,7 +29,8 @@
   // Figures: Vega draws them in place of the still ones, as wide as the page.
   function fitted(spec, width) {
     const fit = structuredClone(spec);
-    fit.config.legend.columns = width < 480 ? 2 : 4;
+    const names = [...(spec.layer ?? []), ...(spec.hconcat?.[0].layer ?? [])].flatMap((l) => l.encoding?.color?.scale?.domain ?? []);
+    fit.config.legend.columns = width > 480 ? 4 : (names.some((name) => String(name).length > 16) ? 1 : 2);
     fit.config.padding = width < 480 ? 2 : 8;
     const panels = fit.hconcat;
     if (!panels) return Object.assign(fit, { width: "container", autosize: { type: "fit-x", contains: "padding" } });
@@ -62,7 +63,7 @@
 
   // Small plots of one query.
   function ticks(low, high) {
-    const span = high - low || 1, raw = span / 4, power = 10 ** Math.floor(Math.log10(raw));
+    const span = high - low || 1, raw = span / 5, power = 10 ** Math.floor(Math.log10(raw));
     const step = power * [1, 2, 5, 10].find((n) => n * power >= raw);
     const found = [];
     for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) found.push(value);
@@ -104,14 +105,14 @@
     }
     const keys = series.length < 2 ? [] : series.map(({ name, colour }) =>
       make("span", { class: "key" }, make("span", { class: "dot", style: { background: colour } }), name));
-    return make("div", { class: "plot" }, make("p", {}, title, ...keys), svg);
+    return make("div", { class: "plot" }, make("p", {}, title), keys.length ? make("p", { class: "keys" }, ...keys) : null, svg);
   }
   function spark(values, chosen, colour, scale) {
     const width = 144, height = 34;
     const x = (i) => 5 + ((width - 10) * i) / Math.max(1, values.length - 1);
     const y = (value) => 4 + ((scale.high - value) / (scale.high - scale.low || 1)) * (height - 8);
     const words = values.map((value, i) => `${checkpoints[i]}: ${value === null ? "not in the best 100" : number(value, 4)}`);
-    const svg = draw("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": words.join(", ") });
+    const svg = draw("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMinYMid meet", role: "img", "aria-label": words.join(", ") });
     svg.append(draw("title", {}, words.join("\n")));
     if (scale.low <= 0 && scale.high >= 0) svg.append(draw("line", { class: "grid", x1: 0, x2: width, y1: y(0), y2: y(0) }));
     svg.append(draw("path", { d: path(values, x, y), fill: "none", stroke: colour, "stroke-width": 1.75 }));
@@ -124,6 +125,8 @@
   // One query.
   const colourOf = (source) => study.colours[source] ?? "#7f8790";
   let shown = null, chosen = checkpoints.length - 1;
+
+  const questionOf = (query) => (query.text || "").match(/^Context:[\s\S]*\nQuestion:\s*([\s\S]+)$/)?.[1] ?? "";
 
   function fillText(place, text, response) {
     place.replaceChildren(text || "(no text in the store)");
@@ -143,8 +146,8 @@
     rows.push(row(`Φ, ${study.against}`, query.pt.map((value) => number(value))));
     rows.push(row("FT/PT", query.ft.map((ft, i) => number(ft !== null && query.pt[i] > 0 ? ft / query.pt[i] : null, 2))));
     rows.push(row("closer", query.winner.map((word) => word ?? "–")));
-    const caption = query.label === null ? "The query by epoch." : `Label: ${query.label}. The query by epoch.`;
-    at("query-table").replaceChildren(make("caption", {}, caption),
+    at("query-label").textContent = query.label === null ? "By epoch." : `Label: ${query.label}. By epoch:`;
+    at("query-table").replaceChildren(
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "epoch"), ...epochs.map(head))),
       make("tbody", {}, ...rows));
   }
@@ -184,6 +187,8 @@
   function show(index) {
     shown = study.queries[index];
     at("query-name").textContent = `Query ${shown.id}`;
+    at("query-question").textContent = questionOf(shown);
+    at("query-question").hidden = !questionOf(shown);
     fillText(at("query-text"), shown.text, shown.response);
     fillTable(shown);
     fillPlots(shown);
@@ -205,11 +210,10 @@
   }
   function find() {
     const words = at("query-find").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const before = select.value;
+    const before = String(study.queries.indexOf(shown));
     const found = study.queries.flatMap((query, i) => {
       const all = `${query.id} ${query.text} ${query.label ?? ""}`.toLowerCase();
-      const start = (query.text || "").match(/Question:\s*([\s\S]*)$/)?.[1] ?? query.text ?? "";
-      const name = `${query.id}: ${start.replace(/\s+/g, " ").slice(0, 90)}`;
+      const name = `${query.id}: ${(questionOf(query) || query.text || "").replace(/\s+/g, " ").slice(0, 90)}`;
       return words.every((word) => all.includes(word)) ? [make("option", { value: i }, name)] : [];
     });
     select.replaceChildren(...found);
@@ -231,6 +235,15 @@
     at("query-next").addEventListener("click", () => step(1));
     find();
   }
+
+  // In print, what is folded away is there too.
+  const asides = [...document.querySelectorAll("details.aside")];
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = asides.filter((aside) => !aside.open);
+    for (const aside of closed) aside.open = true;
+  });
+  addEventListener("afterprint", () => { for (const aside of closed) aside.open = false; });
 
   start();
   drawCharts();

@@ -18,6 +18,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lark_store.errors import InputError
 from lark_store.study.explorer import explorer
 from lark_store.study.figures import figures, still
 from lark_store.study.layout import FIGURES, sheets
@@ -50,10 +51,19 @@ class Finding(Protocol):
 
 
 def write(results: Results, findings: Sequence[Finding], store: Store, path: Path) -> Path:
-    """Write the report to `path`; `store` has the texts and scores of the samples that it shows."""
+    """Write the report to `path`; `store` has the texts and scores of the samples that it shows.
+
+    Raises
+    ------
+    InputError
+        The file can't be written.
+    """
     page = render(results, findings, store)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"`{path}` can't be written: {error.strerror}", "choose another place") from error
     return path
 
 
@@ -70,7 +80,7 @@ def save_tables(results: Results, folder: Path) -> list[Path]:
 def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
     """Return the report's HTML."""
     specs = {name: chart.to_dict() for name, chart in figures(results).items()}
-    scripts = {"vega": vl_convert.javascript_bundle(), "page": _beside("report.js")}
+    scripts = {"vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "page": _beside("report.js")}
     data = {"charts": {name: _bare(spec) for name, spec in specs.items()}, "study": explorer(results, store)}
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -84,13 +94,33 @@ def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
         findings=findings,
         sheets=sheets(results),
         figures=[_figure(name, spec) for name, spec in specs.items()],
-        recipe_text=results.recipe.model_dump_json(indent=2, exclude_none=True),
+        recipe_text=recipe_toml(results.recipe),
         environment={name: _plain(value) for name, value in results.environment.items()},
         style=Markup(_beside("report.css")),  # noqa: S704 - our own file
         scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704 - ours and Vega's
         policy=_policy(list(scripts.values())),
         data={name: _json(value) for name, value in data.items()},
     )
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """Return a recipe as TOML with every key that has a value; paths are relative to where the study's folder lies."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    sources, parts = values.pop("source"), {k: values.pop(k) for k in list(values) if isinstance(values[k], dict)}
+    blocks = [("", values), *((f"[{name}]", part) for name, part in parts.items())]
+    blocks += [("[[source]]", source) for source in sources]
+    texts = [
+        "\n".join([*([head] if head else []), *(f"{k} = {_toml(v)}" for k, v in part.items())]) for head, part in blocks
+    ]
+    home = json.dumps(f"{recipe.folder.parent}/", ensure_ascii=False)[1:-1]
+    return "\n\n".join(texts).replace(f'"{home}', '"')
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML; its strings, numbers and lists are JSON's."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def model_name(recipe: Recipe) -> str:
@@ -118,12 +148,14 @@ def _figure(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     for pattern in (r'\b(id=")', r"(url\(#)", r'(href="#)'):  # ids of several drawings must not meet
         svg = re.sub(pattern, rf"\g<1>{name}-", svg)
     drawing = Markup(svg)  # noqa: S704 - Vega escapes what it draws
-    return {"name": name, "number": number, "caption": caption, "title": spec["title"]["text"], "svg": drawing}
+    title = spec["title"]
+    words = {"title": title["text"], "under": " ".join(title.get("subtitle", []))}
+    return {"name": name, "number": number, "caption": caption, "svg": drawing, **words}
 
 
 def _bare(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a chart on no ground of its own, without the address of its schema."""
-    kept = {key: value for key, value in spec.items() if key != "$schema"}
+    """Return a chart without ground, title (the page has it) and the address of its schema."""
+    kept = {key: value for key, value in spec.items() if key not in {"$schema", "title"}}
     return kept | {"config": spec["config"] | {"background": "transparent"}}
 
 

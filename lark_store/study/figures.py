@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
@@ -54,9 +55,7 @@ _INTERVAL: dict[str, str | tuple[str, str]] = {"low": ("95% from", ".3f"), "high
 def figures(results: Results) -> dict[str, Figure]:
     """Return the charts by name, in reading order."""
     drawn = {name: draw(results) for name, draw in _FIGURES.items()}
-    return {
-        name: styled(chart).properties(name=f"figure_{n}") for n, (name, chart) in enumerate(drawn.items()) if chart
-    }
+    return {name: styled(chart) for name, chart in drawn.items() if chart is not None}
 
 
 def save(charts: dict[str, Figure], folder: Path) -> list[Path]:
@@ -64,14 +63,22 @@ def save(charts: dict[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, chart in charts.items():
-        spec = still(chart.to_dict())
+        spec = chart.to_dict()
         for path, content in (
-            (folder / f"{name}.png", vl_convert.vegalite_to_png(spec, scale=2)),
-            (folder / f"{name}.svg", vl_convert.vegalite_to_svg(spec).encode()),
+            (folder / f"{name}.png", vl_convert.vegalite_to_png(still(spec), scale=2)),
+            (folder / f"{name}.svg", svg(spec, name).encode()),
         ):
             path.write_bytes(content)
             written.append(path)
     return written
+
+
+def svg(spec: dict[str, Any], name: str) -> str:
+    """Return a chart as SVG; its ids are named after it: the same each time, and others than those of other charts."""
+    drawn = vl_convert.vegalite_to_svg(still(spec))
+    for n, own in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', drawn))):
+        drawn = re.sub(rf'(\bid="|url\(#|href="#){re.escape(own)}(?=["\)])', rf"\g<1>{name}-{n}", drawn)
+    return drawn
 
 
 def still(spec: dict[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,8 @@ def _dominance(results: Results) -> Sheet | None:
         return None
     caption = (
         f"Fine-tuning (FT) against pretraining (PT: {against}, {FORMATTED}) by epoch. FT and PT are mean max "
-        f"influences; FT/PT is the mean of the queries' ratios where PT > 0; wins are shares of queries. {_queries(frame)}."
+        "influences; FT/PT is the mean of the queries' ratios where PT > 0; wins are shares of queries. "
+        f"{_queries(frame)}."
     )
     return _sheet("Table II", caption, frame, _dominance_columns(), 1)
 

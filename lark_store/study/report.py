@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +19,7 @@ from markupsafe import Markup
 
 from lark_store.errors import InputError
 from lark_store.study.explorer import explorer
-from lark_store.study.figures import figures, still
+from lark_store.study.figures import figures, svg
 from lark_store.study.layout import FIGURES, sheets
 from lark_store.study.style import rate_text
 
@@ -144,10 +143,7 @@ def _facts(results: Results) -> dict[str, str]:
 def _figure(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Return a figure: its number, caption, and drawing that is there without JavaScript and in print."""
     number, caption = FIGURES[name]
-    svg = vl_convert.vegalite_to_svg(still(_bare(spec)))
-    for pattern in (r'\b(id=")', r"(url\(#)", r'(href="#)'):  # ids of several drawings must not meet
-        svg = re.sub(pattern, rf"\g<1>{name}-", svg)
-    drawing = Markup(svg)  # noqa: S704 - Vega escapes what it draws
+    drawing = Markup(svg(_bare(spec), name))  # noqa: S704 - Vega escapes what it draws
     title = spec["title"]
     words = {"title": title["text"], "under": " ".join(title.get("subtitle", []))}
     return {"name": name, "number": number, "caption": caption, "svg": drawing, **words}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,8 @@ def example_results(  # noqa: C901 - one row of each table after the other
         environment={"python": "3.11.9", "torch": "2.8.0", "machine": "x86_64, 2 cores"},
         hashes={"recipe": "ab" * 32, "checkpoint epoch-5": "cd" * 32},
     )
+
+
+def stripped(results: Results, *names: str) -> Results:
+    """The results with some tables empty."""
+    return replace(results, **{name: getattr(results, name).clear() for name in names})

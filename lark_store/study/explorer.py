@@ -38,7 +38,7 @@ SELECT s.*, b.place FROM scored s JOIN wanted USING (query_id, source, variant, 
 LEFT JOIN best b USING (checkpoint, query_id, source, variant, sample_id)
 ORDER BY s.query_id, s.source, s.variant, s.sample_id, s.checkpoint"""
 _TEXTS = """
-SELECT source, sample_id, left(coalesce(prompt, text, ''), $most) AS text, left(response, $most) AS response
+SELECT source, sample_id, coalesce(prompt, text, '') AS text, response
 FROM samples WHERE list_contains($sources, source)"""
 
 
@@ -48,12 +48,8 @@ def explorer(results: Results, store: Store) -> dict[str, Any]:
     named = {"sketcher": SKETCHER, "method": METHOD, "queries": recipe.queries.name, "variant": FORMATTED}
     scores = store.sql(_SCORES, named | {"checkpoints": recipe.checkpoints, "top": TOP})
     sources = [source.name for source in (recipe.queries, recipe.tuning, *recipe.pretraining)]
-    texts = {
-        (source, sample_id): (text, response)
-        for source, sample_id, text, response in store.sql(
-            _TEXTS, {"most": LONGEST_QUERY + 1, "sources": sources}
-        ).iter_rows()
-    }
+    found = store.sql(_TEXTS, {"sources": sources})
+    texts = {(source, sample_id): (text, response) for source, sample_id, text, response in found.iter_rows()}
     tops = _Tops(recipe.checkpoints, texts)
     rows = {key[0]: tops.of_query(part) for key, part in scores.group_by("query_id", maintain_order=True)}
     queries = [
@@ -72,8 +68,11 @@ def explorer(results: Results, store: Store) -> dict[str, Any]:
 
 
 def cut(text: str | None, most: int) -> str | None:
-    """Return a text's beginning, with a mark where it was cut."""
-    return text if text is None or len(text) <= most else f"{text[:most].rstrip()} …"
+    """Return a text without its middle where it is longer than `most`: a question may stand at its end."""
+    if text is None or len(text) <= most:
+        return text
+    start = most * 2 // 3
+    return f"{text[:start].rstrip()} […] {text[start - most :].lstrip()}"
 
 
 def short(value: float | None) -> float | None:

@@ -272,7 +272,7 @@ def _trajectories(results: Results) -> Figure | None:
     base = alt.Chart(data(frame)).encode(x=x, y=y, detail="query_id:N")
     thin = base.mark_line(aria=False).encode(
         color=alt.Color("closer:N", scale=colours, title="closer at the last epoch:"),
-        opacity=alt.when(hover).then(alt.value(1)).otherwise(alt.value(0.3 if len(last) > 60 else 0.45)),
+        opacity=alt.when(hover).then(alt.value(1)).otherwise(alt.value(min(max(20 / len(last), 0.12), 0.45))),
         strokeWidth=alt.when(hover).then(alt.value(3)).otherwise(alt.value(1)),
     )
     shown = tips(

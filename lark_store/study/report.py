@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lark_store.errors import InputError
 from lark_store.study.explorer import explorer
@@ -84,6 +85,7 @@ def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["marked"] = _marked
     return environment.get_template("report.html.jinja").render(
         recipe=results.recipe,
         results=results,
@@ -108,11 +110,9 @@ def recipe_toml(recipe: Recipe) -> str:
     sources, parts = values.pop("source"), {k: values.pop(k) for k in list(values) if isinstance(values[k], dict)}
     blocks = [("", values), *((f"[{name}]", part) for name, part in parts.items())]
     blocks += [("[[source]]", source) for source in sources]
-    texts = [
-        "\n".join([*([head] if head else []), *(f"{k} = {_toml(v)}" for k, v in part.items())]) for head, part in blocks
-    ]
+    lines = [[head, *(f"{k} = {_toml(v)}" for k, v in part.items() if v != {})] for head, part in blocks]
     home = json.dumps(f"{recipe.folder.parent}/", ensure_ascii=False)[1:-1]
-    return "\n\n".join(texts).replace(f'"{home}', '"')
+    return "\n\n".join("\n".join(block).lstrip() for block in lines).replace(f'"{home}', '"')
 
 
 def _toml(value: Any) -> str:
@@ -165,6 +165,11 @@ def _json(value: Any) -> Markup:
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)  # noqa: S704 - no sign that HTML knows is left
+
+
+def _marked(text: str) -> Markup:
+    """Return a text with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
 def _plain(value: Any) -> str:

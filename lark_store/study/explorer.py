@@ -1,0 +1,141 @@
+"""What the report shows of each query: its text, its path over the epochs, and the samples that drive it.
+
+Compact, as it is part of the page: each text is there once, and samples, groups and rows are named by their place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lark_store.study.results import FORMATTED
+from lark_store.study.style import source_colours
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from lark_store.store import Store
+    from lark_store.study.results import Results
+
+SKETCHER, METHOD = "study", "cosine"
+TOP = 5
+LONGEST = 1_500  # characters of a sample's text
+LONGEST_QUERY = 4_000
+DIGITS = 4
+
+_SCORES = """
+WITH scored AS (
+    SELECT checkpoint, query_id, source, variant, sample_id, max(score) AS score FROM influence
+    WHERE sketcher = $sketcher AND method = $method AND queries = $queries AND query_variant = $variant
+      AND query_checkpoint = checkpoint AND list_contains($checkpoints, checkpoint)
+    GROUP BY ALL),
+best AS (
+    SELECT *, row_number() OVER (
+        PARTITION BY checkpoint, query_id ORDER BY score DESC, source, variant, sample_id) AS place
+    FROM scored QUALIFY place <= $top),
+wanted AS (SELECT DISTINCT query_id, source, variant, sample_id FROM best)
+SELECT s.*, b.place FROM scored s JOIN wanted USING (query_id, source, variant, sample_id)
+LEFT JOIN best b USING (checkpoint, query_id, source, variant, sample_id)
+ORDER BY s.query_id, s.source, s.variant, s.sample_id, s.checkpoint"""
+_TEXTS = """
+SELECT source, sample_id, coalesce(prompt, text, '') AS text, response
+FROM samples WHERE list_contains($sources, source)"""
+
+
+def explorer(results: Results, store: Store) -> dict[str, Any]:
+    """Return the page's data on queries: lists by checkpoint are in order of epochs, null where nothing is known."""
+    recipe = results.recipe
+    named = {"sketcher": SKETCHER, "method": METHOD, "queries": recipe.queries.name, "variant": FORMATTED}
+    scores = store.sql(_SCORES, named | {"checkpoints": recipe.checkpoints, "top": TOP})
+    sources = [source.name for source in (recipe.queries, recipe.tuning, *recipe.pretraining)]
+    found = store.sql(_TEXTS, {"sources": sources})
+    texts = {(source, sample_id): (text, response) for source, sample_id, text, response in found.iter_rows()}
+    tops = _Tops(recipe.checkpoints, texts)
+    rows = {key[0]: tops.of_query(part) for key, part in scores.group_by("query_id", maintain_order=True)}
+    queries = [
+        _query(str(key[0]), part, recipe.checkpoints, texts.get((recipe.queries.name, str(key[0])), ("", None)))
+        | rows.get(key[0], {"rows": [], "top": [[] for _ in recipe.checkpoints]})
+        for key, part in results.queries.group_by("query_id", maintain_order=True)
+    ]
+    return {
+        "checkpoints": recipe.checkpoints,
+        "against": f"{recipe.against} · {FORMATTED}",
+        "colours": source_colours(results),
+        "groups": tops.groups,
+        "samples": tops.samples,
+        "queries": queries,
+    }
+
+
+def cut(text: str | None, most: int) -> str | None:
+    """Return a text without its middle where it is longer than `most`: a question may stand at its end."""
+    if text is None or len(text) <= most:
+        return text
+    start = most * 2 // 3
+    return f"{text[:start].rstrip()} […] {text[start - most :].lstrip()}"
+
+
+def short(value: float | None) -> float | None:
+    """Return a number with the digits that are shown; None for one that is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _query(query_id: str, rows: pl.DataFrame, checkpoints: list[str], text: tuple[str, str | None]) -> dict[str, Any]:
+    """Return what is known of a query itself."""
+    at = {row["checkpoint"]: row for row in rows.iter_rows(named=True)}
+
+    def along(field: str) -> list[Any]:
+        return [at[name][field] if name in at else None for name in checkpoints]
+
+    return {
+        "id": query_id,
+        "text": cut(text[0], LONGEST_QUERY),
+        "response": cut(text[1], LONGEST),
+        "label": next((label for label in along("label") if label is not None), None),
+        "prediction": along("prediction"),
+        "correct": along("correct"),
+        **{field: [short(value) for value in along(field)] for field in ("loss", "ft", "pt")},
+        "winner": along("winner"),
+    }
+
+
+class _Tops:
+    """Gathers samples and groups of all queries, so that each is written once."""
+
+    def __init__(self, checkpoints: list[str], texts: dict[tuple[str, str], tuple[str, str | None]]) -> None:
+        self.groups: list[list[str]] = []
+        self.samples: list[list[str | None]] = []
+        self._checkpoints = {name: i for i, name in enumerate(checkpoints)}
+        self._texts = texts
+        self._group_at: dict[tuple[str, str], int] = {}
+        self._sample_at: dict[tuple[str, str], int] = {}
+
+    def of_query(self, scores: pl.DataFrame) -> dict[str, Any]:
+        """Return a query's rows [sample, group, score by checkpoint], and by checkpoint the places of the top ones."""
+        rows: list[list[Any]] = []
+        top: list[list[tuple[int, int]]] = [[] for _ in self._checkpoints]
+        keys = ("source", "variant", "sample_id")
+        for n, (key, part) in enumerate(scores.group_by(*keys, maintain_order=True)):
+            source, variant, sample_id = (str(name) for name in key)
+            along: list[float | None] = [None] * len(self._checkpoints)
+            for name, score, place in part.select("checkpoint", "score", "place").iter_rows():
+                along[self._checkpoints[name]] = short(score)
+                if place is not None:
+                    top[self._checkpoints[name]].append((place, n))
+            rows.append([self._sample(source, sample_id), self._group(source, variant), along])
+        return {"rows": rows, "top": [[n for _, n in sorted(places)] for places in top]}
+
+    def _sample(self, source: str, sample_id: str) -> int:
+        at = self._sample_at.setdefault((source, sample_id), len(self.samples))
+        if at == len(self.samples):
+            text, response = self._texts.get((source, sample_id), ("", None))
+            self.samples.append([source, sample_id, cut(text, LONGEST), cut(response, LONGEST)])
+        return at
+
+    def _group(self, source: str, variant: str) -> int:
+        at = self._group_at.setdefault((source, variant), len(self.groups))
+        if at == len(self.groups):
+            self.groups.append([source, variant])
+        return at

@@ -1,0 +1,250 @@
+"use strict";
+// The page of a study. Texts are untrusted: they are only ever set as text.
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const at = (id) => document.getElementById(id);
+  const charts = read("charts-data"), study = read("study-data");
+  const checkpoints = study.checkpoints;
+  const epochs = checkpoints.map((name) => name.replace(/^epoch-/, ""));
+
+  function make(tag, properties = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name === "class") element.className = value;
+      else if (name === "style") Object.assign(element.style, value);
+      else element.setAttribute(name, value);
+    }
+    element.append(...children.filter((child) => child !== null));
+    return element;
+  }
+  function draw(tag, attributes = {}, ...children) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...children);
+    return element;
+  }
+  const number = (value, digits = 3) =>
+    value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
+
+  // Figures: Vega draws them in place of the still ones, as wide as the page.
+  function fitted(spec, width) {
+    const fit = structuredClone(spec);
+    const names = [...(spec.layer ?? []), ...(spec.hconcat?.[0].layer ?? [])].flatMap((l) => l.encoding?.color?.scale?.domain ?? []);
+    fit.config.legend.columns = width > 480 ? 4 : (names.some((name) => String(name).length > 16) ? 1 : 2);
+    fit.config.padding = width < 480 ? 2 : 8;
+    const panels = fit.hconcat;
+    if (!panels) return Object.assign(fit, { width: "container", autosize: { type: "fit-x", contains: "padding" } });
+    const isNarrow = width < 560;
+    for (const panel of panels) panel.width = isNarrow ? width - 75 : Math.floor((width - 30) / panels.length) - 65;
+    if (isNarrow) {
+      delete fit.hconcat;
+      fit.vconcat = panels;
+    }
+    return fit;
+  }
+  async function drawCharts() {
+    const theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+    for (const holder of document.querySelectorAll("[data-chart]")) {
+      const name = holder.dataset.chart;
+      holder.classList.add("is-drawn");
+      try {
+        const spec = fitted(charts[name], holder.clientWidth);
+        await vegaEmbed(holder, spec, {
+          mode: "vega-lite", renderer: "svg", ast: true, tooltip: { theme }, downloadFileName: name,
+          actions: { export: true, source: false, compiled: false, editor: false },
+        });
+      } catch (error) {
+        holder.classList.remove("is-drawn");
+        console.error(`figure ${name}:`, error);
+      }
+    }
+    document.documentElement.dataset.drawn = "yes";
+  }
+
+  // Small plots of one query.
+  function ticks(low, high) {
+    const span = high - low || 1, raw = span / 5, power = 10 ** Math.floor(Math.log10(raw));
+    const step = power * [1, 2, 5, 10].find((n) => n * power >= raw);
+    const found = [];
+    for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) found.push(value);
+    return { step, found };
+  }
+  function path(values, x, y) {
+    let word = "", isOn = false;
+    values.forEach((value, i) => {
+      if (value === null) { isOn = false; return; }
+      word += `${isOn ? "L" : "M"}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
+      isOn = true;
+    });
+    return word;
+  }
+  function plot(title, series, digits) {
+    const width = 380, height = 190, left = 44, right = 12, top = 10, bottom = 36;
+    const all = series.flatMap((one) => one.values).filter((value) => value !== null);
+    if (!all.length) return null;
+    const low = Math.min(...all), high = Math.max(...all), room = (high - low || Math.abs(high) || 1) * 0.08;
+    const x = (i) => left + ((width - left - right) * (i + 0.5)) / epochs.length;
+    const y = (value) => top + ((high + room - value) / (high - low + 2 * room)) * (height - top - bottom);
+    const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
+    const { step, found } = ticks(low - room, high + room);
+    const places = Math.max(0, -Math.floor(Math.log10(step)));
+    for (const value of found) {
+      svg.append(draw("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }));
+      svg.append(draw("text", { x: left - 7, y: y(value) + 4, "text-anchor": "end" }, number(value, places)));
+    }
+    epochs.forEach((name, i) => svg.append(draw("text", { x: x(i), y: height - 20, "text-anchor": "middle" }, name)));
+    svg.append(draw("text", { x: (left + width) / 2, y: height - 3, "text-anchor": "middle" }, "epoch of fine-tuning"));
+    for (const { name, colour, values } of series) {
+      svg.append(draw("path", { d: path(values, x, y), fill: "none", stroke: colour, "stroke-width": 2 }));
+      values.forEach((value, i) => {
+        if (value === null) return;
+        const mark = draw("circle", { cx: x(i), cy: y(value), r: 3.5, fill: colour });
+        mark.append(draw("title", {}, `${name}, ${checkpoints[i]}: ${number(value, digits)}`));
+        svg.append(mark);
+      });
+    }
+    const keys = series.length < 2 ? [] : series.map(({ name, colour }) =>
+      make("span", { class: "key" }, make("span", { class: "dot", style: { background: colour } }), name));
+    return make("div", { class: "plot" }, make("p", {}, title), keys.length ? make("p", { class: "keys" }, ...keys) : null, svg);
+  }
+  function spark(values, chosen, colour, scale) {
+    const width = 144, height = 34;
+    const x = (i) => 5 + ((width - 10) * i) / Math.max(1, values.length - 1);
+    const y = (value) => 4 + ((scale.high - value) / (scale.high - scale.low || 1)) * (height - 8);
+    const words = values.map((value, i) => `${checkpoints[i]}: ${value === null ? "not in the best 100" : number(value, 4)}`);
+    const svg = draw("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMinYMid meet", role: "img", "aria-label": words.join(", ") });
+    svg.append(draw("title", {}, words.join("\n")));
+    if (scale.low <= 0 && scale.high >= 0) svg.append(draw("line", { class: "grid", x1: 0, x2: width, y1: y(0), y2: y(0) }));
+    svg.append(draw("path", { d: path(values, x, y), fill: "none", stroke: colour, "stroke-width": 1.75 }));
+    values.forEach((value, i) => {
+      if (value !== null) svg.append(draw("circle", { cx: x(i), cy: y(value), r: i === chosen ? 4 : 1.8, fill: colour }));
+    });
+    return svg;
+  }
+
+  // One query.
+  const colourOf = (source) => study.colours[source] ?? "#7f8790";
+  let shown = null, chosen = checkpoints.length - 1;
+
+  const questionOf = (query) => (query.text || "").match(/^Context:[\s\S]*\nQuestion:\s*([\s\S]+)$/)?.[1] ?? "";
+
+  function fillText(place, text, response) {
+    place.replaceChildren(text || "(no text in the store)");
+    if (response) place.append(make("span", { class: "answer" }, `Answer: ${response}`));
+  }
+  function fillTable(query) {
+    const head = (words) => make("th", { scope: "col", class: "number" }, words);
+    const row = (title, cells) => make("tr", {}, make("th", { scope: "row" }, title),
+      ...cells.map((cell) => (cell instanceof Node ? cell : make("td", { class: "number" }, cell))));
+    const rows = [];
+    if (query.prediction.some((word) => word !== null)) {
+      rows.push(row("prediction", query.prediction.map((word, i) => word === null ? "–" : make("td",
+        { class: `number ${query.correct[i] ? "right" : "wrong"}` }, `${word} ${query.correct[i] ? "✓" : "✗"}`))));
+    }
+    rows.push(row("loss (nats per token)", query.loss.map((value) => number(value))));
+    rows.push(row("Φ, fine-tuning", query.ft.map((value) => number(value))));
+    rows.push(row(`Φ, ${study.against}`, query.pt.map((value) => number(value))));
+    rows.push(row("FT/PT", query.ft.map((ft, i) => number(ft !== null && query.pt[i] > 0 ? ft / query.pt[i] : null, 2))));
+    rows.push(row("closer", query.winner.map((word) => word ?? "–")));
+    at("query-label").textContent = query.label === null ? "By epoch." : `Label: ${query.label}. By epoch:`;
+    at("query-table").replaceChildren(
+      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "epoch"), ...epochs.map(head))),
+      make("tbody", {}, ...rows));
+  }
+  function fillPlots(query) {
+    const [tuning] = Object.keys(study.colours), against = study.against.split(" · ")[0];
+    const plots = [
+      plot("Highest influence (cosine)", [
+        { name: "fine-tuning", colour: colourOf(tuning), values: query.ft },
+        { name: study.against, colour: colourOf(against), values: query.pt },
+      ], 4),
+      plot("Loss (nats per target token)", [{ name: "loss", colour: "#7f8790", values: query.loss }], 3),
+    ];
+    at("query-plots").replaceChildren(...plots.filter((one) => one !== null));
+  }
+  function fillTop() {
+    const rows = shown.top[chosen].map((i) => shown.rows[i]);
+    at("top-title").textContent = rows.length
+      ? `The ${rows.length} samples with the most influence at ${checkpoints[chosen]}`
+      : `No influence is stored at ${checkpoints[chosen]}`;
+    const all = rows.flatMap((row) => row[2]).filter((value) => value !== null);
+    const scale = { low: Math.min(0, ...all), high: Math.max(0, ...all) };
+    at("top").replaceChildren(...rows.map(([sample, group, scores], i) => {
+      const [source, id, text, response] = study.samples[sample], variant = study.groups[group][1];
+      const body = make("div", { class: "text" });
+      fillText(body, text, response);
+      const first = (text || "").replace(/\s+/g, " ").slice(0, 140);
+      return make("li", {},
+        make("div", { class: "line" },
+          make("span", { class: "rank" }, String(i + 1)),
+          make("span", { class: "score" }, number(scores[chosen])),
+          make("span", { class: "who" },
+            make("span", { class: "dot", style: { background: colourOf(source) } }), `${source} · ${variant}`, make("small", {}, id)),
+          make("span", { class: "path" }, spark(scores, chosen, colourOf(source), scale))),
+        make("details", {}, make("summary", {}, first || "(no text in the store)"), body));
+    }));
+  }
+  function show(index) {
+    shown = study.queries[index];
+    at("query-name").textContent = `Query ${shown.id}`;
+    at("query-question").textContent = questionOf(shown);
+    at("query-question").hidden = !questionOf(shown);
+    fillText(at("query-text"), shown.text, shown.response);
+    fillTable(shown);
+    fillPlots(shown);
+    fillTop();
+  }
+
+  // Finding and stepping.
+  const select = at("query-select");
+  function step(by) {
+    select.selectedIndex = Math.min(Math.max(select.selectedIndex + by, 0), select.options.length - 1);
+    changed();
+  }
+  function changed() {
+    const isAny = select.options.length > 0;
+    if (isAny) show(Number(select.value));
+    at("query-previous").disabled = !isAny || select.selectedIndex === 0;
+    at("query-next").disabled = !isAny || select.selectedIndex === select.options.length - 1;
+    at("query-count").textContent = isAny ? `${select.selectedIndex + 1} of ${select.options.length}` : "none has these words";
+  }
+  function find() {
+    const words = at("query-find").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const before = String(study.queries.indexOf(shown));
+    const found = study.queries.flatMap((query, i) => {
+      const all = `${query.id} ${query.text} ${query.label ?? ""}`.toLowerCase();
+      const name = `${query.id}: ${(questionOf(query) || query.text || "").replace(/\s+/g, " ").slice(0, 90)}`;
+      return words.every((word) => all.includes(word)) ? [make("option", { value: i }, name)] : [];
+    });
+    select.replaceChildren(...found);
+    if (found.some((option) => option.value === before)) select.value = before;
+    changed();
+  }
+  function start() {
+    if (!study.queries.length) {
+      at("queries").append(make("p", {}, "The study has no query."));
+      return;
+    }
+    at("query-controls").hidden = at("query").hidden = false;
+    at("checkpoint-select").append(...checkpoints.map((name, i) => make("option", { value: i }, name)));
+    at("checkpoint-select").value = String(chosen);
+    at("checkpoint-select").addEventListener("change", (event) => { chosen = Number(event.target.value); fillTop(); });
+    at("query-find").addEventListener("input", find);
+    select.addEventListener("change", changed);
+    at("query-previous").addEventListener("click", () => step(-1));
+    at("query-next").addEventListener("click", () => step(1));
+    find();
+  }
+
+  // In print, what is folded away is there too.
+  const asides = [...document.querySelectorAll("details.aside")];
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = asides.filter((aside) => !aside.open);
+    for (const aside of closed) aside.open = true;
+  });
+  addEventListener("afterprint", () => { for (const aside of closed) aside.open = false; });
+
+  start();
+  drawCharts();
+})();

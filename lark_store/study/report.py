@@ -1,0 +1,184 @@
+"""A study's report: one HTML file that asks for nothing from outside, and its tables as CSV.
+
+The page's own policy (Content-Security-Policy) forbids any request, and any script but those written here: sample texts
+are untrusted.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import vl_convert
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from lark_store.errors import InputError
+from lark_store.study.explorer import explorer
+from lark_store.study.figures import figures, svg
+from lark_store.study.layout import FIGURES, sheets
+from lark_store.study.style import rate_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lark_store.store import Store
+    from lark_store.study.recipe import Recipe
+    from lark_store.study.results import Results
+
+HERE = Path(__file__).parent
+
+
+class Finding(Protocol):
+    """What a finding must have: a question, what the numbers say, and whether it holds (None: they don't tell)."""
+
+    @property
+    def question(self) -> str:
+        """What was asked."""
+
+    @property
+    def text(self) -> str:
+        """The answer in words, with its numbers."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether it holds; None where the numbers don't tell."""
+
+
+def write(results: Results, findings: Sequence[Finding], store: Store, path: Path) -> Path:
+    """Write the report to `path`; `store` has the texts and scores of the samples that it shows.
+
+    Raises
+    ------
+    InputError
+        The file can't be written.
+    """
+    page = render(results, findings, store)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"`{path}` can't be written: {error.strerror}", "choose another place") from error
+    return path
+
+
+def save_tables(results: Results, folder: Path) -> list[Path]:
+    """Write each table that has rows as NAME.csv; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, frame in results.tables().items():
+        written.append(folder / f"{name}.csv")
+        frame.write_csv(written[-1])
+    return written
+
+
+def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
+    """Return the report's HTML."""
+    specs = {name: chart.to_dict() for name, chart in figures(results).items()}
+    scripts = {"vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "page": _beside("report.js")}
+    data = {"charts": {name: _bare(spec) for name, spec in specs.items()}, "study": explorer(results, store)}
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["marked"] = _marked
+    return environment.get_template("report.html.jinja").render(
+        recipe=results.recipe,
+        results=results,
+        model=model_name(results.recipe),
+        date=datetime.now(UTC).date().isoformat(),
+        facts=_facts(results),
+        findings=findings,
+        sheets=sheets(results),
+        figures=[_figure(name, spec) for name, spec in specs.items()],
+        recipe_text=recipe_toml(results.recipe),
+        environment={name: _plain(value) for name, value in results.environment.items()},
+        style=Markup(_beside("report.css")),  # noqa: S704 - our own file
+        scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704 - ours and Vega's
+        policy=_policy(list(scripts.values())),
+        data={name: _json(value) for name, value in data.items()},
+    )
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """Return a recipe as TOML with every key that has a value; paths are relative to where the study's folder lies."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    sources, parts = values.pop("source"), {k: values.pop(k) for k in list(values) if isinstance(values[k], dict)}
+    blocks = [("", values), *((f"[{name}]", part) for name, part in parts.items())]
+    blocks += [("[[source]]", source) for source in sources]
+    lines = [[head, *(f"{k} = {_toml(v)}" for k, v in part.items() if v != {})] for head, part in blocks]
+    home = json.dumps(f"{recipe.folder.parent}/", ensure_ascii=False)[1:-1]
+    return "\n\n".join("\n".join(block).lstrip() for block in lines).replace(f'"{home}', '"')
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML; its strings, numbers and lists are JSON's."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def model_name(recipe: Recipe) -> str:
+    """Return what tables call the model."""
+    return recipe.model.name or recipe.model.path.rstrip("/").rpartition("/")[2]
+
+
+def _facts(results: Results) -> dict[str, str]:
+    """Return what stands at the top of the page."""
+    recipe = results.recipe
+    rates = list(dict.fromkeys(rate_text(rate) for rate in recipe.finetune.learning_rates))
+    return {
+        "Model": model_name(recipe),
+        "Fine-tuned on": f"{recipe.tuning.name}, {recipe.epochs} epochs at {', then '.join(rates)}",
+        "Pretraining sources": ", ".join(source.name for source in recipe.pretraining),
+        "Queries": f"{results.queries['query_id'].n_unique():,} ({recipe.queries.name})",
+        "Sketch": f"{recipe.sketch.k:,} bins, seed {recipe.sketch.seed}",
+    }
+
+
+def _figure(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a figure: its number, caption, and drawing that is there without JavaScript and in print."""
+    number, caption = FIGURES[name]
+    drawing = Markup(svg(_bare(spec), name))  # noqa: S704 - Vega escapes what it draws
+    title = spec["title"]
+    words = {"title": title["text"], "under": " ".join(title.get("subtitle", []))}
+    return {"name": name, "number": number, "caption": caption, "svg": drawing, **words}
+
+
+def _bare(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a chart without ground, title (the page has it) and the address of its schema."""
+    kept = {key: value for key, value in spec.items() if key not in {"$schema", "title"}}
+    return kept | {"config": spec["config"] | {"background": "transparent"}}
+
+
+def _beside(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _json(value: Any) -> Markup:
+    """Return JSON that ends no script element and means the same in JavaScript."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)  # noqa: S704 - no sign that HTML knows is left
+
+
+def _marked(text: str) -> Markup:
+    """Return a text with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _policy(scripts: list[str]) -> str:
+    """Return the page's policy: no request, no script but these."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    rules = ("default-src 'none'", f"script-src {allowed}", "style-src 'unsafe-inline'", "img-src data: blob:")
+    return "; ".join((*rules, "base-uri 'none'", "form-action 'none'"))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from typing import TYPE_CHECKING
 
 import polars as pl
 import pytest
 from study_example import example_results, stripped
 
 from lark_store.study import figures, layout, style
-from lark_store.study.results import Results
+
+if TYPE_CHECKING:
+    from lark_store.study.results import Results
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def finetune(store: Store, recipe: Recipe, base: Path, samples: Sequence[Sample]
         data_collator=_together,
         processing_class=tokenizer,
         callbacks=[
-            LarkStoreCallback(recipe.store, model=model_name(recipe), by="epoch"),
+            LarkStoreCallback(recipe.store, model=recipe.model_name, by="epoch"),
             _Housekeeping(recipe.store),
             _Told(on_progress),
         ],
@@ -91,11 +91,6 @@ def _start(done: dict[str, Path]) -> str | None:
             "begin again: remove the study's folder",
         )
     return str(last)
-
-
-def model_name(recipe: Recipe) -> str:
-    """Return what the model is called."""
-    return recipe.model.name or recipe.model.path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _whole(store: Store, folder: Path) -> dict[str, Path]:

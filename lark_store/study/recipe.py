@@ -200,6 +200,11 @@ class Recipe(_Part):
         return ["base", *(f"epoch-{n}" for n in range(1, self.epochs + 1))]
 
     @property
+    def model_name(self) -> str:
+        """What the model is called."""
+        return self.model.name or self.model.path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
     def root(self) -> Path:
         """The study's own folder: store, checkpoints, pools, tables, figures, report."""
         return self._home / self.folder

@@ -150,7 +150,7 @@ class _Study:
 
     def _train(self) -> None:
         from lark_store.ingest.checkpoints import examine
-        from lark_store.study.finetune import finetune, model_name
+        from lark_store.study.finetune import finetune
         from lark_store.study.pools import read
         from lark_store.study.render import add_variants
 
@@ -158,7 +158,7 @@ class _Study:
         model = self.recipe.model
         path = self.recipe.place(model.path)
         self.say(f"fine-tuning: {self.recipe.epochs} epochs of `{self.recipe.tuning.name}`")
-        self.store.checkpoint_add("base", path, revision=model.revision, model=model_name(self.recipe), epoch=0, step=0)
+        self.store.checkpoint_add("base", path, revision=model.revision, model=self.recipe.model_name, epoch=0, step=0)
         base = examine(path, model.revision).folder
         finetune(self.store, self.recipe, base, read(self._pools[self.recipe.tuning.name]), self.on_progress)
 
@@ -227,12 +227,12 @@ class _Study:
         predictions = _predictions([self.recipe.root / "evaluation" / f"{n}.csv" for n in self.recipe.checkpoints])
         kept = self.store.sql("select environment, hashes from studies where name = ?", [NAME]).row(0)
         environment, hashes = map(json.loads, kept)
-        return tables.collect(self.store, self.recipe, predictions, environment=environment, hashes=hashes)
+        return tables.collect(self.store, self.recipe, predictions=predictions, environment=environment, hashes=hashes)
 
     def publish(self, target: Path) -> Results:
         """Write tables, figures and report, and keep their hashes."""
         from lark_store.study.figures import figures, save
-        from lark_store.study.report import save_tables
+        from lark_store.study.page import save_tables
 
         self.say("tables, figures and report")
         self.store.db_optimize(keep_versions_days=0)  # what sketches take on disk is measured next
@@ -247,7 +247,7 @@ class _Study:
     def write_report(self, results: Results, target: Path) -> None:
         """Write the report."""
         from lark_store.study.findings import findings
-        from lark_store.study.report import write
+        from lark_store.study.page import write
 
         write(results, findings(results), self.store, target)
 

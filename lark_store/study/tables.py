@@ -6,7 +6,6 @@ query. The fine-tuning group is the source of stage `finetune` in its first vari
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -268,7 +267,7 @@ def _storage(store: Store, recipe: Recipe, sketcher: str) -> pl.DataFrame:
     taken = on_disk.filter(pl.col("table").is_in([sketch_table(name) for name in prints]))
     per_sample = int(taken["bytes"].sum()) / int(taken["rows"].sum())
     n = store.sql("SELECT count(*) AS n FROM sketches WHERE sketcher = ?", [sketcher])["n"][0]
-    here = recipe.model.name or Path(recipe.model.path).name
+    here = recipe.model_name
     rows: list[tuple[Any, ...]] = []
     for model, parameters in ((here, _parameters(store, recipe, sketcher)), LARGE):
         rows.append((model, parameters, SKETCHES, model == here, per_sample, n, round(per_sample * n), 1.0))

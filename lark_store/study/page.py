@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 from lark_store.errors import InputError
 from lark_store.study.explorer import explorer
 from lark_store.study.figures import figures, svg
+from lark_store.study.files import writing
 from lark_store.study.layout import FIGURES, sheets
 from lark_store.study.style import rate_text
 
@@ -60,8 +61,8 @@ def write(results: Results, findings: Sequence[Finding], store: Store, path: Pat
     """
     page = render(results, findings, store)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        with writing(path) as draft:
+            draft.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(f"`{path}` can't be written: {error.strerror}", "choose another place") from error
     return path
@@ -69,27 +70,25 @@ def write(results: Results, findings: Sequence[Finding], store: Store, path: Pat
 
 def save_tables(results: Results, folder: Path) -> list[Path]:
     """Write each table that has rows as NAME.csv; return the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, frame in results.tables().items():
-        written.append(folder / f"{name}.csv")
-        frame.write_csv(written[-1])
-    return written
+    paths = {folder / f"{name}.csv": frame for name, frame in results.tables().items()}
+    for path, frame in paths.items():
+        with writing(path) as draft:
+            frame.write_csv(draft)
+    return list(paths)
 
 
 def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
     """Return the report's HTML."""
     specs = {name: chart.to_dict() for name, chart in figures(results).items()}
-    scripts = {"vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "page": _beside("report.js")}
+    scripts = {"vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "page": _beside("page.js")}
     data = {"charts": {name: _bare(spec) for name, spec in specs.items()}, "study": explorer(results, store)}
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["marked"] = _marked
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template("page.html.jinja").render(
         recipe=results.recipe,
         results=results,
-        model=model_name(results.recipe),
         date=datetime.now(UTC).date().isoformat(),
         facts=_facts(results),
         findings=findings,
@@ -97,7 +96,7 @@ def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
         figures=[_figure(name, spec) for name, spec in specs.items()],
         recipe_text=recipe_toml(results.recipe),
         environment={name: _plain(value) for name, value in results.environment.items()},
-        style=Markup(_beside("report.css")),  # noqa: S704 - our own file
+        style=Markup(_beside("page.css")),  # noqa: S704 - our own file
         scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704 - ours and Vega's
         policy=_policy(list(scripts.values())),
         data={name: _json(value) for name, value in data.items()},
@@ -105,14 +104,13 @@ def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """Return a recipe as TOML with every key that has a value; paths are relative to where the study's folder lies."""
+    """Return a recipe as TOML with every key that has a value."""
     values = recipe.model_dump(mode="json", exclude_none=True)
-    sources, parts = values.pop("source"), {k: values.pop(k) for k in list(values) if isinstance(values[k], dict)}
-    blocks = [("", values), *((f"[{name}]", part) for name, part in parts.items())]
-    blocks += [("[[source]]", source) for source in sources]
+    many = [(f"[[{name}]]", part) for name in ("variant", "source") for part in values.pop(name)]
+    parts = {k: values.pop(k) for k in list(values) if isinstance(values[k], dict)}
+    blocks = [("", values), *((f"[{name}]", part) for name, part in parts.items()), *many]
     lines = [[head, *(f"{k} = {_toml(v)}" for k, v in part.items() if v != {})] for head, part in blocks]
-    home = json.dumps(f"{recipe.folder.parent}/", ensure_ascii=False)[1:-1]
-    return "\n\n".join("\n".join(block).lstrip() for block in lines).replace(f'"{home}', '"')
+    return "\n\n".join("\n".join(block).lstrip() for block in lines)
 
 
 def _toml(value: Any) -> str:
@@ -122,17 +120,12 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def model_name(recipe: Recipe) -> str:
-    """Return what tables call the model."""
-    return recipe.model.name or recipe.model.path.rstrip("/").rpartition("/")[2]
-
-
 def _facts(results: Results) -> dict[str, str]:
     """Return what stands at the top of the page."""
     recipe = results.recipe
     rates = list(dict.fromkeys(rate_text(rate) for rate in recipe.finetune.learning_rates))
     return {
-        "Model": model_name(recipe),
+        "Model": recipe.model_name,
         "Fine-tuned on": f"{recipe.tuning.name}, {recipe.epochs} epochs at {', then '.join(rates)}",
         "Pretraining sources": ", ".join(source.name for source in recipe.pretraining),
         "Queries": f"{results.queries['query_id'].n_unique():,} ({recipe.queries.name})",

@@ -23,7 +23,8 @@ from study_example import example_results, stripped
 
 from lark_store import Store
 from lark_store.errors import InputError
-from lark_store.study import explorer, figures, layout, report
+from lark_store.study import explorer, figures, layout
+from lark_store.study import page as pages
 from lark_store.study.recipe import Recipe
 from lark_store.study.results import Results
 
@@ -81,7 +82,7 @@ def results(tmp_path_factory) -> Results:
 
 @pytest.fixture(scope="module")
 def page(results, study_store, tmp_path_factory) -> Path:
-    return report.write(results, FINDINGS, study_store, tmp_path_factory.mktemp("page") / "new" / "report.html")
+    return pages.write(results, FINDINGS, study_store, tmp_path_factory.mktemp("page") / "new" / "report.html")
 
 
 class Reader(HTMLParser):
@@ -118,13 +119,13 @@ def test_a_study_with_nothing_measured_has_a_report(results, study_store, tmp_pa
     bare = dataclasses.replace(stripped(results, *names), notes=[], environment={}, hashes={})
     assert not figures.figures(bare)
     assert not layout.sheets(bare)
-    words = Reader(report.write(bare, [], study_store, tmp_path / "report.html").read_text()).words
+    words = Reader(pages.write(bare, [], study_store, tmp_path / "report.html").read_text()).words
     assert "the tables have too little to say" in words
-    assert report.save_tables(bare, tmp_path / "tables") == []
+    assert pages.save_tables(bare, tmp_path / "tables") == []
 
 
 def test_tables_are_saved_whole(results, tmp_path):
-    paths = report.save_tables(results, tmp_path / "tables")
+    paths = pages.save_tables(results, tmp_path / "tables")
     assert {path.stem for path in paths} == set(results.tables())
     for path in paths:
         frame = pl.read_csv(path, infer_schema_length=None)
@@ -134,7 +135,7 @@ def test_tables_are_saved_whole(results, tmp_path):
 
 def test_the_recipe_reads_back(results):
     recipe = results.recipe
-    text = report.recipe_toml(recipe)
+    text = pages.recipe_toml(recipe)
     read = tomllib.loads(text)
     assert read["folder"] == "study"  # no path of this machine
     assert str(recipe.folder.parent) not in text
@@ -196,7 +197,7 @@ def test_the_page_names_nothing_outside(page):
 def test_hostile_text_stays_text(page):
     read = Reader(page.read_text(encoding="utf-8"))
     assert "img" not in {tag for tag, _ in read.elements}
-    assert report._marked("a `b<i>` c & `d`") == "a <code>b&lt;i&gt;</code> c &amp; <code>d</code>"
+    assert pages._marked("a `b<i>` c & `d`") == "a <code>b&lt;i&gt;</code> c &amp; <code>d</code>"
     assert [tag for tag, _ in read.elements].count("script") == 4
     assert HOSTILE in read.words  # a finding and a note, as they are
     data = json.loads(read.raw["script"][1])
@@ -233,7 +234,7 @@ def test_ids_and_headings_are_in_order(page):
 def test_a_place_that_can_t_be_written_is_said(results, study_store, tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(InputError, match="can't be written"):
-        report.write(results, FINDINGS, study_store, tmp_path / "taken")
+        pages.write(results, FINDINGS, study_store, tmp_path / "taken")
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

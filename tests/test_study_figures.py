@@ -11,11 +11,10 @@ import pytest
 from study_example import example_results, stripped
 
 from lark_store.study import figures, layout, style
-from lark_store.study.results import Results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Results:
+def results(tmp_path_factory):
     return example_results(tmp_path_factory.mktemp("study"), [f"q{i}" for i in range(12)])
 
 

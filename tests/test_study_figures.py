@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from typing import TYPE_CHECKING
 
 import polars as pl
 import pytest
@@ -13,12 +12,9 @@ from study_example import example_results, stripped
 
 from lark_store.study import figures, layout, style
 
-if TYPE_CHECKING:
-    from lark_store.study.results import Results
-
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Results:
+def results(tmp_path_factory):
     return example_results(tmp_path_factory.mktemp("study"), [f"q{i}" for i in range(12)])
 
 

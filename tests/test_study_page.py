@@ -137,9 +137,7 @@ def test_the_recipe_reads_back(results):
     recipe = results.recipe
     text = pages.recipe_toml(recipe)
     read = tomllib.loads(text)
-    assert read["folder"] == "study"  # no path of this machine
-    assert str(recipe.folder.parent) not in text
-    assert Recipe.model_validate(read | {"folder": recipe.folder}) == recipe
+    assert Recipe.model_validate(read) == recipe
 
 
 def brute_force_top(store: Store, checkpoint: str, query_id: str) -> list[tuple[str, str, str, float]]:
@@ -336,6 +334,8 @@ def test_another_query_and_another_checkpoint_change_what_is_shown(browser, page
     assert text("query-count") == "none has these words"
     find.send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE)
     assert text("query-count") == "8 of 12"  # the query that was shown is kept
+    Select(browser.find_element(By.ID, "query-select")).select_by_index(3)
+    assert (text("query-count"), text("query-name")) == ("4 of 12", "Query q103")
 
     chosen = Select(browser.find_element(By.ID, "checkpoint-select"))
     assert text("top-title") == "No influence is stored at epoch-5"

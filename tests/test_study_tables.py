@@ -166,6 +166,13 @@ def bounds(top, bottom=None) -> list[float]:
     return [float(low[0]), float(high[0])]
 
 
+def share_bounds(wins) -> list[float]:
+    """As `bounds`; of all or none, Clopper and Pearson's: (α/2)^(1/n) for n of n."""
+    wins = list(wins)
+    edge = 0.025 ** (1 / len(wins))
+    return {0.0: [0, 1 - edge], 1.0: [edge, 1]}.get(mean(wins)) or bounds(wins)
+
+
 def close(found: list[object], expected: list[object]) -> None:
     """Compare two lists of numbers; NaN is null."""
     expected = [None if isinstance(x, float) and np.isnan(x) else x for x in expected]
@@ -194,7 +201,7 @@ def test_influence_is_what_loops_give(results, phi):
             wins = [
                 float(f > p) for f, p in zip(phi["cosine", row["checkpoint"], "finetune", "chatml"], mine, strict=True)
             ]
-            close([row[name] for name in names], [mean(wins), *bounds(wins)])
+            close([row[name] for name in names], [mean(wins), *share_bounds(wins)])
 
 
 def test_relevance_is_what_loops_give(results, phi):
@@ -222,7 +229,7 @@ def test_dominance_is_what_loops_give(results, phi):
         close(
             [row[c] for c in ("ft", "pt", "ratio", "low", "high")], [mean(ft), mean(pt), mean(ratios), *bounds(ratios)]
         )
-        close([row[c] for c in ("pt_wins", "pt_wins_low", "pt_wins_high")], [mean(lost), *bounds(lost)])
+        close([row[c] for c in ("pt_wins", "pt_wins_low", "pt_wins_high")], [mean(lost), *share_bounds(lost)])
         close(
             [row["ft_wins"], row["p_value"]], [mean(a > b for a, b in zip(ft, pt, strict=True)), exact_p(minus(ft, pt))]
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lark_store.study.results import FORMATTED
 from lark_store.study.style import source_colours
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ FROM samples WHERE list_contains($sources, source)"""
 def explorer(results: Results, store: Store) -> dict[str, Any]:
     """Return the page's data on queries: lists by checkpoint are in order of epochs, null where nothing is known."""
     recipe = results.recipe
-    named = {"sketcher": SKETCHER, "method": METHOD, "queries": recipe.queries.name, "variant": FORMATTED}
+    named = {"sketcher": SKETCHER, "method": METHOD, "queries": recipe.queries.name, "variant": recipe.queries.variant}
     scores = store.sql(_SCORES, named | {"checkpoints": recipe.checkpoints, "top": TOP})
     sources = [source.name for source in (recipe.queries, recipe.tuning, *recipe.pretraining)]
     found = store.sql(_TEXTS, {"sources": sources})
@@ -59,7 +58,7 @@ def explorer(results: Results, store: Store) -> dict[str, Any]:
     ]
     return {
         "checkpoints": recipe.checkpoints,
-        "against": f"{recipe.against} · {FORMATTED}",
+        "against": f"{recipe.against} · {recipe.shown_as[recipe.against]}",
         "colours": source_colours(results),
         "groups": tops.groups,
         "samples": tops.samples,

@@ -96,16 +96,18 @@ def still(spec: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(cleaned))  # type: ignore[no-any-return]
 
 
-def _influence(results: Results, variant: str) -> Figure | None:
-    """Draw mean max influence by epoch, one line per source in one variant; fine-tuning is there in any case."""
+def _influence(results: Results, *, plain: bool) -> Figure | None:
+    """Draw mean max influence by epoch, one line per source as `raw` or as what stands for it; fine-tuning as well."""
     tuning = results.recipe.tuning.name
-    own = results.influence.filter(variant=variant).with_columns(series="source")
-    if not len(own):
+    is_own = pl.col("variant") == PLAIN if plain else _stands(results)
+    own = results.influence.filter(is_own).with_columns(series="source")
+    kinds = ", ".join(own["variant"].unique().sort())
+    if own.is_empty() or (plain and set(own["source"]) == {tuning}):
         return None
     colours, dashed = source_colours(results), []
     if tuning not in set(own["source"]):
-        dashed = [f"{tuning} ({FORMATTED}, for reference)"]
-        rest = results.influence.filter(source=tuning, variant=FORMATTED)
+        dashed = [f"{tuning} ({results.recipe.tuning.variant}, for reference)"]
+        rest = results.influence.filter(source=tuning, variant=results.recipe.tuning.variant)
         own = pl.concat([own, rest.with_columns(series=pl.lit(dashed[0]))])
         colours = colours | {dashed[0]: colours[tuning]}
     y = alt.Y("mean_max_influence:Q", title="mean max influence (cosine)", scale=alt.Scale(zero=False))
@@ -114,9 +116,14 @@ def _influence(results: Results, variant: str) -> Figure | None:
         low=("95% from", ".4f"), high=("to", ".4f"), n_queries="queries",
     )  # fmt: skip
     layers = by_epoch(own, epoch_axis(results), y, colours, shown, dashed=dashed)
-    what = "Influence of formatted sources" if variant == FORMATTED else "Influence of raw sources"
-    under = f"{variant}: mean over queries of the highest cosine in a source; bands are 95% intervals"
+    what = f"Influence of {'formatted ' if kinds == FORMATTED else 'raw ' if plain else ''}sources"
+    under = f"{kinds}: mean over queries of the highest cosine in a source; bands are 95% intervals"
     return alt.layer(*layers).properties(width=WIDTH, height=HEIGHT, title=titled(what, under))
+
+
+def _stands(results: Results) -> pl.Expr:
+    """Tell which rows are of the variant that stands for their source."""
+    return pl.col("variant") == pl.col("source").replace_strict(results.recipe.shown_as)
 
 
 def _slow_spans(results: Results) -> pl.DataFrame:
@@ -137,7 +144,7 @@ def _slow_spans(results: Results) -> pl.DataFrame:
 
 def _pt_wins(results: Results) -> Figure | None:
     """Draw the share of queries on which pretraining is closer, with the epochs of a lower learning rate marked."""
-    frame = results.dominance.filter(variant=FORMATTED).with_columns(
+    frame = results.dominance.filter(_stands(results)).with_columns(
         series="source", low="pt_wins_low", high="pt_wins_high"
     )
     if not len(frame):
@@ -157,7 +164,10 @@ def _pt_wins(results: Results) -> Figure | None:
     )  # fmt: skip
     half = alt.Chart(alt.InlineData(values=[{"y": 0.5}])).mark_rule(color=QUIET, strokeDash=[2, 3]).encode(y="y:Q")
     layers = by_epoch(frame, x, y, source_colours(results), shown)
-    title = titled("How often pretraining is closer than fine-tuning", "share of queries with Φ(pt) > Φ(ft); chatml")
+    title = titled(
+        "How often pretraining is closer than fine-tuning",
+        f"share of queries with Φ(pt) > Φ(ft); {', '.join(frame['variant'].unique().sort())}",
+    )
     return alt.layer(band, half, *layers, label).properties(width=WIDTH, height=HEIGHT, title=title)
 
 
@@ -283,8 +293,10 @@ def _trajectories(results: Results) -> Figure | None:
     )
     middle = alt.Chart(data(median)).mark_line(color=INK, strokeWidth=3, point=alt.OverlayMarkDef(color=INK, size=60))
     line = middle.encode(x=x, y=y, tooltip=tips(epoch=("epoch", "~g"), gap=("median", "+.4f"), queries="queries"))
+    against = results.recipe.against
     undefined = len(results.queries.filter(pl.col("pt") <= 0))
-    under = f"pt is {results.recipe.against}, chatml; above 0, fine-tuning is closer; the heavy line is the median;"
+    pt = f"{against}, {results.recipe.shown_as[against]}"
+    under = f"pt is {pt}; above 0, fine-tuning is closer; the heavy line is the median;"
     why = f"a difference, as the ratio is undefined where Φ(pt) ≤ 0 ({undefined:,} of {len(frame):,} points)"
     title = titled("Fine-tuning less pretraining, query by query", under, why)
     return alt.layer(zero(), thin, line, dots).properties(width=WIDTH, height=HEIGHT + 40, title=title)
@@ -347,8 +359,8 @@ def _truth(results: Results) -> Figure | None:
 
 
 _FIGURES: dict[str, Callable[[Results], Figure | None]] = {
-    "influence-formatted": lambda results: _influence(results, FORMATTED),
-    "influence-raw": lambda results: _influence(results, PLAIN),
+    "influence-formatted": lambda results: _influence(results, plain=False),
+    "influence-raw": lambda results: _influence(results, plain=True),
     "pt-wins": _pt_wins,
     "storage": _storage,
     "methods": _methods,

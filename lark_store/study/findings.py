@@ -16,7 +16,7 @@ import polars as pl
 
 from lark_store.query.compare import Figure
 from lark_store.query.significance import benjamini_hochberg
-from lark_store.study.groups import asked_in, evaluated, numbers
+from lark_store.study.groups import evaluated, numbers
 from lark_store.study.words import (
     ALPHA,
     NO_DIFFERENCE,
@@ -156,7 +156,7 @@ def _dominance_rises(results: Results) -> Iterator[_Claim]:
         "epoch", "query_id", win=(pl.col("winner") == "pretrain").cast(pl.Float64)
     )
     against = next(source for source in recipe.pretraining if source.name == recipe.against)
-    name = f"`{against.name}` as `{asked_in(against)}`"
+    name = f"`{against.name}` as `{against.variant}`"
     first, last = recipe.checkpoints[1], recipe.checkpoints[-1]
     if recipe.epochs > 1:
         spans = (f"`{last}`", [recipe.epochs]), (f"`{first}`", [1])

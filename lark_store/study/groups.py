@@ -13,7 +13,7 @@ from lark_store.study.results import FORMATTED, PLAIN
 if TYPE_CHECKING:
     from lark_store import Store
     from lark_store.query.compare import Figure
-    from lark_store.study.recipe import Recipe, Source
+    from lark_store.study.recipe import Recipe
 
 SKETCHER = "study"
 _VALUES: dict[str, Any] = dict.fromkeys(("value", "low", "high", "p_value"), pl.Float64) | {"n_queries": pl.Int64}
@@ -35,11 +35,6 @@ def columns(kind: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), kind)
 
 
-def asked_in(source: Source) -> str:
-    """Return the variant that stands for a source: its first one, but of pretraining `chatml` where it has that."""
-    return FORMATTED if source.stage == "pretrain" and FORMATTED in source.variants else source.variant
-
-
 def searched(recipe: Recipe) -> list[tuple[str, str]]:
     """Return all groups of fine-tuning and pretraining, in the recipe's order."""
     sources = [recipe.tuning, *recipe.pretraining]
@@ -51,7 +46,7 @@ def asked(recipe: Recipe, sketcher: str) -> dict[str, Any]:
     return {
         "sketcher": sketcher,
         "queries": recipe.queries.name,
-        "query_variant": asked_in(recipe.queries),
+        "query_variant": recipe.queries.variant,
         "checkpoints": recipe.checkpoints,
     }
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from lark_store.study.results import FORMATTED
 from lark_store.study.style import CALLED, bytes_text, points_text, rate_text, times_text
 
 if TYPE_CHECKING:
@@ -186,11 +185,12 @@ def _dominance_columns() -> dict[str, Cell]:
 
 def _dominance(results: Results) -> Sheet | None:
     against = results.recipe.against
-    frame = results.dominance.filter(source=against, variant=FORMATTED)
+    variant = results.recipe.shown_as[against]
+    frame = results.dominance.filter(source=against, variant=variant)
     if not len(frame):
         return None
     caption = (
-        f"Fine-tuning (FT) against pretraining (PT: {against}, {FORMATTED}) by epoch. FT and PT are mean max "
+        f"Fine-tuning (FT) against pretraining (PT: {against}, {variant}) by epoch. FT and PT are mean max "
         "influences; FT/PT is the mean of the queries' ratios where PT > 0; wins are shares of queries. "
         f"{_queries(frame)}."
     )
@@ -198,7 +198,8 @@ def _dominance(results: Results) -> Sheet | None:
 
 
 def _others(results: Results) -> Sheet | None:
-    is_shown = (pl.col("source") == results.recipe.against) & (pl.col("variant") == FORMATTED)
+    against = results.recipe.against
+    is_shown = (pl.col("source") == against) & (pl.col("variant") == results.recipe.shown_as[against])
     frame = results.dominance.filter(~is_shown).sort("source", "variant", "epoch", maintain_order=True)
     if not len(frame):
         return None

@@ -119,8 +119,8 @@ class Source(_Part):
 
     @property
     def variant(self) -> str:
-        """The first format variant: what is trained on, or asked in."""
-        return self.variants[0]
+        """The variant that stands for it: the first one, but of pretraining `chatml` where it has that."""
+        return "chatml" if self.stage == "pretrain" and "chatml" in self.variants else self.variants[0]
 
 
 class Recipe(_Part):
@@ -183,6 +183,11 @@ class Recipe(_Part):
     def against(self) -> str:
         """The pretraining source of Table II (default: the first)."""
         return self.compare.against or self.pretraining[0].name
+
+    @property
+    def shown_as(self) -> dict[str, str]:
+        """The variant that stands for each source."""
+        return {source.name: source.variant for source in self.source}
 
     @property
     def epochs(self) -> int:

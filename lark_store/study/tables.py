@@ -18,7 +18,6 @@ from lark_store.study import truth
 from lark_store.study.groups import (
     SKETCHER,
     asked,
-    asked_in,
     columns,
     evaluated,
     in_order,
@@ -133,7 +132,7 @@ def _checkpoints(store: Store, recipe: Recipe, queries: pl.DataFrame) -> pl.Data
 
 def _of_tuning(recipe: Recipe) -> pl.Expr:
     """Tell which rows are of the fine-tuning group."""
-    return (pl.col("source") == recipe.tuning.name) & (pl.col("variant") == asked_in(recipe.tuning))
+    return (pl.col("source") == recipe.tuning.name) & (pl.col("variant") == recipe.tuning.variant)
 
 
 def _against_tuning(phi: pl.DataFrame, recipe: Recipe) -> pl.DataFrame:
@@ -234,7 +233,7 @@ def _queries(
 ) -> pl.DataFrame:
     """Make the table of single queries; where nothing was predicted, the label is the sample's own, or its response."""
     against = next(source for source in recipe.pretraining if source.name == recipe.against)
-    is_against = (pl.col("source") == against.name) & (pl.col("variant") == asked_in(against))
+    is_against = (pl.col("source") == against.name) & (pl.col("variant") == against.variant)
     on = ["checkpoint", "query_id"]
     guessed = (pl.DataFrame(schema=_PREDICTED) if predictions is None else predictions).select(list(_PREDICTED))
     guessed = guessed.cast(pl.Schema(_PREDICTED)).rename({"label": "asked_label"})

@@ -19,7 +19,7 @@ import polars as pl
 
 from lark_store.errors import InputError
 from lark_store.query.compare import Figure
-from lark_store.study.groups import asked, asked_in, columns, evaluated, in_order, numbers, with_epoch
+from lark_store.study.groups import asked, columns, evaluated, in_order, numbers, with_epoch
 
 if TYPE_CHECKING:
     from lark_store import Store
@@ -93,7 +93,7 @@ def _per_query(
 ) -> pl.DataFrame:
     """Return what one method finds at one checkpoint: a row per query, with nulls where no sample is its own."""
     assert recipe.truth is not None
-    chosen = {source.name: asked_in(source) for source in (recipe.tuning, *recipe.pretraining)}
+    chosen = {source.name: source.variant for source in (recipe.tuning, *recipe.pretraining)}
     parameters = asked(recipe, sketcher) | {
         "key": "/" + recipe.truth.column.replace("~", "~0").replace("/", "~1"),  # a JSON pointer
         "sources": list(chosen),

@@ -121,6 +121,7 @@ WRITES = {
     "source_add": lambda store: store.source_add("s", "nowhere.jsonl", stage="query"),
     "variant_add": lambda store: store.variant_add("v", template="raw"),
     "sketcher_add": lambda store: store.sketcher_add("k"),
+    "study_keep": lambda store: store.study_keep("s", recipe={}, environment={}, hashes={}),
     "ingest": lambda store: store.ingest(["base"], ["finetune"], ["raw"], sketcher="small"),
     "attribute": lambda store: store.attribute(["base"], queries="test", sketcher="small"),
     "sketcher_import": lambda store: store.sketcher_import(

@@ -85,7 +85,10 @@ def example_results(  # noqa: C901 - one row of each table after the other
         for variant in ("raw", "chatml"):
             value, low, high = spread(mean["medical", variant] / mean["songs", variant] - 1, 0.2)
             names = {"variant": variant, "source": "medical", "against_source": "songs"}
-            relevance.append(at | names | {"value": value, "low": low, "high": high, "p_value": 0.0004, "n_queries": n})
+            found = {"value": value, "low": low, "high": high}
+            gap = {name.replace("value", "difference"): 0.1 * x for name, x in found.items()}
+            gap = {name if name == "difference" else f"difference_{name}": x for name, x in gap.items()}
+            relevance.append(at | names | found | gap | {"p_value": 0.0004, "n_queries": n})
         for source, variant in GROUPS[1:]:
             pt, low, high = shares(0.25 + 0.06 * epoch + (0.1 if source == "medical" else 0))
             ratio, less, more = spread(mean["finetune", "chatml"] / mean[source, variant], 0.2)

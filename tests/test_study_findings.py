@@ -50,7 +50,8 @@ def made(sign: int) -> Results:
     group = at | {"variant": "chatml", "source": "medical", "n_queries": 40}
     means = {"finetune": 0.5 + sign * 0.1, "medical": 0.5, "songs": 0.5 - sign * 0.1}
     influence = [group | {"source": name, "mean_max_influence": x} for name, x in means.items()]
-    relevance = [group | {"against_source": "songs", "value": sign * 0.2} | figure(sign)]
+    gap = {f"difference_{end}": 0.5 * figure(sign)[end] for end in ("low", "high")} | {"difference": sign * 0.1}
+    relevance = [group | {"against_source": "songs", "value": sign * 0.2} | figure(sign) | gap]
     wins = {"ft_wins": 0.5, "pt_wins": 0.5, "pt_wins_low": 0.4, "pt_wins_high": 0.6, "n_ratio": 40}
     dominance = [group | wins | {"ft": 0.5 + sign * 0.1, "pt": 0.5, "ratio": 1 + sign * 0.2} | shifted(sign)]
     effects = [
@@ -179,7 +180,7 @@ def test_the_words_change_with_the_sign():
 
 def test_all_tests_are_counted():
     """p = 0.04 is enough alone, and not among tests that show nothing."""
-    almost = {"value": 0.2, "low": 0.01, "high": 0.4, "p_value": 0.04, "n_queries": 40}
+    almost = {"difference": 0.1, "difference_low": 0.01, "difference_high": 0.2, "p_value": 0.04}
     base = made(0)
     one = replace(base, relevance=base.relevance.with_columns(**{k: pl.lit(v) for k, v in almost.items()}))
     domain, *_, counted = findings(one)
@@ -197,14 +198,14 @@ def test_all_tests_are_counted():
 
 def test_an_interval_across_zero_shows_nothing_and_undefined_is_said():
     base = made(1)
-    wide = replace(base, relevance=base.relevance.with_columns(low=pl.lit(-0.1)))
+    wide = replace(base, relevance=base.relevance.with_columns(difference_low=pl.lit(-0.1)))
     assert findings(wide)[0].holds is None
     assert NO_DIFFERENCE in findings(wide)[0].text
     nothing = pl.lit(None, pl.Float64)
     undefined = findings(
         replace(base, relevance=base.relevance.with_columns(value=nothing, low=nothing, high=nothing))
     )[0]
-    assert "undefined in mean max influence (0.500 against 0.400" in undefined.text
+    assert "+0.100 [+0.050, +0.150] in mean max influence (0.500 against 0.400" in undefined.text
     assert undefined.holds is True
 
 

@@ -213,7 +213,9 @@ def test_relevance_is_what_loops_give(results, phi):
         left, right = (phi["cosine", row["checkpoint"], name, row["variant"]] for name in ("medical", "songs"))
         value = None if ratio(left, right) is None else ratio(left, right) - 1
         close([row["value"], row["low"], row["high"]], [value, *(x - 1 for x in bounds(left, right))])
-        close([row["p_value"], row["n_queries"]], [exact_p(minus(left, right)), 7])
+        gap = minus(left, right)
+        close([row[f"difference{end}"] for end in ("", "_low", "_high")], [mean(gap), *bounds(gap)])
+        close([row["p_value"], row["n_queries"]], [exact_p(gap), 7])
 
 
 def test_dominance_is_what_loops_give(results, phi):
@@ -419,6 +421,6 @@ def test_findings_of_a_real_study_are_made_of_its_tables(results):
     found = {finding.question: finding for finding in findings(results)}
     row = results.relevance.filter(epoch=2, variant="chatml").row(0, named=True)
     text = found["Domain relevance: `medical` over `songs` as `chatml`"].text
-    assert f"{row['value']:+.1%}".replace("-", "−") in text
+    assert f"{row['difference']:+.3f}".replace("-", "−") in text  # the ratio's interval is undefined
     assert "7 queries" in text
     assert found["Are sketches smaller than gradients?"].holds is True

@@ -115,9 +115,11 @@ def _relevance(results: Results) -> Iterator[_Claim]:
 
         def say(q: Qs, row: Row = row, both: tuple[float, float] = both) -> tuple[str, bool | None]:
             left, right = row["source"], row["against_source"]
-            known = row["value"] is not None
-            figure = f"{percent(row['value'])} {interval(row['low'], row['high'], percent)}" if known else "undefined"
-            holds = verdict(row["value"] if known else both[0] - both[1], row["low"], row["high"], q[0])
+            bounds = row["difference_low"], row["difference_high"]
+            figure = f"{signed(row['difference'])} {interval(*bounds, signed)}"  # where the lower mean may be below 0
+            if row["low"] is not None:
+                figure = f"{percent(row['value'])} {interval(row['low'], row['high'], percent)}"
+            holds = verdict(row["difference"], *bounds, q[0])
             end = concluded(holds, f"`{left}` is closer to the queries", f"`{right}` is closer to the queries")
             return (
                 f"`{left}` over `{right}` as `{row['variant']}` at `{row['checkpoint']}`: {figure} in mean max "

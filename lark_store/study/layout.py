@@ -158,11 +158,13 @@ def _relevance(results: Results) -> Sheet | None:
         "format": _word("variant"),
         "more influence": _one("value", change),
         "95% interval": _between("low", "high", change),
+        "difference": _one("difference", number),
+        "95% interval ": _between("difference_low", "difference_high", number),
         "p": _one("p_value", p_value),
     }
     caption = (
-        "One pretraining source over another in the same format: the ratio of their mean max influences, less 1. "
-        f"{_when(frame)}."
+        "One pretraining source over another in the same format: the ratio of their mean max influences, less 1, and "
+        f"their difference. {_when(frame)}."
     )
     return _sheet("Table I b", caption, frame, columns, 3)
 

@@ -26,7 +26,8 @@ class Results:
     itself), n_queries.
 
     `relevance` (a pretraining source over another in one variant): checkpoint, epoch, variant, source, against_source,
-    value (ratio of their mean max influences − 1), low, high, p_value, n_queries.
+    value (ratio of their mean max influences − 1), low, high, difference (of the means), difference_low,
+    difference_high, p_value, n_queries.
 
     `dominance` (Table II, fine-tuning against each pretraining source and variant): checkpoint, epoch, learning_rate,
     source, variant, ft, pt, ratio, low, high, n_ratio, ft_wins, pt_wins, pt_wins_low, pt_wins_high, p_value, accuracy,

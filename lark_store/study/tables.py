@@ -173,11 +173,15 @@ def _relevance(cosine: pl.DataFrame, recipe: Recipe) -> pl.DataFrame:
         pl.col("source").replace_strict(place) < pl.col("source_right").replace_strict(place)
     )
     names = dict.fromkeys(("checkpoint", "variant", "source", "against_source"), pl.String)
-    figures = []
+    ratios, gaps = [], []
     for key, group in both.group_by("checkpoint", "variant", "source", "source_right", maintain_order=True):
         left, right = numbers(group["phi"]), numbers(group["phi_right"])
-        figures.append(Figure(dict(zip(names, key, strict=True)), left, right, left - right))
-    table = evaluated(figures, names).with_columns(pl.col("value", "low", "high") - 1)
+        ratios.append(Figure(dict(zip(names, key, strict=True)), left, right, left - right))
+        gaps.append(Figure(ratios[-1].names, left - right))
+    table = evaluated(ratios, names).with_columns(pl.col("value", "low", "high") - 1)
+    gap = evaluated(gaps, names).select(difference="value", difference_low="low", difference_high="high")
+    table = pl.concat([table, gap], how="horizontal")
+    table = table.select(pl.exclude("p_value", "n_queries"), "p_value", "n_queries")
     return with_epoch(in_order(table, recipe, "checkpoint", "variant", "source", "against_source"), recipe)
 
 

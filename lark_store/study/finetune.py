@@ -114,7 +114,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
     how = recipe.finetune
     micro = how.micro_batch_size or how.batch_size
     try:
-        return TrainingArguments(
+        made = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=recipe.epochs,
             per_device_train_batch_size=micro,
@@ -136,6 +136,8 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
         raise InputError(
             f"transformers refuses the recipe's `finetune`: {error}", "see its TrainingArguments"
         ) from error
+    made._n_gpu = min(1, made.n_gpu)  # noqa: SLF001 (of several GPUs one: DataParallel would wrap the model)
+    return made
 
 
 def _together(samples: list[Tokens]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ folder was cut off; it goes, and its epoch is trained again from the checkpoint 
 
 from __future__ import annotations
 
-import gc
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,6 @@ def finetune(store: Store, recipe: Recipe, base: Path, samples: Sequence[Sample]
         _forget(done.values())
         return
     _train(recipe, base, samples, on_progress, done)
-    gc.collect()  # the trainer refers to itself, and holds the model and its optimizer's state
     _forget(_whole(store, folder).values())
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -17,6 +18,7 @@ from lark_store import Store
 from lark_store.errors import InputError
 from lark_store.study import report, run
 from lark_store.study.files import sha256
+from lark_store.study.page import save_tables
 
 RECIPE = """
 title = "A tiny model on made-up questions"
@@ -183,6 +185,14 @@ def test_another_recipe_is_refused_and_another_title_is_not(done):
         assert "Another title" in report(recipe, folder / "other.html").read_text(encoding="utf-8")
     finally:
         recipe.write_text(RECIPE, encoding="utf-8")
+
+
+def test_a_table_that_is_none_any_more_goes(done, tmp_path):
+    _, results = done
+    save_tables(results, tmp_path)
+    assert (tmp_path / "methods.csv").is_file()
+    save_tables(replace(results, methods=results.methods.clear()), tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == {*TABLES} - {"methods"}
 
 
 def test_the_commands(done, tmp_path):

@@ -97,6 +97,12 @@ def test_accuracy_and_macro_f1_against_counting():
     assert found["n_evaluated"] == 15
 
 
+def test_all_right_of_a_few_is_no_certainty():
+    found = evaluate.figures(predictions([("a", "a"), ("b", "b")] * 2), ["a", "b"], seed=0)
+    assert (found["accuracy"], found["accuracy_high"]) == (1, 1)
+    assert found["accuracy_low"] == pytest.approx(0.025 ** (1 / 4))
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(7)
     held = 0

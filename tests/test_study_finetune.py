@@ -171,6 +171,21 @@ def test_a_checkpoint_that_is_not_in_the_store_ends_the_training_and_is_made_aga
     assert all(same(weights(whole, epoch), weights(torn, epoch)) for epoch in (1, 2, 3))
 
 
+def test_moved_in_the_middle_it_goes_on_where_it_lies_now(tmp_path, base, whole):
+    (tmp_path / "old").mkdir()
+    recipe = begin(tmp_path / "old", base)
+    with pytest.raises(CutError):
+        train(recipe, base, cut=5)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = recipes.read(tmp_path / "new" / "study.toml")
+    train(moved, base)
+    assert all(same(weights(whole, epoch), weights(moved, epoch)) for epoch in (1, 2, 3))
+    with Store.open(moved.store) as store:
+        paths = store.sql("select path from checkpoints where name like 'epoch-%'")["path"]
+    assert paths.str.starts_with(str((tmp_path / "new").resolve())).all()
+    assert not list(moved.root.glob("checkpoints/*/optimizer.pt"))
+
+
 def test_a_training_whose_state_was_removed_can_t_go_on(tmp_path, base):
     recipe = begin(tmp_path, base)
     with pytest.raises(CutError):

@@ -167,6 +167,19 @@ def test_a_query_is_never_trained_on(place):
     assert "skip" in caught.value.hint
 
 
+def test_what_is_asked_in_the_evaluation_is_not_trained_on(place):
+    change = ("skip = 6\nsamples = 4", "samples = 4"), ('uri = "qa.jsonl"\nsamples = 6', 'uri = "qa.jsonl"\nskip = 5')
+    with pytest.raises(InputError, match="4 samples of `finetune` are asked in the evaluation too, such as `q5`"):
+        pools.build(recipe(place, *change))
+
+
+@pytest.mark.parametrize("text", ["the", "xyz"])
+def test_texts_without_a_word_of_the_queries_are_not_chosen_by_likeness(place, text):
+    write_jsonl(place / "medical.jsonl", [{"id": i, "text": f"{text} " * i} for i in range(1, 9)])
+    with pytest.raises(InputError, match="no text of `medical` has a word in common"):
+        pools.build(recipe(place))
+
+
 def test_a_row_that_can_t_be_used_is_named(place):
     (place / "medical.jsonl").write_text(json.dumps({"title": "x"}) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"`medical\.jsonl`, row 1: a row needs"):

@@ -50,6 +50,10 @@ def test_paths_are_relative_to_the_recipe_and_hub_names_stay(tmp_path, monkeypat
     monkeypatch.chdir("/")
     assert recipe.place("qa.jsonl") == str(tmp_path / "qa.jsonl")
     assert recipe.place("qiaojin/PubMedQA") == "qiaojin/PubMedQA"
+    assert recipe.place("lost.jsonl") == str(tmp_path / "lost.jsonl")
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path.parent / "here").mkdir(exist_ok=True)
+    assert recipe.place("here") == str(tmp_path / "here"), "what lies where the command runs is not the recipe's"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,15 @@ def test_paths_are_relative_to_the_recipe_and_hub_names_stay(tmp_path, monkeypat
         (('stage = "query"', 'stage = "query"\nchoose = "bm25"'), "likeness to themselves", "explained"),
         (("[model]", "[model"), "is no TOML: ", "shows its form"),
         (("[finetune]", "[finetune]\nmicro_batch_size = 3"), "multiple of `micro_batch_size`", "explained"),
+        (("[model]", "seed = 4294967296\n[model]"), "`seed`: Input should be less than", "explained"),
+        (("[finetune]", "[sketch]\nseed = -1\n[finetune]"), r"`sketch\.seed`: Input should be", "explained"),
+        (("[finetune]", "[sketch]\nprecision = 'fp8'\n[finetune]"), r"`sketch\.precision`: Input", "explained"),
+        (("[finetune]", "[evaluate]\nlabels = ['a', 'a']\n[finetune]"), "labels have `a` twice", "explained"),
+        (("[finetune]", "[evaluate]\nlabels = ['a', ' b']\n[finetune]"), "without space around it", "explained"),
+        (('name = "medical"', 'name = "medical"\nvariants = ["raw", "raw"]'), "`raw` twice", "explained"),
+        (('name = "medical"', 'name = "evaluation"'), "no source can be named `evaluation`", "explained"),
+        (('name = "medical"', 'name = "medical"\ncolumns = {txet = "a"}'), "`txet`, which is no field", "explained"),
+        (("[[source]]", "[[variant]]\nname = 'raw'\ntemplate = 'x'\n[[source]]"), "have `raw` twice", "explained"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_its_key_and_a_hint(tmp_path, change, message, hint):
@@ -84,6 +97,13 @@ def test_a_recipe_that_is_not_there_and_one_that_is_no_text(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="is no TOML"):
         recipes.read(tmp_path / "bytes.toml")
+
+
+def test_a_recipe_without_a_suffix_is_where_its_folder_would_be(tmp_path):
+    (tmp_path / "tiny").write_text(MINIMAL, encoding="utf-8")
+    with pytest.raises(InputError, match="that is a file") as caught:
+        recipes.read(tmp_path / "tiny")
+    assert ".toml" in caught.value.hint
 
 
 def test_init_writes_the_reference_recipe_once(tmp_path):

@@ -55,14 +55,14 @@ def evaluate(figures: list[Figure]) -> list[dict[str, Any]]:
             for i, value, low, high in zip(some, *found, strict=True):
                 rows[i] |= {"value": value, "low": low, "high": high}
                 if figures[i].is_share and value in {0, 1}:  # every resample is the same
-                    rows[i] |= dict(zip(("low", "high"), _exact(value, len(top)), strict=True))
+                    rows[i] |= dict(zip(("low", "high"), exact(value, len(top)), strict=True))
     compared = {i: f.difference for i, f in enumerate(figures) if f.difference is not None and len(f.difference)}
     for i, p in zip(compared, _tests(list(compared.values())), strict=True):
         rows[i]["p_value"] = p
     return rows
 
 
-def _exact(share: float, n: int) -> tuple[float, float]:
+def exact(share: float, n: int) -> tuple[float, float]:
     """Return Clopper and Pearson's interval of a share of n."""
     from scipy import stats
 

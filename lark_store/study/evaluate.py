@@ -17,6 +17,7 @@ from lark_store.ingest.batches import batches, budget
 from lark_store.ingest.gradients import pick_device
 from lark_store.ingest.models import context_length, load_model, load_tokenizer
 from lark_store.ingest.variants import Tokens
+from lark_store.query.compare import exact
 from lark_store.schema.records import Progress
 from lark_store.study.render import renderer_of
 
@@ -97,7 +98,8 @@ def _of_targets(logits_TV: torch.Tensor, tokens: Tokens) -> float:
 def figures(predictions: pl.DataFrame, labels: Sequence[str], seed: int) -> dict[str, float]:
     """Return accuracy and macro-F1 with 95% percentile bootstrap intervals over samples, and how many were asked.
 
-    Macro-F1 is the mean over the labels that occur, as truth or as answer, of 2·TP / (2·TP + FP + FN).
+    An accuracy of 0 or 1 has Clopper and Pearson's interval. Macro-F1 is the mean over the labels that occur, as truth
+    or as answer, of 2·TP / (2·TP + FP + FN).
     """
     number = {label: i for i, label in enumerate(labels)}
     truth_N = predictions["label"].replace_strict(number, return_dtype=pl.Int64).to_numpy()
@@ -114,6 +116,8 @@ def figures(predictions: pl.DataFrame, labels: Sequence[str], seed: int) -> dict
     confusion = np.bincount(flat, minlength=width * len(cells_RN)).reshape(-1, len(labels), len(labels))
     for name, values in (("accuracy", _accuracy(confusion)), ("macro_f1", _macro_f1(confusion))):
         low, high = np.quantile(values[1:], [0.025, 0.975])
+        if name == "accuracy" and values[0] in {0, 1}:  # every resample is the same
+            low, high = exact(float(values[0]), n)
         found |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
 

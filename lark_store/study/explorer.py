@@ -59,6 +59,7 @@ def explorer(results: Results, store: Store) -> dict[str, Any]:
     return {
         "checkpoints": recipe.checkpoints,
         "against": f"{recipe.against} · {recipe.shown_as[recipe.against]}",
+        "tuning": recipe.tuning.name,
         "colours": source_colours(results),
         "groups": tops.groups,
         "samples": tops.samples,

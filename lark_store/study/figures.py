@@ -59,8 +59,11 @@ def figures(results: Results) -> dict[str, Figure]:
 
 
 def save(charts: dict[str, Figure], folder: Path) -> list[Path]:
-    """Write each chart as NAME.png (twice its size in pixels) and NAME.svg; return the paths."""
+    """Write each chart as NAME.png (twice its size in pixels) and NAME.svg; return the paths. Others of ours go."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in _FIGURES.keys() - charts.keys():
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
     written = []
     for name, chart in charts.items():
         spec = chart.to_dict()

@@ -7,13 +7,16 @@ folder was cut off; it goes, and its epoch is trained again from the checkpoint 
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lark_store.callback import LarkStoreCallback
 from lark_store.errors import CheckpointError, InputError
+from lark_store.ingest.checkpoints import first_line
 from lark_store.ingest.gradients import pick_device, recompute_activations
 from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.models import context_length, load_model, load_tokenizer, quiet
@@ -23,7 +26,7 @@ from lark_store.store import Store
 from lark_store.study.render import renderer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from transformers import TrainerControl, TrainerState
@@ -50,6 +53,13 @@ def finetune(store: Store, recipe: Recipe, base: Path, samples: Sequence[Sample]
     if len(done) == recipe.epochs:
         _forget(done.values())
         return
+    _train(recipe, base, samples, on_progress, done)
+    _forget(_whole(store, folder).values())
+
+
+def _train(
+    recipe: Recipe, base: Path, samples: Sequence[Sample], on_progress: OnProgress, done: dict[str, Path]
+) -> None:
     device = pick_device(recipe.device)
     model = load_model(base, device, recipe.finetune.precision)
     if recipe.finetune.gradient_checkpointing:
@@ -64,7 +74,7 @@ def finetune(store: Store, recipe: Recipe, base: Path, samples: Sequence[Sample]
     trainer = _StudyTrainer(
         rates=recipe.finetune.learning_rates,
         model=model,
-        args=_arguments(recipe, folder, device),
+        args=_arguments(recipe, device),
         train_dataset=rendered,
         data_collator=_together,
         processing_class=tokenizer,
@@ -77,7 +87,6 @@ def finetune(store: Store, recipe: Recipe, base: Path, samples: Sequence[Sample]
     trainer.remove_callback(PrinterCallback)
     with quiet():
         trainer.train(resume_from_checkpoint=_start(done))
-    _forget(_whole(store, folder).values())
 
 
 def _start(done: dict[str, Path]) -> str | None:
@@ -94,9 +103,15 @@ def _start(done: dict[str, Path]) -> str | None:
 
 
 def _whole(store: Store, folder: Path) -> dict[str, Path]:
-    """Return the folders of the epochs that are in the store, in order; remove what else lies there."""
+    """Return the folders of the epochs that are in the store, in order; remove what else lies there.
+
+    Where the study was moved, the store is told.
+    """
     known = dict(store.sql("select name, path from checkpoints where name like 'epoch-%' order by step").iter_rows())
     found = {name: folder / path.rsplit("/", 1)[-1] for name, path in known.items()}
+    for name, path in found.items():
+        if path.is_dir() and str(path.resolve()) != known[name]:
+            store.checkpoint_add(name, path)
     for path in folder.glob("checkpoint-*"):
         if path not in found.values():
             shutil.rmtree(path)
@@ -110,12 +125,34 @@ def _forget(folders: Any) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
+def check_options(recipe: Recipe) -> None:
+    """Make sure that transformers takes the training's options, and has what the optimizer needs.
+
+    Raises
+    ------
+    InputError
+    """
+    arguments = _arguments(recipe, pick_device(recipe.device))
+    with _refused():
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        what = shorten(first_line(error), 200, placeholder=" …")
+        hint = "see `optim` of its TrainingArguments; `adamw_torch`, `adafactor` and `sgd` need nothing more"
+        raise InputError(f"transformers refuses the recipe's `finetune`: {what}", hint) from error
+
+
+def _arguments(recipe: Recipe, device: torch.device) -> TrainingArguments:
     how = recipe.finetune
     micro = how.micro_batch_size or how.batch_size
-    try:
+    with _refused():
         made = TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(recipe.root / "checkpoints"),
             num_train_epochs=recipe.epochs,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=how.batch_size // micro,
@@ -132,11 +169,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
             seed=recipe.seed,
             use_cpu=device.type == "cpu",
         )
-    except (ValueError, ImportError) as error:
-        raise InputError(
-            f"transformers refuses the recipe's `finetune`: {error}", "see its TrainingArguments"
-        ) from error
-    made._n_gpu = min(1, made.n_gpu)  # noqa: SLF001 (of several GPUs one: DataParallel would wrap the model)
+    made._n_gpu = min(made.n_gpu, 1)  # noqa: SLF001 (transformers' own way to say: no DataParallel)
     return made
 
 

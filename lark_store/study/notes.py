@@ -29,6 +29,7 @@ def notes_of(store: Store, results: Results, phi: pl.DataFrame, sketcher: str) -
     """Return warnings: overfitting, failed samples, undefined ratios, sizes that differ, queries without truth."""
     return [
         *overfitted(results),
+        *_guessed(store, results),
         *_failed(store, results, sketcher),
         *_undefined(results),
         *_sizes(phi),
@@ -46,6 +47,21 @@ def overfitted(results: Results) -> list[str]:
         f"model overfits there. Leave `{later}` out of sums over checkpoints, and trust what it says alone less."
         for (earlier, before), (later, after) in pairwise(measured)
         if after > before
+    ]
+
+
+def _guessed(store: Store, results: Results) -> list[str]:
+    """Say that queries without a response are held to what the model itself finds most likely."""
+    queries = results.recipe.queries
+    n = store.sql("SELECT count(*) AS n FROM samples WHERE source = ? AND response IS NULL", [queries.name])["n"][0]
+    rule = next((own.targets for own in results.recipe.variant if own.name == queries.variant), "auto")
+    if rule != "predicted" and (rule != "auto" or not n):
+        return []
+    return [
+        f"{_samples(n)} of `{queries.name}` have no response: their targets are the model's own most likely tokens, "
+        "other ones at each checkpoint, and their loss says how sure the model is, not how right."
+        if rule == "auto"
+        else f"The targets of `{queries.name}` are the model's own most likely tokens, other ones at each checkpoint."
     ]
 
 

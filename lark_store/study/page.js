@@ -152,7 +152,7 @@
       make("tbody", {}, ...rows));
   }
   function fillPlots(query) {
-    const [tuning] = Object.keys(study.colours), against = study.against.split(" · ")[0];
+    const { tuning } = study, against = study.against.split(" · ")[0];
     const plots = [
       plot("Highest influence (cosine)", [
         { name: "fine-tuning", colour: colourOf(tuning), values: query.ft },

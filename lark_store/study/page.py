@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,11 +70,14 @@ def write(results: Results, findings: Sequence[Finding], store: Store, path: Pat
 
 
 def save_tables(results: Results, folder: Path) -> list[Path]:
-    """Write each table that has rows as NAME.csv; return the paths."""
+    """Write each table that has rows as NAME.csv; return the paths. One that has none any more goes."""
     paths = {folder / f"{name}.csv": frame for name, frame in results.tables().items()}
     for path, frame in paths.items():
         with writing(path) as draft:
             frame.write_csv(draft)
+    for field in fields(results):
+        if field.name not in results.tables():
+            (folder / f"{field.name}.csv").unlink(missing_ok=True)
     return list(paths)
 
 

@@ -17,14 +17,13 @@ from lark_store.ingest.readers import read_rows
 from lark_store.ingest.sources import FIELDS, Sample, make_sample
 from lark_store.query.lexical import words
 from lark_store.study.files import writing
+from lark_store.study.recipe import EVALUATION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from lark_store.study.recipe import Recipe, Source
-
-EVALUATION = "evaluation"
 
 
 def build(recipe: Recipe) -> dict[str, Path]:
@@ -44,14 +43,22 @@ def build(recipe: Recipe) -> dict[str, Path]:
     more = recipe.evaluate.samples if recipe.evaluate else None
     wanted = recipe.queries.samples
     asked = _draw(recipe, recipe.queries, max(wanted, more) if wanted and more else wanted, [])
-    queries = asked[:wanted]
-    if recipe.evaluate:
-        _write(paths[EVALUATION], asked[: more or wanted])
-    _write(paths[recipe.queries.name], queries)
+    queries, questions = asked[:wanted], asked[: more or wanted] if recipe.evaluate else []
+    pools = {recipe.queries.name: queries, EVALUATION: questions}
     for source in recipe.source:
         if source.stage != "query":
-            _write(paths[source.name], _checked(source, _draw(recipe, source, source.samples, queries), queries))
+            drawn = pools[source.name] = _draw(recipe, source, source.samples, queries)
+            _apart(source.name, drawn, queries, "are queries too")
+    _apart(recipe.tuning.name, pools[recipe.tuning.name], questions, "are asked in the evaluation too")
+    for name, path in paths.items():
+        _write(path, pools[name])
     return paths
+
+
+def forget(recipe: Recipe) -> None:
+    """Remove the pools: they are of a recipe that the study was not begun with."""
+    for name in (*(source.name for source in recipe.source), EVALUATION):
+        (recipe.root / "pools" / f"{name}.jsonl").unlink(missing_ok=True)
 
 
 def _draw(recipe: Recipe, source: Source, wanted: int | None, queries: list[Sample]) -> list[Sample]:
@@ -61,7 +68,11 @@ def _draw(recipe: Recipe, source: Source, wanted: int | None, queries: list[Samp
         drawn = list(islice(found, wanted))
     else:
         all_samples = list(found)
-        order = _random(len(all_samples), recipe.seed) if source.choose == "random" else _alike(all_samples, queries)
+        order = (
+            _random(len(all_samples), recipe.seed)
+            if source.choose == "random"
+            else _alike(source, all_samples, queries, wanted)
+        )
         drawn = [all_samples[i] for i in islice(order, wanted)]
     if len(drawn) < (wanted or 1):
         raise InputError(
@@ -90,21 +101,28 @@ def _random(n: int, seed: int) -> Iterable[int]:
     return order
 
 
-def _alike(samples: list[Sample], queries: list[Sample]) -> Iterator[int]:
-    """Yield samples by their BM25 likeness to the queries: each query's best in turn, then each one's next best."""
+def _alike(source: Source, samples: list[Sample], queries: list[Sample], wanted: int | None) -> Iterator[int]:
+    """Yield samples by their BM25 likeness to the queries: each query's best in turn, then each one's next best.
+
+    Of each query's order `wanted` are kept, which is as far as any of them is read.
+    """
     import bm25s
 
+    texts = words([text_of(sample) for sample in samples])
+    asked = [query for query in words([text_of(query) for query in queries]) if query]
+    if {word for text in texts for word in text}.isdisjoint(word for query in asked for word in query):
+        raise InputError(
+            f"no text of `{source.name}` has a word in common with the queries",
+            'choose = "bm25" needs texts in their language; or `first`, `random`',
+        )
     index = bm25s.BM25(method="lucene")
-    index.index(words([text_of(sample) for sample in samples]), show_progress=False)
-    ranks = []
-    for asked in words([text_of(query) for query in queries]):
-        scores = index.get_scores(asked) if asked else np.zeros(len(samples), np.float32)
-        ranks.append(np.argsort(-scores, kind="stable"))
+    index.index(texts, show_progress=False)
+    ranks = [np.argsort(-index.get_scores(query), kind="stable")[:wanted].copy() for query in asked]
     taken: set[int] = set()
-    for place in np.stack(ranks, axis=1).ravel().tolist():
+    for place in np.stack(ranks, axis=1).flat:
         if place not in taken:
-            taken.add(place)
-            yield place
+            taken.add(int(place))
+            yield int(place)
 
 
 def text_of(sample: Sample) -> str:
@@ -112,15 +130,14 @@ def text_of(sample: Sample) -> str:
     return sample.text if sample.text is not None else f"{sample.prompt}\n{sample.response}"
 
 
-def _checked(source: Source, samples: list[Sample], queries: list[Sample]) -> list[Sample]:
-    asked = {query.content_sha256 for query in queries}
-    both = [sample.sample_id for sample in samples if sample.content_sha256 in asked]
+def _apart(name: str, samples: list[Sample], asked: list[Sample], what: str) -> None:
+    contents = {sample.content_sha256 for sample in asked}
+    both = [sample.sample_id for sample in samples if sample.content_sha256 in contents]
     if both:
         raise InputError(
-            f"{len(both)} samples of `{source.name}` are queries too, such as `{both[0]}`",
+            f"{len(both)} samples of `{name}` {what}, such as `{both[0]}`",
             "draw them from other rows: `skip` leaves out the first ones of a file",
         )
-    return samples
 
 
 def _write(path: Path, samples: Iterable[Sample]) -> None:

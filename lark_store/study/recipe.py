@@ -10,10 +10,19 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from lark_store.errors import InputError, StoreExistsError
+from lark_store.ingest.sources import FIELDS
 from lark_store.schema.names import check_name
 
 BUILT_IN = ("raw", "chatml")
+EVALUATION = "evaluation"  # the pool of the questions that checkpoints are asked
 TEMPLATE = Path(__file__).with_name("recipe.toml")
+_FILES = {".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".json", ".txt", ".jinja"}
+
+
+def _once(names: list[str], what: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the {what} have `{twice[0]}` twice")
 
 
 class _Part(BaseModel):
@@ -25,7 +34,7 @@ class _Part(BaseModel):
 class Model(_Part):
     """The model before fine-tuning: a folder or a hub name."""
 
-    path: str
+    path: str = Field(min_length=1)
     revision: str | None = None
     name: str | None = None
 
@@ -57,15 +66,22 @@ class Evaluate(_Part):
     labels: list[str] = Field(min_length=2)
     samples: int | None = Field(default=None, ge=2)
 
+    @model_validator(mode="after")
+    def _told_apart(self) -> Self:
+        if any(not label or label != label.strip() for label in self.labels):
+            raise ValueError("a label is a word or more, without space around it")
+        _once(self.labels, "labels")
+        return self
+
 
 class Sketch(_Part):
     """What is sketched, and how: see `Store.sketcher_add` and `Store.ingest`."""
 
     k: int = 65_536
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
     parameters: str | None = None
     exclude: str | None = None
-    precision: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool = False
 
@@ -105,7 +121,7 @@ class Source(_Part):
 
     name: str
     stage: Literal["finetune", "pretrain", "query"]
-    uri: str
+    uri: str = Field(min_length=1)
     config: str | None = None
     split: str | None = None
     columns: dict[str, str] = {}
@@ -116,6 +132,16 @@ class Source(_Part):
     choose: Literal["first", "random", "bm25"] = "first"
     variants: list[str] = Field(default=["chatml"], min_length=1)
     _slug = field_validator("name")(check_name)
+
+    @model_validator(mode="after")
+    def _words(self) -> Self:
+        _once(self.variants, "variants")
+        unknown = sorted(self.columns.keys() - set(FIELDS))
+        if unknown:
+            raise ValueError(f"`columns` has `{unknown[0]}`, which is no field of a sample: {', '.join(FIELDS)}")
+        if self.name == EVALUATION:
+            raise ValueError(f"no source can be named `{EVALUATION}`: the pool of the questions asked is")
+        return self
 
     @property
     def variant(self) -> str:
@@ -128,7 +154,7 @@ class Recipe(_Part):
 
     title: str
     folder: Path
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
     device: str = "auto"
     model: Model
     finetune: Finetune
@@ -153,7 +179,9 @@ class Recipe(_Part):
             raise ValueError(f"`compare.against` is `{self.against}`, which is no source of stage `pretrain`")
         if self.queries.choose == "bm25":
             raise ValueError("the queries can't be chosen by their likeness to themselves: `first` or `random`")
-        known = {*BUILT_IN, *(variant.name for variant in self.variant)}
+        own = [variant.name for variant in self.variant]
+        _once([*BUILT_IN, *own], "variants, with the built-in ones,")
+        known = {*BUILT_IN, *own}
         unknown = sorted({name for source in self.source for name in source.variants} - known)
         if unknown:
             raise ValueError(f"there is no format variant `{unknown[0]}`: `raw`, `chatml`, or one of `[[variant]]`")
@@ -221,7 +249,9 @@ class Recipe(_Part):
 
     def place(self, name: str) -> str:
         """Return a path that stands in the recipe as it is from here; a hub name as it is."""
-        return str(self._home / name) if (self._home / name).exists() else name
+        here = self._home / Path(name).expanduser()
+        is_path = Path(name).suffix in _FILES or name.startswith((".", "~")) or Path(name).exists()
+        return str(here) if here.exists() or is_path else name
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -254,7 +284,7 @@ def read(path: str | Path) -> Recipe:
     Raises
     ------
     InputError
-        The file is not there, no TOML, or a key or value is wrong; it names the key.
+        The file is not there, no TOML, or a key or value is wrong (it names the key); a file is where its folder is.
     """
     path = Path(path)
     try:
@@ -272,6 +302,14 @@ def read(path: str | Path) -> Recipe:
     except ValidationError as error:
         raise _explained(path, error) from error
     recipe._home = path.absolute().parent  # noqa: SLF001 (pydantic's way to keep what is no key)
+    if recipe.root.is_file():
+        raise InputError(
+            f"the study's folder can't be `{recipe.root}`: that is a file",
+            "name the recipe with `.toml` at its end, or set `folder`",
+        )
+    for name in (recipe.model.path, *(source.uri for source in recipe.source)):
+        if Path(recipe.place(name)).resolve().is_relative_to(recipe.root.resolve() / "pools"):
+            raise InputError(f"`{name}` lies where the study writes its pools", "set `folder` to another one")
     return recipe
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lark_store.errors import InputError
+from lark_store.errors import InputError, LarkStoreError, StoreError
+from lark_store.schema.database import Location
+from lark_store.schema.locks import working
 from lark_store.store import Store
 from lark_store.study import recipe as recipes
 from lark_store.study.files import sha256, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import polars as pl
@@ -42,7 +45,7 @@ def run(path: str | Path, *, on_progress: OnProgress | None = None, say: Say | N
     CheckpointError, StoreBusyError, and what `Store` raises
     """
     recipe = recipes.read(path)
-    with _open(recipe) as store:
+    with _disk(recipe), _open(recipe) as store, working(Location(recipe.store), NAME, f"running the study of `{path}`"):
         study = _Study(recipe, store, on_progress or (lambda _: None), say or (lambda _: None))
         study.compute()
         return study.publish(recipe.root / REPORT)
@@ -54,7 +57,7 @@ def report(path: str | Path, output: str | Path | None = None) -> Path:
     Raises
     ------
     InputError
-        The study has not been run to its end.
+        The study has not been run to its end, or was run with another recipe.
     """
     from pathlib import Path
 
@@ -66,9 +69,24 @@ def report(path: str | Path, output: str | Path | None = None) -> Path:
         if kept.is_empty() or kept.item() is None:
             raise InputError(f"the study of `{path}` has not come to its end", f"run `lark-store study run {path}`")
         study = _Study(recipe, store, lambda _: None, lambda _: None)
+        study.kept()
         target = Path(output) if output else recipe.root / REPORT
         study.write_report(study.collect(), target)
         return target
+
+
+@contextmanager
+def _disk(recipe: Recipe) -> Iterator[None]:
+    """Make a clear error of a disk that is full, or a folder that can't be written."""
+    try:
+        yield
+    except LarkStoreError:  # some are an OSError too
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"`{error.filename or recipe.root}` can't be read or written: {error.strerror or error}",
+            "see to room and permissions, then run the study again: it goes on where it stopped",
+        ) from error
 
 
 def _open(recipe: Recipe) -> Store:
@@ -94,17 +112,41 @@ class _Study:
         self._score()
 
     def _begin(self) -> None:
-        """Keep the recipe; refuse another one than the study was begun with."""
-        kept = self.store.sql("select recipe from studies where name = ?", [NAME])
-        if len(kept):
-            changed = _changes(json.loads(kept.item()), json.loads(json.dumps(self.recipe.identity)))
-            if changed:
+        """Draw the pools and, once all that can be known beforehand is right with them, keep the recipe."""
+        from lark_store.study import check, pools
+
+        kept = self.kept()
+        self.say("pools: drawing the samples")
+        if kept is None:
+            if (self.recipe.root / "checkpoints").exists():
                 raise InputError(
-                    f"the study was begun with another recipe: {', '.join(f'`{key}`' for key in changed)} changed",
-                    "set them back, or give the new recipe another `folder`",
+                    f"`{self.recipe.root / 'checkpoints'}` is there already, and not of this study",
+                    "give the recipe a `folder` of its own",
                 )
-        else:
+            pools.forget(self.recipe)
+            check.check(self.recipe, self._pools)
             self._keep()
+            return
+        for name, path in self._pools.items():
+            if kept.get(f"pools/{path.name}", sha256(path)) != sha256(path):
+                raise InputError(
+                    f"the pool of `{name}` is not the one that the study was begun with: `{path}`",
+                    "put it back as it was, or give the recipe another `folder` to begin again",
+                )
+
+    def kept(self) -> dict[str, str] | None:
+        """Return the hashes kept if the study was begun; refuse a recipe that it was not begun with."""
+        kept = self.store.sql("select recipe, hashes from studies where name = ?", [NAME])
+        if kept.is_empty():
+            return None
+        recipe, hashes = map(json.loads, kept.row(0))
+        changed = _changes(recipe, json.loads(json.dumps(self.recipe.identity)))
+        if changed:
+            raise InputError(
+                f"the study was begun with another recipe: {', '.join(f'`{key}`' for key in changed)} changed",
+                "set them back, or give the new recipe another `folder`",
+            )
+        return dict(hashes)
 
     def _keep(self, *, finished: bool = False) -> None:
         self.store.study_keep(
@@ -132,7 +174,6 @@ class _Study:
         return found | {f"weights of {name}": weights for name, weights in rows.iter_rows()}
 
     def _pool(self) -> None:
-        self.say("pools: drawing the samples")
         for source in self.recipe.source:
             self.store.source_add(
                 source.name,
@@ -169,7 +210,7 @@ class _Study:
         from lark_store.ingest.checkpoints import examine
         from lark_store.study import evaluate, pools
 
-        samples = pools.read(self._pools[pools.EVALUATION])
+        samples = pools.read(self._pools[recipes.EVALUATION])
         self.say(f"evaluation: {len(samples)} questions at each checkpoint")
         folders = self.store.sql("select name, path, revision from checkpoints").rows_by_key("name", unique=True)
         for name in self.recipe.checkpoints:
@@ -239,7 +280,7 @@ class _Study:
         results = self.collect()
         save_tables(results, self.recipe.root / "tables")
         self._keep(finished=True)
-        results = self.collect()
+        results = replace(results, environment=self.environment, hashes=self.hashes())
         save(figures(results), self.recipe.root / "figures")
         self.write_report(results, target)
         return results
@@ -265,12 +306,20 @@ def _predictions(paths: list[Path]) -> pl.DataFrame:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the keys of two recipes that differ, `a.b` within a part."""
+    """Return the keys of two recipes that differ, `a.b` within a part or a list of parts that have names."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         left, right = old.get(key), new.get(key)
-        if left != right and isinstance(left, dict) and isinstance(right, dict):
-            found += [f"{key}.{name}" for name in _changes(left, right)]
+        sides = [_by_name(left), _by_name(right)]
+        if left != right and all(isinstance(side, dict) for side in sides):
+            found += [f"{key}.{name}" for name in _changes(*sides)] or [key]  # an order alone, say of sources
         elif left != right:
             found.append(key)
     return found
+
+
+def _by_name(part: Any) -> Any:
+    """Return a list of named parts as a dict."""
+    if not isinstance(part, list) or not all(isinstance(each, dict) and "name" in each for each in part):
+        return part
+    return {each["name"]: each for each in part}

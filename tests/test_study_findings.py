@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import polars as pl
+import pytest
 
 from lark_store.study.findings import findings
 from lark_store.study.recipe import Recipe
@@ -216,3 +217,16 @@ def test_storage_is_said_in_units():
         "would take in fp16 100.0 MB each and 10.0 GB in all (1,000.0 times as much)."
     )
     assert said.holds is True
+
+
+@pytest.mark.parametrize(
+    ("sign", "words"), [(1, "no sign of training"), (-1, "pretraining is closer"), (0, NO_DIFFERENCE)]
+)
+def test_what_is_ahead_before_any_training_is_said(sign, words):
+    base = made(sign)
+    before = base.dominance.with_columns(checkpoint=pl.lit("base"), epoch=pl.lit(0, base.dominance.schema["epoch"]))
+    both = replace(base, dominance=pl.concat([before, base.dominance]))
+    (said,) = [finding for finding in findings(both) if "before any training" in finding.question]
+    assert words in said.text
+    assert "not yet trained on it, fine-tuning is ahead of `medical` as `chatml` on 50.0% of 40 queries" in said.text
+    assert said.holds is {1: True, -1: False, 0: None}[sign]

@@ -66,6 +66,7 @@ def findings(results: Results) -> list[Finding]:
     claims = [
         *_relevance(results),
         *_dominance(results),
+        *_before(results),
         *_dominance_rises(results),
         *_format_effect(results),
         *_format_effect_falls(results),
@@ -151,6 +152,30 @@ def _dominance(results: Results) -> Iterator[_Claim]:
         yield _Claim(f"Is fine-tuning closer than {name}?", say, [row["p_value"]])
 
 
+def _before(results: Results) -> Iterator[_Claim]:
+    """Say how often fine-tuning is ahead before the model was trained on it: what is closer without training at all."""
+    against = results.recipe.against
+    shown = pl.col("source") == against, pl.col("variant") == results.recipe.shown_as[against]
+    for row in _at(results.dominance.filter(*shown), 0):
+        name = f"`{against}` as `{row['variant']}`"
+
+        def say(q: Qs, row: Row = row, name: str = name) -> tuple[str, bool | None]:
+            holds = verdict(row["ft"] - row["pt"], None, None, q[0])
+            end = concluded(
+                holds,
+                "what is alike without training, such as format and answers, puts it ahead, so being ahead later is no "
+                "sign of training by itself",
+                "pretraining is closer",
+            )
+            return (
+                f"At `{row['checkpoint']}`, not yet trained on it, fine-tuning is ahead of {name} on "
+                f"{share(row['ft_wins'])} of {row['n_queries']} queries ({number(row['ft'])} against "
+                f"{number(row['pt'])}; {tested(row['p_value'], q[0])}): {end}."
+            ), holds
+
+        yield _Claim(f"Is fine-tuning closer than {name} before any training?", say, [row["p_value"]])
+
+
 def _dominance_rises(results: Results) -> Iterator[_Claim]:
     """Compare, query by query, how often pretraining is ahead: last epoch and first, low rates and high."""
     recipe = results.recipe
@@ -167,13 +192,13 @@ def _dominance_rises(results: Results) -> Iterator[_Claim]:
     fall = next((epoch for epoch, rate in enumerate(rates[1:], 2) if rate < rates[epoch - 2]), None)
     if fall is not None:
         low, high = [*range(fall, recipe.epochs + 1)], [*range(1, fall)]
-        words = f"epochs {_span(low)} (from where the learning rate falls)", f"epochs {_span(high)} before"
+        words = f"{_span(low)} (from where the learning rate falls)", f"{_span(high)} before"
         question = f"Is the dominance of {name} higher at low learning rates?"
         yield _change(won, question, name, (words[0], low), (words[1], high))
 
 
 def _span(epochs: list[int]) -> str:
-    return f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}"
+    return f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
 
 
 def _change(

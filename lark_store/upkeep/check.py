@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DatabaseError
@@ -35,14 +36,21 @@ def check(db: Database, *, deep: bool, on_progress: OnProgress | None = None) ->
         found = list(check_catalog(db.location))
         with paused(db.location) as pause:
             at = _taken(db, pause, found)
-        return found + (look(at, deep=deep, on_progress=on_progress) if at else [])
+        return _judged(found, look(at, deep=deep, on_progress=on_progress) if at else [])
 
 
 def check_alone(db: Database, pause: Pause, *, on_progress: OnProgress | None = None) -> list[Finding]:
     """Look at the store while the caller holds it alone."""
     found = list(check_catalog(db.location))
     at = _taken(db, pause, found)
-    return found + (look(at, deep=False, on_progress=on_progress) if at else [])
+    return _judged(found, look(at, deep=False, on_progress=on_progress) if at else [])
+
+
+def _judged(of_catalog: list[Finding], others: list[Finding]) -> list[Finding]:
+    """Return all findings; by a catalog that is damaged itself nothing is mended."""
+    if any(finding.where == "catalog" for finding in of_catalog):
+        others = [replace(finding, mend=None) for finding in others]
+    return of_catalog + others
 
 
 def _taken(db: Database, pause: Pause, found: list[Finding]) -> Moment | None:

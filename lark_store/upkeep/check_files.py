@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lark_store.schema.database import is_file
 from lark_store.schema.retry import retried
-from lark_store.schema.vectors import INDICES, SKETCH_PREFIX, TABLES
+from lark_store.schema.vectors import INDICES, SKETCH_PREFIX, TABLES, where
 from lark_store.upkeep.findings import Finding, Mend, shown
 from lark_store.upkeep.moment import FAULTS, Moment, first_line
 from lark_store.upkeep.orphans import NEEDED, Files, files_of, remove_orphans
@@ -28,9 +28,9 @@ def check_catalog(location: Location) -> Iterator[Finding]:
     """Yield what SQLite finds wrong with the catalogs, the store's and the snapshots'."""
     paths = {"catalog": location.catalog}
     paths |= {f"snapshot {name}": location.snapshots / f"{name}.sqlite" for name in location.snapshot_names()}
-    for where, path in paths.items():
+    for place, path in paths.items():
         if not is_file(path):
-            yield Finding("error", "snapshot", where, 1, "its catalog is missing; remove the snapshot")
+            yield Finding("error", "snapshot", place, 1, "its catalog is missing; remove the snapshot")
             continue
         try:
             with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
@@ -39,9 +39,9 @@ def check_catalog(location: Location) -> Iterator[Finding]:
         except sqlite3.Error as error:
             said, broken = [str(error)], 0
         if said != ["ok"]:
-            yield Finding("error", "catalog", where, len(said), f"{said[0]}; restore it from a backup")
+            yield Finding("error", "catalog", place, len(said), f"{said[0]}; restore it from a backup")
         if broken:
-            yield Finding("error", "catalog", where, broken, "rows refer to rows that are not there")
+            yield Finding("error", "catalog", place, broken, "rows refer to rows that are not there")
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,8 @@ def _check_files(at: Moment, wanted: _Wanted) -> Iterator[Finding]:
         for version, whose in wanted.versions.items():
             lost |= {owner: n for owner in whose if (n := files.lost.get((version, kind), 0))}
         for owner, n in lost.items():
-            mend = _rebuilt(wanted.table) if kind == "index file" and owner == wanted.table else None
-            detail = f"a {kind} of `{wanted.table}` is gone" + ("" if mend else "; restore it from a backup")
-            yield Finding("error", "missing file", owner, n, detail, mend)
+            detail = f"a {kind} of `{wanted.table}` is gone; restore it from a backup"
+            yield Finding("error", "missing file", owner, n, detail)
     if files.orphans and at.nobody:
         detail = f"files that no version has, as a killed process leaves them: {shown(files.orphans)}"
         mend = _removal(wanted.table, files.orphans)
@@ -137,9 +136,11 @@ def check_indices(at: Moment) -> Iterator[Finding]:
                 continue
             indices = {column: index for index in table.list_indices() for column in index.columns}
             missing = [column for column in INDICES[kind] if column not in indices]
+            for column in indices:
+                table.count_rows(where(**{column: 0 if column.endswith("_run") else "-"}))  # it has to read the index
             behind = {c: table.index_stats(i.name).num_unindexed_rows for c, i in indices.items()}
         except FAULTS as error:
-            yield Finding("warning", "index", name, 1, first_line(error), _rebuilt(name))
+            yield Finding("error", "index", name, 1, f"it can't be read: {first_line(error)}", _rebuilt(name))
             continue
         short = [column for column, n in behind.items() if n]
         if missing or short:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from lark_store.schema.database import Database
     from lark_store.schema.vectors import VectorStore
 
-NEEDED = ("manifest", "data file", "deletion file", "index file")  # a version is read without its transaction file
+# A version is read without its transaction file; of index files Lance names those that it finds.
+NEEDED = ("manifest", "data file", "deletion file")
 _PLACES = ("data/", "_deletions/", "_indices/", "_transactions/")
 _EVER = timedelta(days=36_500)
 

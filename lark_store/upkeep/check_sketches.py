@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _KEYS = ["checkpoint", "source", "variant", "sample_id"]
 _SCALARS = ["row_key", *_KEYS, "ingest_run", "loss", "grad_norm"]
 _TOLERANCE = {"float16": 1e-3, "float32": 1e-4}  # of a norm; rounding to float16 takes a bin up to 5e-4 off
+_BATCHES_AHEAD = 4
 _CODES_PER_BATCH = 4  # of 64; all with `deep`
 _SIGNS_APART = 0.02  # of a code's bits: a sum of bins near 0 may have either sign
 _ROWS_PER_DELETE = 1000
@@ -177,7 +178,9 @@ def _check_vectors(at: Moment, table: str, *, deep: bool) -> Iterator[Finding]:
     dataset = at.vectors.table(table).to_lance()
     k, dtype = _shape(dataset.schema)
     columns = [name for name in ("row_key", "code", "vector") if name in dataset.schema.names]
-    scanner = dataset.scanner(columns=columns, with_row_id=True, batch_size=ROWS_PER_BATCH)
+    scanner = dataset.scanner(
+        columns=columns, with_row_id=True, batch_size=ROWS_PER_BATCH, batch_readahead=_BATCHES_AHEAD
+    )
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for batch in scanner.to_batches():
         vectors_BK = batch.column("vector").flatten().to_numpy(zero_copy_only=True).reshape(-1, k)

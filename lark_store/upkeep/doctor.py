@@ -121,7 +121,7 @@ def _devices() -> Iterator[tuple[str, object]]:
 def _environment() -> Iterator[tuple[str, object]]:
     for name in sorted(os.environ):
         if _VARIABLES.fullmatch(name):
-            yield name, os.environ[name]
+            yield name, "***" if _SECRETS.match(f"{name}=") else os.environ[name]
     yield "working folder", Path.cwd()
 
 

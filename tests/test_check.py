@@ -405,6 +405,32 @@ def test_scores_that_are_being_made_are_no_finding(scored_copy):
     assert all(findings == [] for findings in seen)
 
 
+BESIDE = """
+import sys
+from lark_store import Store
+with Store.open(sys.argv[1]) as store:
+    store.ingest(["base", "epoch-1"], ["many"], ["raw", "chatml"], sketcher="small", batch_tokens=256)
+    for hits in (5, 6, 7):
+        store.attribute(["base", "epoch-1"], queries="test", sketcher="small", hits=hits)
+"""
+
+
+def test_checks_beside_another_process_that_ingests_and_scores_find_nothing(scored_copy, tmp_path):
+    texts = write_jsonl(tmp_path / "many.jsonl", text_rows(200, "many"))
+    scored_copy.source_add("many", texts, stage="pretrain")
+    before = sketches(scored_copy).version
+    seen, versions = [], set()
+    command = [sys.executable, "-c", BESIDE, scored_copy.path]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as writer:
+        while writer.poll() is None:
+            seen += found(scored_copy)
+            versions.add(sketches(scored_copy).version - before)
+        assert writer.returncode == 0, writer.stderr.read()
+    assert seen == []
+    assert len(versions) > 3
+    assert found(scored_copy) == []
+
+
 KILLED = """
 import os, signal, sys
 from lark_store import Store

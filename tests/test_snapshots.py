@@ -132,6 +132,9 @@ WRITES = {
     "source_remove": lambda store: store.source_remove("songs"),
     "checkpoint_remove": lambda store: store.checkpoint_remove("base"),
     "db_optimize": lambda store: store.db_optimize(),
+    "db_check": lambda store: store.db_check(),
+    "db_repair": lambda store: store.db_repair(),
+    "db_backup": lambda store: store.db_backup("nowhere"),
     "snapshot_create": lambda store: store.snapshot_create("b"),
     "snapshot_remove": lambda store: store.snapshot_remove("a"),
 }
@@ -158,7 +161,7 @@ def test_a_snapshot_is_read_only(scored_copy):
 def test_every_method_that_writes_is_among_those_that_are_refused():
     reads = {"top", "metrics", "sql", "show", "plan", "verify", "variant_show", "sketcher_show", "snapshot_list"}
     reads |= {"ft_pt", "trajectory", "similar_text", "self_influence", "export"}
-    others = {"create", "open", "close", "path", "db_status", "db_upgrade"}
+    others = {"create", "open", "close", "path", "db_status", "db_upgrade", "db_restore", "doctor"}
     methods = {name for name in dir(Store) if not name.startswith("_")}
     assert methods - reads - others == set(WRITES)
 
@@ -181,7 +184,7 @@ def test_names_of_snapshots(scored_copy):
     scored_copy.snapshot_create("a")
 
 
-@pytest.mark.parametrize("step", ["_copy", "_tag", "_record"])
+@pytest.mark.parametrize("step", ["copy_catalog", "_tag", "_record"])
 def test_a_snapshot_cut_off_is_none_and_can_be_made_or_removed(scored_copy, monkeypatch, step):
     def cut(*_):
         raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lark_store.cli import ask, care, doors, manage, sql, study, work
+from lark_store.cli import ask, care, doors, manage, sql, study, trust, work
 from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
@@ -56,6 +56,7 @@ ask.register(app)
 sql.register(app)
 doors.register(app)
 care.register(app)
+trust.register(app)
 study.register(app)
 
 

@@ -93,6 +93,7 @@ def _adopt(db: Database, run: IngestRun) -> None:
     name = sketch_table(run.fingerprint)
     if db.vectors.has(name):
         run.n_sketched = int(db.vectors.table(name).count_rows(where(ingest_run=run.id)))
+    run.n_failed = int(db.vectors.table("failures").count_rows(where(ingest_run=run.id)))
 
 
 def versions() -> dict[str, Any]:

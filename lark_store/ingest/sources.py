@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ from lark_store.errors import InputError
 from lark_store.ingest.readers import Row, read_rows
 from lark_store.schema.catalog import STAGES, Source
 from lark_store.schema.database import Database, add_named, known_as
+from lark_store.schema.hashes import content_hash
 from lark_store.schema.names import check_name
 from lark_store.schema.records import SourceReport
 from lark_store.schema.vectors import ROWS_PER_TEXT_BATCH, SAMPLES, where
@@ -44,11 +44,6 @@ class Sample:
     def content_sha256(self) -> str:
         """The hash of what is learned from: prompt, response and text."""
         return content_hash(self.prompt, self.response, self.text)
-
-
-def content_hash(*parts: str | None) -> str:
-    """Return the SHA-256 of some texts, None and empty told apart."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
 # --- rows to samples -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 - A `Work` is held by what adds to the store (an ingest of one unit, a source that is read, a scoring). Beside its lock
   lies a note of the sources and checkpoints that it touches.
 - `removing` is held by what takes away. It refuses while a work touches the same names, and no work begins meanwhile.
-- `maintenance` is held by removal, optimize and snapshots: one of them at a time.
+- `maintenance` is held by removal, optimize, snapshots, check, repair and backup: one of them at a time.
 
 A lock dies with its process; a note whose lock is free is one that a killed process left.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
@@ -47,10 +48,10 @@ def _held(lock: FileLock, seconds: float, fact: str, hint: str) -> Iterator[None
 
 
 @contextmanager
-def _gate(location: Location) -> Iterator[None]:
-    """Hold the gate: by each work for the moment in which it begins, by a removal for as long as it lasts."""
+def _gate(location: Location, patience: float | None = None) -> Iterator[None]:
+    """Hold the gate: by each work for the moment in which it begins, by removal and repair for as long as they last."""
     fact, hint = "another process is removing from this store", "wait for it, then run the command again"
-    with _held(_lock(location, "gate"), _PATIENCE_S, fact, hint):
+    with _held(_lock(location, "gate"), _PATIENCE_S if patience is None else patience, fact, hint):
         yield
 
 
@@ -144,12 +145,66 @@ def removing(location: Location, kind: str, name: str) -> Iterator[None]:
 
 def _at_work(note: Path, kind: str, name: str) -> str | None:
     """Return what the work with this note does, if it is alive and touches the name."""
-    with suppress(Timeout), FileLock(note.with_suffix(".lock")).acquire(timeout=0):
-        note.unlink(missing_ok=True)  # what wrote it was killed
-        return None
-    try:
-        work = json.loads(note.read_text(encoding="utf-8"))
-    except FileNotFoundError:  # it has just ended
+    work = _alive(note)
+    if work is None:
+        note.unlink(missing_ok=True)  # what wrote it has ended, or was killed
         return None
     touches: Names | None = work["touches"]
     return str(work["doing"]) if touches is None or name in touches.get(kind, []) else None
+
+
+def _alive(note: Path) -> dict[str, Any] | None:
+    """Return what a note says if its work is under way. Behind the gate: no work begins while its lock is tried."""
+    with suppress(Timeout), FileLock(note.with_suffix(".lock")).acquire(timeout=0):
+        return None
+    try:
+        work: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    except FileNotFoundError:  # it has just ended
+        return None
+    return work
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The store while no work begins: the notes of what is under way, and the files that killed work left."""
+
+    works: list[dict[str, Any]]
+    leftovers: list[Path]
+
+    @property
+    def doing(self) -> list[str]:
+        """What is under way, in words."""
+        return sorted(str(work["doing"]) for work in self.works)
+
+    def touches(self, **names: str) -> bool:
+        """Tell whether a work is under way that touches all of these names, given as kind=name."""
+        said = [work["touches"] for work in self.works]
+        return any(t is None or all(name in t.get(kind, []) for kind, name in names.items()) for t in said)
+
+
+@contextmanager
+def paused(location: Location, patience: float | None = None) -> Iterator[Pause]:
+    """Hold off work that would begin, and tell what is under way.
+
+    Raises
+    ------
+    StoreBusyError
+        Something is being removed or repaired for longer than `patience` seconds.
+    """
+    with _gate(location, patience):
+        works, leftovers = [], []
+        for note in sorted(location.locks.glob("*.json")):
+            work = _alive(note)
+            if work is None:
+                leftovers.append(note)
+            else:
+                works.append(work)
+        locks = sorted(location.locks.glob("score-*.lock"))  # each has a key of its own, and is gone at the end
+        leftovers += [lock for lock in locks if not lock.with_suffix(".json").exists() and _free(lock)]
+        yield Pause(works, [path for path in leftovers if path.exists()])
+
+
+def _free(lock: Path) -> bool:
+    with suppress(Timeout), FileLock(lock).acquire(timeout=0):
+        return True
+    return False

@@ -274,3 +274,33 @@ class SnapshotInfo:
     created_at: dt.datetime
     tables: dict[str, int]
     n_rows: int
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did: findings that were mended, and those that are left. Offers the Arrow stream of what is left.
+
+    Both have the columns of `Store.db_check`. Of a dry run, `mended` has what would be.
+    """
+
+    mended: pl.DataFrame
+    left: pl.DataFrame
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.left.__arrow_c_stream__(requested_schema)
+
+    def _repr_html_(self) -> str:
+        return self.left._repr_html_()
+
+
+@dataclass(frozen=True)
+class BackupInfo:
+    """A backup: where it is, of which store, with which schema, when it was taken, its files, bytes and rows."""
+
+    path: Path
+    store_uuid: str
+    schema: str
+    created_at: dt.datetime
+    n_files: int
+    n_bytes: int
+    n_rows: int

@@ -18,13 +18,14 @@ from lark_store.store.care import Care
 from lark_store.store.doors import Doors
 from lark_store.store.manage import Manage
 from lark_store.store.part import DEFAULT_SKETCHER, location_of
+from lark_store.store.trust import Trust
 from lark_store.store.work import Work
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 
-class Store(Manage, Work, Ask, Doors, Care):
+class Store(Manage, Work, Ask, Doors, Care, Trust):
     """An open store. Make one with `Store.create`, open one with `Store.open`; use it as a context manager.
 
     Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Every method raises a `LarkStoreError` with a hint for a foreseeable

@@ -202,11 +202,14 @@ class Ask(Part):
 
         Raises
         ------
-        NameUnknownError, NothingToScoreError
+        NameUnknownError, NothingToScoreError, StoreBusyError
         """
         from lark_store.query.index import build, report
+        from lark_store.schema.locks import working
 
-        return report(build(self._writable, sketcher, on_progress))
+        db = self._writable
+        with working(db.location, f"index-{sketcher}", f"indexing the sketches of `{sketcher}`"):
+            return report(build(db, sketcher, on_progress))
 
     def metrics(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lark_store.schema.database import Database
     from lark_store.schema.vectors import VectorStore
 
+TAG = "lark-snapshot-"
 LIST: dict[str, Any] = {"name": pl.String, "created_at": pl.Datetime("us", "UTC"), "tables": pl.Int64, "rows": pl.Int64}
 
 
@@ -49,8 +50,8 @@ def create(db: Database, name: str) -> SnapshotInfo:
         place.snapshots.mkdir(exist_ok=True)
         draft = place.snapshots / ".draft"
         with closing(sqlite3.connect(db.location.catalog, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as held:
-            _lock(held)
-            _copy(db.location.catalog, place.catalog)
+            lock_catalog(held)
+            copy_catalog(db.location.catalog, place.catalog)
             versions, n_rows = _tag(db.vectors, _label(name))
             held.execute("ROLLBACK")
         info = SnapshotInfo(name, now(), versions, n_rows)
@@ -65,10 +66,10 @@ def _record(place: Location) -> Path:
 
 
 def _label(name: str) -> str:
-    return f"lark-snapshot-{name}"
+    return f"{TAG}{name}"
 
 
-def _lock(catalog: sqlite3.Connection) -> None:
+def lock_catalog(catalog: sqlite3.Connection) -> None:
     """Keep others from writing to the catalog until the transaction ends."""
     try:
         catalog.execute("BEGIN IMMEDIATE")
@@ -78,7 +79,7 @@ def _lock(catalog: sqlite3.Connection) -> None:
         ) from error
 
 
-def _copy(catalog: Path, copy: Path) -> None:
+def copy_catalog(catalog: Path, copy: Path) -> None:
     """Copy a catalog; the copy is one plain file, with no log beside it."""
     copy.unlink(missing_ok=True)
     with closing(sqlite3.connect(catalog)) as live, closing(sqlite3.connect(copy)) as target:
@@ -123,12 +124,12 @@ def read(location: Location, name: str) -> SnapshotInfo:
     return SnapshotInfo(name, dt.datetime.fromisoformat(facts["created_at"]), facts["tables"], facts["rows"])
 
 
-def remove(db: Database, name: str) -> None:
-    """Let go of a snapshot; see `Store.snapshot_remove`."""
+def remove(db: Database, name: str, *, held: bool = False) -> None:
+    """Let go of a snapshot; see `Store.snapshot_remove`. `held`: the caller holds `maintenance`."""
     check_name(name)
     place = replace(db.location, snapshot=name)
-    with maintenance(db.location):
-        if not is_file(_record(place)) and not is_file(place.catalog):
+    with nullcontext() if held else maintenance(db.location):
+        if not held and not is_file(_record(place)) and not is_file(place.catalog):
             read(db.location, name)  # says that there is none, with the near ones
         _record(place).unlink(missing_ok=True)
         for table in db.vectors.table_names():

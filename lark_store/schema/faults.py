@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import errno
 import re
-import sqlite3
 from typing import TYPE_CHECKING
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from lark_store.errors import LarkStoreError, StoreBusyError, StoreError, masked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_FULL = re.compile(r"no space left on device|(database or )?disk is full|disk quota exceeded", re.IGNORECASE)
+_FULL = re.compile(
+    r"no space left on device|storagefull|(database or )?disk is full|disk quota exceeded", re.IGNORECASE
+)
+# DuckDB's own "Permission Error", of what SQL may not do, is another thing.
 _DENIED = re.compile(
-    r"permission denied|operation not permitted|read-only file ?system|readonly database|unable to open database file",
+    r"permission ?denied|operation not permitted|read-only file ?system|readonly database|unable to open database file",
     re.IGNORECASE,
 )
 _HELD = re.compile(r"database (table )?is locked", re.IGNORECASE)
@@ -66,7 +66,7 @@ def _fault(error: BaseException) -> LarkStoreError | None:
     if number in {errno.ENOSPC, errno.EDQUOT} or _FULL.search(text):
         what = f": `{where}` can't be written" if where else ""
         return StoreError(f"there is no space left on the disk{what}", f"make room; {_AFTER}")
-    if number in {errno.EACCES, errno.EPERM, errno.EROFS} or _is_denied(error, text):
+    if number in {errno.EACCES, errno.EPERM, errno.EROFS} or _DENIED.search(text):
         what = f"`{where}`" if where else "a file of the store"
         return StoreError(
             f"{what} can't be read or written: permission denied",
@@ -81,9 +81,3 @@ def _fault(error: BaseException) -> LarkStoreError | None:
             "the catalog is damaged: it is no whole SQLite file any more", "restore the store from a backup"
         )
     return None
-
-
-def _is_denied(error: BaseException, text: str) -> bool:
-    """Tell whether a library's text speaks of permissions; DuckDB's own "Permission Error" is another thing."""
-    kinds = (OSError, RuntimeError, ValueError, sqlite3.Error, SQLAlchemyError)
-    return isinstance(error, kinds) and bool(_DENIED.search(text))

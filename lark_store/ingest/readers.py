@@ -146,7 +146,9 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _check_not_packed(path: Path) -> None:
-    """Refuse what is compressed under another name."""
+    """Refuse what is compressed under another name; a pipe can be read once only."""
+    if not path.is_file():
+        return
     try:
         with path.open("rb") as file:
             head = file.read(8)

@@ -597,7 +597,7 @@ def started(*words, store):
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_signal_while_a_source_is_read_leaves_it_as_it_was_and_ends_with_its_status(
+def test_a_signal_while_a_source_is_read_ends_with_its_status_and_the_next_add_completes_it(
     store, tmp_path, number, code, word
 ):
     os.mkfifo(tmp_path / "slow.jsonl")
@@ -607,7 +607,8 @@ def test_a_signal_while_a_source_is_read_leaves_it_as_it_was_and_ends_with_its_s
         pipe.flush()
         time.sleep(1)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        time.sleep(1)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
     assert err.endswith(f"{word}\n\nhint: what was written is kept; run the command again to go on\n")
     assert "Traceback" not in err

@@ -21,6 +21,7 @@ An error is a fact and, after a blank line, a hint that says what to do.
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,25 @@ __all__ = [
 ]
 
 
+_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})[^/\s`'\"@]+(?:@[^/\s`'\"@]*)*@", re.IGNORECASE)
+_PARAMETER = re.compile(
+    r"([?&;][\w.-]*(?:token|secret|passw(?:or)?d|pwd|signature|credential|api_?key|access_?key)[\w.-]*=)[^&\s`'\"]+",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def masked(text: str) -> str:
+    """Return a text without the secrets in its URLs: logins, tokens in parameters, Hugging Face tokens.
+
+    >>> masked("no `s3://AKIA:secret@bucket/x`, no `https://h/x?token=abc&a=1`")
+    'no `s3://***@bucket/x`, no `https://h/x?token=***&a=1`'
+    """
+    return _TOKEN.sub("hf_***", _PARAMETER.sub(r"\1***", _LOGIN.sub(r"\1***@", text)))
+
+
 class LarkStoreError(Exception):
-    """Base of all: ``fact`` says what is wrong, ``hint`` what to do about it.
+    """Base of all: ``fact`` says what is wrong, ``hint`` what to do about it; neither has a URL's secrets.
 
     ``is_shared``: of several processes all have this error, so one of them says it.
     """
@@ -55,6 +73,7 @@ class LarkStoreError(Exception):
     is_shared = False
 
     def __init__(self, fact: str, hint: str | None = None) -> None:
+        fact, hint = masked(fact), None if hint is None else masked(hint)
         super().__init__(fact if hint is None else f"{fact}\n\nhint: {hint}")
         self.fact = fact
         self.hint = hint

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Annotated
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +16,10 @@ from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
 
-_INTERRUPTED = 130
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_INTERRUPTED, _TERMINATED = 130, 143
 # Threads of torch that wait for work spin for milliseconds, on cores that the sketch could use; 2,000 turns are some
 # microseconds. Read by the OpenMP library when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -30,7 +36,7 @@ The way of the data: `init` a store, add `checkpoint`s and `source`s, `ingest` (
 `attribute` (score queries against sources), then ask: `top`, `metrics`, `sql`, `show`.
 
 Every command takes `--store PATH` (default `./lark.store`, environment `LARK_STORE`). Exit status: 0 done, 1 an error
-or samples that failed, 2 wrong usage, 130 interrupted.
+or samples that failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """,
 )
 
@@ -62,12 +68,55 @@ study.register(app)
 
 def main() -> None:
     """Run the command line; a foreseeable fault ends in one clear message, never in a traceback."""
+    with _terminated_as_interrupted() as terminated:
+        try:
+            app()
+        except LarkStoreError as error:
+            _fail(error)
+        except SystemExit as stop:
+            if stop.code != _INTERRUPTED:  # typer's answer to Ctrl-C
+                raise
+            _stop(terminated=bool(terminated))
+        except KeyboardInterrupt:  # before or after typer
+            _stop(terminated=bool(terminated))
+        except Exception as error:
+            from lark_store.schema.faults import fault_of
+
+            known = fault_of(error)
+            if known is None:
+                raise
+            _fail(known)
+
+
+def _stop(*, terminated: bool) -> None:
+    how, code = ("terminated", _TERMINATED) if terminated else ("interrupted", _INTERRUPTED)
+    say(f"{how}\n\nhint: what was written is kept; run the command again to go on")
+    sys.exit(code)
+
+
+def _fail(error: LarkStoreError) -> None:
+    say(f"error: {error}", everywhere=not error.is_shared)
+    sys.exit(1)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[list[int]]:
+    """Let SIGTERM, by which schedulers end a job, be a Ctrl-C: what is in hand is committed.
+
+    Yields a list that has the signal once it came.
+    """
+    seen: list[int] = []
+
+    def interrupt(number: int, _frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not ours:  # whoever runs us looks after it
+        yield seen
+        return
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        app()
-    except LarkStoreError as error:
-        say(f"error: {error}", everywhere=not error.is_shared)
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # typer's answer to Ctrl-C
-            say("interrupted\n\nhint: what was written is kept; run the command again to go on")
-        raise
+        yield seen
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

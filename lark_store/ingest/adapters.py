@@ -46,7 +46,7 @@ def find_adapters(folder: Path) -> Adapters | None:
         return None
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"`{path}` is no JSON object", "save the adapters again with `save_pretrained`"
         ) from error
@@ -66,9 +66,11 @@ def find_adapters(folder: Path) -> Adapters | None:
         raise CheckpointError(
             f"`{path}` names no base model", "set its `base_model_name_or_path` to the base's folder or hub name"
         )
-    config |= {key: sorted(config[key]) for key in _SETS if isinstance(config.get(key), list)}
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        raise CheckpointError(f"in `{path}`, {_PLACE[0]} and revision are no texts", "save the adapters again")
+    config |= {key: sorted(config[key], key=str) for key in _SETS if isinstance(config.get(key), list)}
     text = json.dumps(config, sort_keys=True)
-    return Adapters(folder, str(base), revision, hashlib.sha256(text.encode()).hexdigest())
+    return Adapters(folder, base, revision, hashlib.sha256(text.encode()).hexdigest())
 
 
 def attach_empty(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

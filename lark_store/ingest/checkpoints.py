@@ -11,15 +11,17 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from lark_store.errors import CheckpointChangedError, CheckpointError, InputError, NameTakenError
 from lark_store.ingest import adapters
 from lark_store.ingest.adapters import find_adapters
 from lark_store.schema.catalog import Checkpoint, CheckpointMetric
-from lark_store.schema.database import Database, known_as
+from lark_store.schema.database import Database, is_folder, known_as
 from lark_store.schema.names import check_name
 
 _WEIGHTS = "*.safetensors"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What turns text into tokens, and tokens into a computation.
 _TOKENIZER_FILES = (
     "config.json",
@@ -47,7 +49,7 @@ class Files:
 
 
 def _folder(path: str, revision: str | None, *, fetch: bool = True) -> tuple[Path, str | None]:
-    if Path(path).is_dir():
+    if is_folder(Path(path)):
         return Path(path).resolve(), None
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise CheckpointError(
@@ -78,8 +80,12 @@ def first_line(error: Exception) -> str:
 def _digest(paths: list[Path]) -> str:
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        stat = path.stat()
-        total.update(f"{path.name} {_file_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)}\n".encode())
+        try:
+            stat = path.stat()
+            digest = _file_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        except OSError as error:
+            raise CheckpointError(f"`{path}` can't be read: {error.strerror}", "is the checkpoint whole?") from error
+        total.update(f"{path.name} {digest}\n".encode())
     return total.hexdigest()
 
 
@@ -100,7 +106,7 @@ def base_folder(folder: Path, *, fetch: bool = False) -> Path:
         return folder
     beside = folder / found.base
     try:
-        base, _ = _folder(str(beside) if beside.is_dir() else found.base, found.revision, fetch=fetch)
+        base, _ = _folder(str(beside) if is_folder(beside) else found.base, found.revision, fetch=fetch)
     except CheckpointError as error:
         raise CheckpointError(
             f"the base model of the adapters in `{folder}` is missing: {error.fact}",
@@ -124,12 +130,59 @@ def _model_files(folder: Path, named: str) -> list[Path]:
     weights = list(folder.glob(_WEIGHTS))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"`{named}` has no config.json", "a checkpoint is a folder made by `save_pretrained`")
+    _check_kernels(_read_json(folder / "config.json"), named)
     if not weights:
         raise CheckpointError(
             f"`{named}` has no .safetensors file",
             "save the model with `save_pretrained`; pickled weights (.bin, .pt) are not read, as they can run code",
         )
+    if not (folder / _WHOLE).is_file() and (folder / _INDEX).is_file():
+        _check_shards(folder, named)
     return weights
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a checkpoint that holds one JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"`{path}` can't be read: {error.strerror}", "is the checkpoint whole?") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or one that nobody writes
+        raise CheckpointError(f"`{path}` is no JSON: {first_line(error)}", "is the checkpoint whole?") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"`{path}` is no JSON object", "is the checkpoint whole?")
+    return found
+
+
+def _check_kernels(config: dict[str, Any], named: str) -> None:
+    """Refuse a config by which transformers would fetch a kernel from the hub and run it."""
+    for key, value in config.items():
+        if key.endswith("_implementation"):
+            kernels = [v for v in (value.values() if isinstance(value, dict) else [value]) if "/" in str(v)]
+            if kernels:
+                raise CheckpointError(
+                    f"the config of `{named}` asks for code from elsewhere: `{key}` is `{kernels[0]}`",
+                    f"no code that a checkpoint names is run; take `{key}` out of its config.json",
+                )
+        elif isinstance(value, dict):
+            _check_kernels(value, named)
+
+
+def _check_shards(folder: Path, named: str) -> None:
+    """Make sure that an index names files beside it: what lies elsewhere isn't hashed, and may be anything."""
+    shards = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(
+            f"`{named}` has a {_INDEX} without a `weight_map`", "save it again with `save_pretrained`"
+        )
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"the {_INDEX} of `{named}` names `{name}`, which is no .safetensors file beside it",
+                "save it again with `save_pretrained`",
+            )
+        if not (folder / name).is_file():
+            raise CheckpointError(f"`{named}` lacks `{name}`, one of its shards", "is the checkpoint whole?")
 
 
 def _tokenizer_files(folder: Path, base: Path, named: str) -> list[Path]:
@@ -182,7 +235,7 @@ def add_checkpoint(
         raise InputError(f"step {step} is out of range", "a step counts optimizer steps from 0")
     files = examine(path, revision)
     local = Path(path).is_dir()
-    config = json.loads((files.base / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(files.base / "config.json")
     row = Checkpoint(
         name=name,
         model=model or (str(config.get("model_type", "unknown")) if local else path),

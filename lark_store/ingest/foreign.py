@@ -81,7 +81,9 @@ def open_foreign(path: Path, kind: str, ids: Path | None) -> Foreign:
     names = None if ids is None else _lines(ids)
     try:
         foreign = _OPENERS[_guess(path) if kind == "auto" else kind](path, names)
-    except (OSError, pa.ArrowException) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"`{path}` can't be read: {error}", "is the file whole, and of its kind?") from error
     if not 2 <= foreign.dimensions <= MOST_DIMENSIONS:
         raise InputError(
@@ -159,7 +161,9 @@ def _blocks(
 def _numpy(path: Path, ids: list[str] | None) -> Foreign:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python's literals: it may fail in any way
         raise InputError(f"`{path}` is no .npy file: {error}", "save an array of floats with `numpy.save`") from error
     wanted = "save one array, (N, D), of float16, float32 or float64"
     if not isinstance(array, np.memmap):
@@ -224,7 +228,7 @@ def _read_parquet(path: Path, dimensions: int, known: list[str]) -> Iterator[Blo
                 facts = [{name: value for name, value in row.items() if value is not None} for row in rows]
                 yield Block(start, vectors, facts, faults)
                 start += len(batch)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(
             f"`{path}` can't be read: {error}", "is the file whole, and are its columns what their names say?"
         ) from error
@@ -290,8 +294,9 @@ def _info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
         known = int(info["num_grads"]) >= 0 and info["base_dtype"] in (*_FLOATS, "bfloat16")
-        known = known and all(int(size) > 0 for size in info["grad_sizes"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sizes = [info["num_grads"], *info["grad_sizes"].values()]
+        known = known and all(isinstance(size, int) and size >= 0 for size in sizes) and 0 not in sizes[1:]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"`{file}` is not as bergson 2.5 writes it: {error!r}", "build the index with it") from error
     if not known:
         raise InputError(f"`{file}` is not as bergson 2.5 writes it", "build the index with it")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     import torch
 
+_ROUNDING = 0.005  # causal models differ by 0; the most that half precision may make of it
+_UNKNOWN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -158,7 +160,7 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Any:
     Raises
     ------
     CheckpointError
-        The weights can't be read, or do not cover the whole model.
+        The weights can't be read, or do not cover the whole model; the model is not causal.
     """
     dtype = precision if _checked(precision) != "auto" else "auto" if device.type == "cuda" else "float32"
     base = base_folder(folder)
@@ -166,7 +168,31 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Any:
     if base != folder:
         with _attaching(folder):
             model = adapters.attach(model, folder, widen=dtype == "auto")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    _check_causal(model, folder)
+    return model
+
+
+def _check_causal(model: Any, folder: Path) -> None:
+    """Refuse a model whose answer at a token depends on later ones: transformers loads encoders as decoders too.
+
+    Their loss would be that of a token that was seen already.
+    """
+    import torch
+
+    try:
+        ids_BT = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8]]) % len(model.get_input_embeddings().weight)
+        with torch.no_grad():
+            logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+        one_TV, other_TV = logits_BTV[:, :2].float()
+    except _UNKNOWN:  # what it can't do with these four tokens says nothing; ingest records what fails
+        return
+    differs = float((one_TV - other_TV).square().mean().sqrt())
+    if differs > _ROUNDING * float(one_TV.std()):  # false where they are no numbers
+        raise CheckpointError(
+            f"the model in `{folder}` looks ahead: what it predicts at a token depends on later tokens",
+            "it must be a causal language model, not an encoder",
+        )
 
 
 def _load_whole(folder: Path, dtype: str) -> Any:

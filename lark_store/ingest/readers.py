@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Row = dict[str, Any]
+_BATCH_BYTES = 64 << 20
+_PACKED = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+}
+# What Arrow raises on damaged files, and on values that Python has no type for (a year of 60,000).
+_BROKEN = (pa.ArrowException, csv.Error, OSError, ValueError, OverflowError, SystemError, RecursionError)
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _HUB_NAME = re.compile(r"((?P<organisation>[\w.-]{1,96})/)?[\w.-]{1,96}", re.ASCII)
 
@@ -79,13 +89,27 @@ def _json_object(line: str, where: str) -> Row:
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_PER_TEXT_BATCH):
-        yield from batch.to_pylist()
+    with pq.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow.names)
+        n = file.metadata.num_rows
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        rows = min(ROWS_PER_TEXT_BATCH, max(1, _BATCH_BYTES * n // max(1, size)))
+        for batch in file.iter_batches(batch_size=rows):
+            yield from batch.to_pylist()
+
+
+def _check_columns(path: Path, names: list[str]) -> None:
+    """Refuse columns of one name: a row would silently have the last of them."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"`{path}` has two columns named `{twice}`", "give each column a name of its own")
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    # strict: a quote that is never closed would swallow all rows after it
+    rows = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    _check_columns(path, list(rows.fieldnames or []))
     for row in rows:
         if None in row:
             raise InputError(
@@ -108,14 +132,31 @@ def _read_file(path: Path) -> Iterator[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"`{path}` has an unknown format", f"known are {', '.join(READERS)} and datasets")
+    _check_not_packed(path)
     try:
         yield from reader(path)
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(f"`{path}` can't be read: it holds text that is not UTF-8", "save it as UTF-8") from error
-    except (pa.ArrowException, csv.Error, OSError) as error:
+    except _BROKEN as error:
         raise InputError(
             f"`{path}` can't be read: {error}", "is the file whole, and of the format its name says?"
         ) from error
+
+
+def _check_not_packed(path: Path) -> None:
+    """Refuse what is compressed under another name; a pipe can be read once only."""
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise InputError(f"`{path}` can't be read: {error.strerror}", "check its permissions") from error
+    kind = next((kind for magic, kind in _PACKED.items() if head.startswith(magic)), None)
+    if kind is not None:
+        raise InputError(f"`{path}` is {kind}, not what its name says", "unpack it first")
 
 
 # --- datasets ------------------------------------------------------------------------------------------------------
@@ -138,7 +179,11 @@ def _read_dataset(name: str, config: str | None, split: str | None) -> Iterator[
         data = _chosen(name, data, config, split)
     if not isinstance(data, datasets.Dataset):
         raise InputError(f"`{name}` has splits {_quoted(data)}", "choose one with `--split`")
-    yield from data
+    _check_columns(Path(name), data.column_names)
+    try:
+        yield from data
+    except Exception as error:  # damaged files, values that Python has no type for, images that can't be decoded, …
+        raise InputError(f"`{name}` can't be read as a dataset: {error}", "is it whole?") from error
 
 
 def _chosen(name: str, data: Any, config: str | None, split: str | None) -> Any:

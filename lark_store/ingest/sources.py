@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     Forget = Callable[[list[str]], None]
 
 FIELDS = ("sample_id", "prompt", "response", "question", "context", "answer", "text", "label")
+_CHUNK_CHARACTERS = 1 << 25
 _FORMS = ({"prompt", "response"}, {"question", "answer"}, {"text"})
 _NEEDED = "`prompt` and `response`, or `question`, `answer` and maybe `context`, or `text`"
 
@@ -234,8 +234,22 @@ class _Sieve:
             raise InputError(f"`{self.uri}` changed while it was read", "run the command again")
 
 
+def _chunks(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
+    """Cut samples into lists that are worth writing, of few where they are long."""
+    chunk: list[Sample] = []
+    size = 0
+    for sample in samples:
+        chunk.append(sample)
+        size += sum(len(part) for part in (sample.prompt, sample.response, sample.text) if part)
+        if len(chunk) >= ROWS_PER_TEXT_BATCH or size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def _batches(source: str, samples: Iterator[Sample]) -> Iterator[pa.RecordBatch]:
-    while chunk := list(itertools.islice(samples, ROWS_PER_TEXT_BATCH)):
+    for chunk in _chunks(samples):
         rows = [
             {
                 "source": source,

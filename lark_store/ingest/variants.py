@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
+from lark_store.ingest.bounds import bounded
 from lark_store.schema.catalog import TARGET_RULES, FormatVariant
 from lark_store.schema.database import is_file
 from lark_store.schema.records import RenderedSample
@@ -38,6 +39,7 @@ DEFAULT_MAX_LENGTH = 1024
 _MARKS = {"prompt": "\ue0f0prompt\ue0f1", "response": "\ue0f0response\ue0f1", "text": "\ue0f0text\ue0f1"}
 # Some chat templates (Llama 3's) print today's date unless they are given one; the same sample must stay the same text.
 _DATE = "26 Jul 2024"
+_LONGEST = 1 << 20  # characters that a template may put around a sample; none of them is ever cut
 
 
 class UnusableSampleError(Exception):
@@ -142,16 +144,21 @@ class Renderer:
                 {"role": "assistant", "content": parts["response"]},
             ]
         try:
-            if self._template is None:
-                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE))
-            return self._template.render(messages=messages, **parts)
+            with bounded():
+                if self._template is None:
+                    return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE))
+                return self._template.render(messages=messages, **parts)
+        except InputError:
+            raise
         except Exception as error:  # a template may raise anything that an expression can
-            raise UnusableSampleError(f"the template fails: {error}") from error
+            raise UnusableSampleError(f"the template fails: {str(error) or type(error).__name__}") from error
 
     def _text(self, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
         """Return the rendered text and where each part of the sample stands in it, in characters."""
         parts = {"prompt": sample.prompt, "response": sample.response, "text": sample.text}
         skeleton = self._run({name: None if part is None else _MARKS[name] for name, part in parts.items()})
+        if len(skeleton) > _LONGEST:
+            raise UnusableSampleError(f"the template alone makes {len(skeleton):,} characters")
         spans: dict[str, tuple[int, int]] = {}
         built, rest = "", skeleton
         present = [name for name, part in parts.items() if part is not None and _MARKS[name] in skeleton]

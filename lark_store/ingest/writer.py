@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from lark_store.schema.catalog import IngestRun, Sketcher, now
+from lark_store.schema.faults import reason_of
 from lark_store.schema.vectors import FAILURES, ROWS_PER_BATCH, row_key, sketch_rows, where
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class SketchWriter:
             self.finish("interrupted", time.perf_counter() - started)
             raise
         except Exception as error:
-            self.finish("failed", time.perf_counter() - started, f"{type(error).__name__}: {error}")
+            self.finish("failed", time.perf_counter() - started, reason_of(error))
             raise
         self.seconds = time.perf_counter() - started
         self.finish("done", self.seconds)

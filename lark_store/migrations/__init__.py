@@ -7,7 +7,9 @@ must not cascade into its children) and a `foreign_key_check` before the commit.
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from sqlalchemy import URL, Connection, NullPool, create_engine, event, text
 
 from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError
 from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location, is_file
+from lark_store.schema.faults import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,13 +84,20 @@ def version(location: Location) -> str:
     ------
     NotAStoreError
         There is no catalog, or the file is not one of ours.
+    StoreError
+        It may not be read.
     """
     missing = NotAStoreError(
         f"there is no lark-store at `{location.root}`",
         "make one with `lark-store init`, or name yours with `--store PATH` or `LARK_STORE`",
     )
-    if not is_file(location.catalog):
-        raise missing
+    try:
+        if not stat.S_ISREG(location.catalog.stat().st_mode):
+            raise missing
+    except PermissionError as error:
+        raise _denied(location) from error
+    except OSError as error:
+        raise missing from error
     try:
         with closing(sqlite3.connect(f"{location.catalog.resolve().as_uri()}?mode=ro", uri=True)) as db:
             if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
@@ -95,6 +105,8 @@ def version(location: Location) -> str:
             size = db.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[0]
             found = db.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
     except sqlite3.Error as error:
+        if fault_of(error) and not _is_writable(location):
+            raise _denied(location) from error
         raise _unreadable(location, str(error)) from error
     # With something in the write-ahead log beside it, the file may rightly be shorter than the database.
     log = location.catalog.with_name(f"{location.catalog.name}-wal")
@@ -103,6 +115,17 @@ def version(location: Location) -> str:
         what = "it is cut short" if cut else "it has no schema version" if found is None else "`vectors` is missing"
         raise _unreadable(location, what)
     return str(found[0])
+
+
+def _is_writable(location: Location) -> bool:
+    return all(os.access(path, os.R_OK | os.W_OK) for path in (location.catalog, location.catalog.parent))
+
+
+def _denied(location: Location) -> StoreError:
+    return StoreError(
+        f"the store `{location.root}` can't be opened: permission denied",
+        "also who only reads must be able to write in its folder, where SQLite keeps a log: copy it, or ask its owner",
+    )
 
 
 def _unreadable(location: Location, why: str) -> NotAStoreError:

@@ -24,6 +24,7 @@ from lark_store.query.scores import DEFAULT_MEMORY, Search, query_ids
 from lark_store.query.scoring import device_name, pick_device
 from lark_store.query.tally import GroupScores, Tally
 from lark_store.schema.catalog import ScoreRun, now
+from lark_store.schema.faults import reason_of
 from lark_store.schema.records import OnProgress, Progress
 from lark_store.schema.vectors import INFLUENCE, SOURCE_INFLUENCE, where
 
@@ -172,7 +173,7 @@ def _score(
             for job in jobs:
                 assert job.run is not None
                 job.run.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                job.run.error, job.run.finished_at = f"{type(error).__name__}: {error}", now()
+                job.run.error, job.run.finished_at = reason_of(error), now()
                 session.merge(job.run)
         raise
     for job in jobs:

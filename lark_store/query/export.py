@@ -21,7 +21,7 @@ from lark_store.query.groups import Group, committed_groups
 from lark_store.query.sql.engine import checked, distinct
 from lark_store.query.sql.views import VIEWS
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
-from lark_store.schema.database import Database, exists, find
+from lark_store.schema.database import Database, exists, find, is_folder
 from lark_store.schema.frames import writable
 from lark_store.schema.vectors import ROWS_PER_BATCH, ROWS_PER_TEXT_BATCH, SKETCH_COLUMNS, sketch_schema
 
@@ -112,7 +112,7 @@ def _check(path: Path, *, overwrite: bool) -> None:
     if exists(path) and not (overwrite and path.is_file()):
         fact = "a file" if path.is_file() else "something that is no file"
         raise InputError(f"there is {fact} at `{path}` already", "name another, or replace a file with `--overwrite`")
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise InputError(f"there is no folder `{path.parent}`", "make it first")
 
 

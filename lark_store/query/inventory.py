@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 _FRAMES = {
     "checkpoints": """
-        SELECT c.name, model, epoch, step, learning_rate, m.metrics, path, c.weights_sha256[:12] AS weights
+        SELECT c.name, c.model, c.epoch, c.step, c.learning_rate, m.metrics, c.path, c.weights_sha256[:12] AS weights
         FROM checkpoints c LEFT JOIN (
             SELECT checkpoint, string_agg(name || ' ' || round(value, 4), ', ' ORDER BY name) AS metrics
             FROM checkpoint_metrics GROUP BY ALL
-        ) m ON m.checkpoint = c.name ORDER BY epoch NULLS FIRST, c.created_at""",
+        ) m ON m.checkpoint = c.name JOIN _checkpoint USING (name) ORDER BY c.epoch NULLS FIRST, id""",
     "sources": """
         SELECT s.name, stage, domain, coalesce(n, 0) AS samples, licence, uri
-        FROM sources s LEFT JOIN (SELECT source, count(*) AS n FROM samples GROUP BY ALL) x ON x.source = s.name
-        ORDER BY s.created_at""",
-    "variants": "SELECT name, template, targets, max_length FROM variants ORDER BY created_at",
-    "sketchers": "SELECT name, k, seed, dtype, parameters, exclude FROM sketchers ORDER BY created_at",
+        FROM _source s LEFT JOIN (SELECT source, count(*) AS n FROM samples GROUP BY ALL) x ON x.source = s.name
+        ORDER BY s.id""",
+    "variants": "SELECT name, template, targets, max_length FROM _variant ORDER BY id",
+    "sketchers": "SELECT name, k, seed, dtype, parameters, exclude FROM _sketcher ORDER BY id",
     "sketches": """
         WITH failed AS (
             SELECT checkpoint, source, variant, ingest_run, count(*) AS n FROM failures GROUP BY ALL

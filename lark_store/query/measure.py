@@ -24,10 +24,10 @@ _VIEWS: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
 }
 _PHI = """
     SELECT i.query_variant, i.checkpoint, i.queries, i.query_id, i.source, s.stage, i.variant, i.max AS phi
-    FROM source_influence i JOIN sources s ON s.name = i.source JOIN checkpoints c ON c.name = i.checkpoint
+    FROM source_influence i JOIN _source s ON s.name = i.source JOIN _checkpoint c ON c.name = i.checkpoint
     WHERE i.method = ? AND i.sketcher = ? AND i.query_checkpoint = i.checkpoint AND (? IS NULL OR i.checkpoint = ?)
       AND (? IS NULL OR i.query_variant = ?)
-    ORDER BY c.epoch NULLS FIRST, c.created_at, i.queries, i.score_run, i.query_id, s.created_at, i.source, i.variant"""
+    ORDER BY c.epoch NULLS FIRST, c.id, i.queries, i.score_run, i.query_id, s.id, i.source, i.variant"""
 
 
 def measure(

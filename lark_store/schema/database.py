@@ -46,6 +46,11 @@ def is_file(path: Path) -> bool:
     return exists(path) and path.is_file()
 
 
+def is_folder(path: Path) -> bool:
+    """Tell whether there is a folder at `path`; a name that no file can have is none."""
+    return exists(path) and path.is_dir()
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a store's parts are: a folder that holds the catalog file, the vector tables and the locks.

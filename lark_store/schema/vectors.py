@@ -235,8 +235,9 @@ class VectorStore:
         """Tell whether a table is there and whole: one that is being made is listed before it can be opened."""
         if self.versions is not None:
             return name in self.versions
+        connection = self.connection  # a folder that may not be read is another fault
         try:
-            self.connection.open_table(name)
+            connection.open_table(name)
         except (ValueError, FileNotFoundError):
             return False
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from lark_store.errors import InputError, StoreExistsError
+from lark_store.errors import InputError, StoreExistsError, masked
 from lark_store.ingest.sources import FIELDS
+from lark_store.schema.database import exists, is_file
 from lark_store.schema.names import check_name
 
 BUILT_IN = ("raw", "chatml")
@@ -249,9 +251,9 @@ class Recipe(_Part):
 
     def place(self, name: str) -> str:
         """Return a path that stands in the recipe as it is from here; a hub name as it is."""
-        here = self._home / Path(name).expanduser()
-        is_path = Path(name).suffix in _FILES or name.startswith((".", "~")) or Path(name).exists()
-        return str(here) if here.exists() or is_path else name
+        here = self._home / os.path.expanduser(name)  # noqa: PTH111  Path's raises an error for an unknown user
+        is_path = Path(name).suffix in _FILES or name.startswith((".", "~")) or exists(Path(name))
+        return str(here) if exists(here) or is_path else name
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -293,7 +295,7 @@ def read(path: str | Path) -> Recipe:
         raise InputError(
             f"the recipe `{path}` can't be read: {error.strerror}", f"write one with `lark-store study init {path}`"
         ) from error
-    except ValueError as error:  # TOML and UTF-8 errors both
+    except (ValueError, RecursionError) as error:  # errors of TOML and of UTF-8; a value in a thousand brackets
         raise InputError(f"`{path}` is no TOML: {error}", "`lark-store study init NEW.toml` shows its form") from error
     values.setdefault("folder", path.stem)
     values.setdefault("title", path.stem)
@@ -302,7 +304,13 @@ def read(path: str | Path) -> Recipe:
     except ValidationError as error:
         raise _explained(path, error) from error
     recipe._home = path.absolute().parent  # noqa: SLF001 (pydantic's way to keep what is no key)
-    if recipe.root.is_file():
+    for name in (recipe.model.path, *(source.uri for source in recipe.source)):
+        if masked(name) != name:
+            raise InputError(
+                f"the recipe has a password or a token in `{name}`, and it is kept in the store and the report",
+                "take it out: `hf auth login` keeps tokens",
+            )
+    if is_file(recipe.root):
         raise InputError(
             f"the study's folder can't be `{recipe.root}`: that is a file",
             "name the recipe with `.toml` at its end, or set `folder`",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import datetime as dt
 import gc
 import gzip
 import io
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -67,6 +69,10 @@ FILES = {
     "Latin-1": ("a.jsonl", '{"text": "é"}'.encode("latin-1"), "is not UTF-8"),
     "gzip": ("a.jsonl", gzip.compress(GOOD), "is compressed with gzip"),
     "gzip as CSV": ("a.csv", gzip.compress(GOOD), "is compressed with gzip"),
+    "UTF-32": ("a.jsonl", GOOD.decode().encode("utf-32"), "is not UTF-8: line 1, byte 1"),
+    "bzip2": ("a.jsonl", bz2.compress(GOOD), "is compressed with bzip2"),
+    "xz": ("a.csv", lzma.compress(GOOD), "is compressed with xz"),
+    "zstd": ("a.jsonl", b"\x28\xb5\x2f\xfd" + bytes(50), "is compressed with zstd"),
     "zip": ("a.jsonl", zipped(), "is a zip archive"),
     "zip as Parquet": ("a.parquet", zipped(), "is a zip archive"),
     "null bytes": ("a.jsonl", b'{"id": "a\0b", "text": "x"}\n', "Invalid control character"),

@@ -81,7 +81,11 @@ class Work:
                 raise StoreBusyError(
                     f"another process is {self.doing}", "wait for it, or do something else meanwhile"
                 ) from error
-            self._note.write_text(json.dumps({"doing": self.doing, "touches": self.touches}), encoding="utf-8")
+            try:
+                self._note.write_text(json.dumps({"doing": self.doing, "touches": self.touches}), encoding="utf-8")
+            except OSError:  # a full disk
+                self._lock.release()
+                raise
 
     def release(self) -> None:
         """End; harmless where it was not begun."""

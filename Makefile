@@ -1,10 +1,11 @@
 # make install   set up .venv with everything (also done by the others)
 # make demo      the whole job on a real model and real text
-# make test      lint and all tests; make lint: ruff, mypy, import-linter
+# make test      lint and all tests, two processes (WORKERS=…); make lint: ruff, mypy, import-linter
 # make docs      write docs/reference/cli.md from the commands themselves, the views of sql.md from their columns
 
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
@@ -24,7 +25,7 @@ demo: install
 	$(BIN)/python -m demo.run
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS)
 
 lint: install
 	$(BIN)/ruff format --check .

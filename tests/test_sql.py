@@ -33,6 +33,7 @@ COLUMNS = {
     "sources": [*NAMED, "stage", "domain", "uri", "licence", "columns"],
     "variants": [*NAMED, "template", "template_text", "targets", "max_length", "sha256"],
     "sketchers": [*NAMED, "k", "seed", "map_version", "dtype", "parameters", "exclude", "correction", "positions"],
+    "studies": [*NAMED, "recipe", "environment", "hashes", "finished_at"],
     "samples": ["source", "sample_id", "prompt", "response", "text", "label", "meta", "content_sha256"],
     "sketches": ["sketcher", "checkpoint", "source", "variant", *SKETCH],
     "ingest_runs": [*RUN, "ingest_run", "n_existing", "n_sketched", "n_failed", "seconds"],
@@ -54,7 +55,7 @@ COLUMNS = {
 # What the scored store holds: 2 checkpoints × (6 fine-tuning samples + 4 queries + 2 variants of 5 + 5 samples).
 SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 2, "samples": 20, "sketches": 60}
 SIZES |= {"self_influence": 60, "checkpoint_metrics": 2, "ingest_runs": 12, "failures": 0, "score_runs": 10}
-SIZES |= {"influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
+SIZES |= {"studies": 0, "influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
 
 
 @pytest.fixture(scope="module")

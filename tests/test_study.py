@@ -16,8 +16,8 @@ from test_cli import lark
 
 from lark_store import Store
 from lark_store.errors import InputError
+from lark_store.schema.hashes import file_hash
 from lark_store.study import report, run
-from lark_store.study.files import sha256
 from lark_store.study.page import save_tables
 
 RECIPE = """
@@ -114,7 +114,7 @@ def test_what_it_was_made_of_is_in_the_store(done):
     files = [name for name in hashes if "/" in name]
     assert {f"tables/{name}.csv" for name in TABLES} <= set(files)
     assert {"pools/finetune.jsonl", "pools/medical.jsonl", "pools/evaluation.jsonl"} <= set(files)
-    assert all(hashes[name] == sha256(folder / "tiny" / name) for name in files)
+    assert all(hashes[name] == file_hash(folder / "tiny" / name) for name in files)
     assert {"accuracy", "accuracy_low", "macro_f1", "macro_f1_high", "train_loss", "n_evaluated"} <= set(metrics)
     assert results.hashes == hashes
 

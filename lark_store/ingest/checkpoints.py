@@ -18,6 +18,7 @@ from lark_store.ingest import adapters
 from lark_store.ingest.adapters import find_adapters
 from lark_store.schema.catalog import Checkpoint, CheckpointMetric
 from lark_store.schema.database import Database, is_folder, known_as
+from lark_store.schema.hashes import file_hash
 from lark_store.schema.names import check_name
 
 _WEIGHTS = "*.safetensors"
@@ -92,8 +93,7 @@ def _digest(paths: list[Path]) -> str:
 @lru_cache(maxsize=1024)
 def _file_digest(path: Path, *_state: int) -> str:
     """Hash a file; within one process, one that has the same size, time and inode is not read again."""
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+    return file_hash(path)
 
 
 def base_folder(folder: Path, *, fetch: bool = False) -> Path:

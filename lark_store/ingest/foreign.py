@@ -5,7 +5,6 @@ Shape letters: N rows of the file, B rows of a block, D dimensions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from lark_store.errors import InputError
 from lark_store.schema.database import exists, is_file
+from lark_store.schema.hashes import file_hash
 from lark_store.schema.vectors import ROWS_PER_BATCH
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class Foreign:
     @cached_property
     def sha256(self) -> str:
         """The hash of the file that has the numbers."""
-        with self.held.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(self.held)
 
 
 def open_foreign(path: Path, kind: str, ids: Path | None) -> Foreign:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from lark_store.study.groups import SKETCHER
 from lark_store.study.style import source_colours
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lark_store.store import Store
     from lark_store.study.results import Results
 
-SKETCHER, METHOD = "study", "cosine"
+METHOD = "cosine"
 TOP = 5
 LONGEST = 1_500  # characters of a sample's text
 LONGEST_QUERY = 4_000

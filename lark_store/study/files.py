@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,3 @@ def writing(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Return a file's hash."""
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()

@@ -13,7 +13,7 @@ import re
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -30,26 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lark_store.store import Store
+    from lark_store.study.findings import Finding
     from lark_store.study.recipe import Recipe
     from lark_store.study.results import Results
 
 HERE = Path(__file__).parent
-
-
-class Finding(Protocol):
-    """What a finding must have: a question, what the numbers say, and whether it holds (None: they don't tell)."""
-
-    @property
-    def question(self) -> str:
-        """What was asked."""
-
-    @property
-    def text(self) -> str:
-        """The answer in words, with its numbers."""
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether it holds; None where the numbers don't tell."""
 
 
 def write(results: Results, findings: Sequence[Finding], store: Store, path: Path) -> Path:

@@ -42,7 +42,7 @@ class Results:
     cosine), rival_ft_wins, difference (ft_wins − rival_ft_wins), low, high, p_value, n_queries.
 
     `queries`: checkpoint, epoch, query_id, label, prediction, correct, loss, ft, pt (Φ of fine-tuning and of the
-    recipe's `against` source in `chatml`), ratio, winner (finetune, pretrain, tie).
+    recipe's `against` source, in the variant that stands for it), ratio, winner (finetune, pretrain, tie).
 
     `truth` (empty without `[truth]`): checkpoint, epoch, method, mrr, mrr_low, mrr_high, recall_at_10, recall_low,
     recall_high, n_queries, n_samples.

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError, LarkStoreError, StoreError
 from lark_store.schema.database import Location
+from lark_store.schema.hashes import file_hash
 from lark_store.schema.locks import working
 from lark_store.store import Store
 from lark_store.study import recipe as recipes
-from lark_store.study.files import sha256, writing
+from lark_store.study.files import writing
+from lark_store.study.groups import SKETCHER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     Say = Callable[[str], None]
 
-NAME = SKETCHER = "study"
+NAME = "study"
 HITS = 100  # of each query and group, where not every rank is needed
 REPORT = "report.html"
 
@@ -52,7 +54,7 @@ def run(path: str | Path, *, on_progress: OnProgress | None = None, say: Say | N
 
 
 def report(path: str | Path, output: str | Path | None = None) -> Path:
-    """Write the report of a study that has run, from its store alone (default: into the study's folder).
+    """Write the report of a study that has run, from its store and its answers (default: into the study's folder).
 
     Raises
     ------
@@ -128,7 +130,7 @@ class _Study:
             self._keep()
             return
         for name, path in self._pools.items():
-            if kept.get(f"pools/{path.name}", sha256(path)) != sha256(path):
+            if kept.get(f"pools/{path.name}", file_hash(path)) != file_hash(path):
                 raise InputError(
                     f"the pool of `{name}` is not the one that the study was begun with: `{path}`",
                     "put it back as it was, or give the recipe another `folder` to begin again",
@@ -169,7 +171,7 @@ class _Study:
         """Return the SHA-256 of the pools, the checkpoints' weights and the tables that are there."""
         found = {}
         for path in sorted((*self.recipe.root.glob("pools/*.jsonl"), *self.recipe.root.glob("tables/*.csv"))):
-            found[str(path.relative_to(self.recipe.root))] = sha256(path)
+            found[str(path.relative_to(self.recipe.root))] = file_hash(path)
         rows = self.store.sql("select name, weights_sha256 from checkpoints order by epoch")
         return found | {f"weights of {name}": weights for name, weights in rows.iter_rows()}
 

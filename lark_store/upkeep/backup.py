@@ -26,6 +26,7 @@ from uuid import uuid4
 from lark_store.errors import InputError, StoreError, StoreExistsError
 from lark_store.schema.catalog import now
 from lark_store.schema.database import BUSY_TIMEOUT_S, Location, exists, is_file
+from lark_store.schema.hashes import file_hash
 from lark_store.schema.locks import maintenance
 from lark_store.schema.records import BackupInfo, Progress
 from lark_store.schema.vectors import VectorStore
@@ -243,8 +244,7 @@ def _copy(source: Path, target: Path) -> list[Any]:
 
 
 def _hash(path: Path) -> list[Any]:
-    with path.open("rb") as data:
-        return [path.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest()]
+    return [path.stat().st_size, file_hash(path)]
 
 
 def _flush(path: Path, text: str) -> None:

@@ -58,18 +58,19 @@ def _optimize(db: Database, name: str, age: timedelta) -> tuple[Any, ...]:
     files_before, bytes_before = n_files(db.vectors.table(name)), bytes_in(folder)
     _compact(db, name)
     db.vectors.refresh_indices(db.vectors.table(name))
-    # error_if_tagged_old_versions: those of snapshots are kept in silence. Unverified files stay: see above.
-    retried(
-        lambda: (
-            db.vectors.table(name)
-            .to_lance()
-            .cleanup_old_versions(older_than=age, delete_unverified=False, error_if_tagged_old_versions=False)
-        ),
-        f"old versions of `{name}` can't be removed",
-    )
+    clean(db, name, age, unverified=False)  # see above
     table = db.vectors.table(name)
     after = (n_files(table), bytes_before, bytes_in(folder), time.perf_counter() - started)
     return (name, int(table.count_rows()), files_before, *after)
+
+
+def clean(db: Database, name: str, age: timedelta, *, unverified: bool) -> None:
+    """Remove versions older than `age`, and files that no version has if `unverified`; snapshots' versions stay."""
+    options = {"older_than": age, "delete_unverified": unverified, "error_if_tagged_old_versions": False}
+    retried(
+        lambda: db.vectors.table(name).to_lance().cleanup_old_versions(**options),
+        f"old versions and files of `{name}` can't be removed",
+    )
 
 
 def _compact(db: Database, name: str) -> None:

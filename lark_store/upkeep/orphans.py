@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from lark_store.schema.retry import retried
+from lark_store.upkeep.optimize import clean
 from lark_store.upkeep.status import folder_of
 
 if TYPE_CHECKING:
@@ -52,14 +52,7 @@ def files_of(vectors: VectorStore, table: str, versions: set[int]) -> Files:
 
 def remove_orphans(db: Database, table: str, known: set[str]) -> None:
     """Remove files that no version has, of those that are known as such. When nobody writes."""
-    retried(
-        lambda: (
-            db.vectors.table(table)
-            .to_lance()
-            .cleanup_old_versions(older_than=_EVER, delete_unverified=True, error_if_tagged_old_versions=False)
-        ),
-        f"files of `{table}` can't be removed",
-    )
+    clean(db, table, _EVER, unverified=True)
     for path in known & set(files_of(db.vectors, table, set()).orphans):  # Lance leaves small ones
         with suppress(FileNotFoundError):
             (folder_of(db.vectors, table) / path).unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -18,19 +19,21 @@ from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError
 from lark_store.schema.catalog import Base
 from lark_store.schema.database import APPLICATION_ID, Location
 
-NEXT = """
+NOW = migrations.newest()
+NEXT = f"{int(NOW) + 1:04d}"
+MIGRATION = f"""
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "{NEXT}"
+down_revision = "{NOW}"
 
 
 def upgrade():
     op.add_column("source", sa.Column("note", sa.Text(), nullable=True))
 """
-FAILING = NEXT + "    op.execute('UPDATE source SET domain = NULL')\n    op.drop_table('no_such_table')\n"
-ORPHANING = NEXT + "    op.execute('DELETE FROM checkpoint')\n"
+FAILING = MIGRATION + "    op.execute('UPDATE source SET domain = NULL')\n    op.drop_table('no_such_table')\n"
+ORPHANING = MIGRATION + "    op.execute('DELETE FROM checkpoint')\n"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def next_schema(tmp_path, monkeypatch):
 
     def install(script):
         shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "versions" / "0004_next.py").write_text(script, encoding="utf-8")
+        (folder / "versions" / f"{NEXT}_next.py").write_text(script, encoding="utf-8")
         monkeypatch.setattr(migrations, "_config", config)
 
     return install
@@ -99,7 +102,7 @@ def test_the_migrations_build_the_checks_and_keys_of_the_models(catalog, tmp_pat
 
     def definitions(file):
         wanted = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'lark_store_version'"
-        return {name: sorted(line.strip(" \t,") for line in sql.splitlines()) for name, sql in execute(file, wanted)}
+        return {name: sorted(filter(None, re.split(r"\s*[,\n)]\s*", sql))) for name, sql in execute(file, wanted)}
 
     assert definitions(catalog) == definitions(tmp_path / "models.sqlite")
 
@@ -137,7 +140,7 @@ def test_a_newer_schema_is_neither_opened_nor_upgraded(path, catalog):
     set_version(catalog, "9999")
     before = catalog.read_bytes()
     for refused in (Store.open, Store.db_upgrade):
-        with pytest.raises(NewerSchemaError, match="has schema 9999, which this lark-store") as caught:
+        with pytest.raises(NewerSchemaError, match=f"has schema 9999, which this lark-store") as caught:
             refused(path)
         assert "pip install --upgrade lark-store" in caught.value.hint
     assert versions(path) == ("9999", migrations.newest())
@@ -145,23 +148,23 @@ def test_a_newer_schema_is_neither_opened_nor_upgraded(path, catalog):
 
 
 def test_an_older_schema_is_not_opened_and_not_changed(path, catalog, next_schema):
-    next_schema(NEXT)
+    next_schema(MIGRATION)
     before = catalog.read_bytes()
-    with pytest.raises(OlderSchemaError, match="has schema 0003; this lark-store needs 0004") as caught:
+    with pytest.raises(OlderSchemaError, match=f"has schema {NOW}; this lark-store needs {NEXT}") as caught:
         Store.open(path)
     assert "`lark-store db upgrade`" in caught.value.hint
-    assert versions(path) == ("0003", "0004")
+    assert versions(path) == (NOW, NEXT)
     assert catalog.read_bytes() == before
 
 
 def test_an_upgrade_brings_the_newest_schema_and_keeps_a_backup(path, catalog, next_schema):
     execute(catalog, "UPDATE sketcher SET name = 'kept'")
-    next_schema(NEXT)
+    next_schema(MIGRATION)
     backup = Store.db_upgrade(path)
-    assert versions(path) == ("0004", "0004")
+    assert versions(path) == (NEXT, NEXT)
     assert "note" in [row[1] for row in execute(catalog, "PRAGMA table_info(source)")]
     assert execute(catalog, "SELECT name FROM sketcher") == execute(backup, "SELECT name FROM sketcher") == [("kept",)]
-    assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0003",)]
+    assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [(NOW,)]
     with Store.open(path) as opened:
         assert opened.show().sketchers["name"].to_list() == ["kept"]
     assert Store.db_upgrade(path) is None

@@ -12,7 +12,7 @@ import pytest
 from conftest import text_rows, write_jsonl
 from sqlalchemy.exc import OperationalError
 from test_cli import lark
-from test_migrations import NEXT, execute, next_schema  # noqa: F401  # a fixture
+from test_migrations import MIGRATION, NEXT, NOW, execute, next_schema  # noqa: F401  # a fixture
 from test_upkeep import CHECKPOINTS, attribute, count, everything
 
 from lark_store import Store, migrations
@@ -241,16 +241,16 @@ def test_an_upgrade_upgrades_the_snapshots_too(scored_copy, next_schema):  # noq
     path = scored_copy.path
     scored_copy.source_remove("songs")
     scored_copy.close()
-    next_schema(NEXT)
+    next_schema(MIGRATION)
     backup = Store.db_upgrade(path)
-    assert backup.name == "catalog-0003.backup.sqlite"
+    assert backup.name == f"catalog-{NOW}.backup.sqlite"
     for catalog in (path / "catalog.sqlite", path / "snapshots" / "a.sqlite"):
-        assert execute(catalog, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [("0004",)]
-    assert execute(path / "snapshot-a-0003.backup.sqlite", "SELECT count(*) FROM source") == [(4,)]
+        assert execute(catalog, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [(NEXT,)]
+    assert execute(path / f"snapshot-a-{NOW}.backup.sqlite", "SELECT count(*) FROM source") == [(4,)]
     with Store.open(path, snapshot="a") as then:
         assert then.sql("select * from source_influence order by all").equals(before)
     assert Store.db_upgrade(path) is None
-    assert Store.db_status(path).newest == "0004"
+    assert Store.db_status(path).newest == NEXT
 
 
 def test_a_copy_of_the_store_has_its_snapshots(scored_copy, tmp_path):

@@ -80,7 +80,7 @@ class Base(DeclarativeBase):
 
 
 class StoreMeta(Base):
-    """One row that tells one store from another."""
+    """One row that tells one store from another. `vectors` is where its tables are; None: beside the catalog."""
 
     __tablename__ = "store_meta"
     __table_args__ = (CheckConstraint("id = 1", name="one_row"), STRICT)
@@ -89,6 +89,29 @@ class StoreMeta(Base):
     store_uuid: Mapped[str]
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
     created_with: Mapped[str]
+    vectors: Mapped[str | None] = mapped_column(default=None)
+
+
+class WorkNote(Base):
+    """What a piece of work under way touches, where no folder has it as a file."""
+
+    __tablename__ = "work"
+    __table_args__ = STRICT
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    doing: Mapped[str]
+    touches: Mapped[dict[str, Any] | None]
+
+
+class SnapshotCopy(Base):
+    """A snapshot where no folder has it as files: its record, and a copy of the catalog as a SQLite file."""
+
+    __tablename__ = "snapshot"
+    __table_args__ = STRICT
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    record: Mapped[dict[str, Any]]
+    catalog: Mapped[bytes]
 
 
 class Named(Base):

@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from lark_store import Store
 
+pytest_plugins = ["cluster"]
 settings.register_profile("untimed", deadline=None)  # how fast a test runs here says nothing
 settings.load_profile("untimed")
 
@@ -153,9 +154,23 @@ def scored(scored_path: Path) -> Store:
         yield opened
 
 
+@pytest.fixture(scope="session")
+def scored_backup(scored_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backup of the scored store."""
+    path = tmp_path_factory.mktemp("scored-backup") / "backup"
+    with Store.open(scored_path) as opened:
+        opened.db_backup(path)
+    return path
+
+
 @pytest.fixture
-def scored_copy(scored_path: Path, tmp_path: Path) -> Store:
+def scored_copy(scored_path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Store:
     """A copy of the scored store, to change."""
+    if request.config.getoption("place") == "cluster":
+        Store.db_restore(request.getfixturevalue("scored_backup"), to=tmp_path / "copy")
+        with Store.open(tmp_path / "copy") as opened:
+            yield opened
+        return
 
     def locks(folder: str, names: list[str]) -> list[str]:  # those of tests that read the original
         return names if Path(folder).name == "locks" else []

@@ -167,7 +167,7 @@ def test_what_is_there_is_never_written_over(scored_copy, tmp_path):
     assert list((tmp_path / "there").iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["_copy", "_tag_again", "_counted", "_flush"])
+@pytest.mark.parametrize("step", ["_fetch", "_tag_again", "_counted", "_flush"])
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"]
 )
@@ -178,7 +178,7 @@ def test_a_backup_that_is_cut_off_leaves_nothing(scored_copy, tmp_path, monkeypa
 
     def cut(*arguments):
         calls.append(1)
-        if step != "_copy" or len(calls) == 5:
+        if step != "_fetch" or len(calls) == 5:
             raise error
         return original(*arguments)
 
@@ -197,13 +197,14 @@ KILLED = """
 import os, signal, sys
 from lark_store import Store
 from lark_store.upkeep import backup
-original, seen = backup._copy, []
+step = "_fetch" if sys.argv[3] == "backup" else "_copy"
+original, seen = getattr(backup, step), []
 def copy(*arguments):
     seen.append(1)
     if len(seen) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
-backup._copy = copy
+setattr(backup, step, copy)
 if sys.argv[3] == "backup":
     Store.open(sys.argv[1]).db_backup(sys.argv[2])
 else:

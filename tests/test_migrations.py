@@ -17,7 +17,8 @@ from sqlalchemy import create_engine
 from lark_store import Store, migrations
 from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError, StoreExistsError
 from lark_store.schema.catalog import Base
-from lark_store.schema.database import APPLICATION_ID, Location
+from lark_store.schema.folder import APPLICATION_ID
+from lark_store.schema.location import VERSION_TABLE
 
 NOW = migrations.newest()
 NEXT = f"{int(NOW) + 1:04d}"
@@ -77,7 +78,7 @@ def execute(catalog, statement):
 
 
 def set_version(catalog, version):
-    execute(catalog, f"UPDATE {migrations.VERSION_TABLE} SET version_num = '{version}'")
+    execute(catalog, f"UPDATE {VERSION_TABLE} SET version_num = '{version}'")
 
 
 def versions(path):
@@ -87,7 +88,7 @@ def versions(path):
 
 def test_the_migrations_build_the_schema_of_the_models(catalog):
     engine = create_engine(f"sqlite:///{catalog}")
-    options = {"compare_type": True, "compare_server_default": True, "version_table": migrations.VERSION_TABLE}
+    options = {"compare_type": True, "compare_server_default": True, "version_table": VERSION_TABLE}
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts=options)
         differences = compare_metadata(context, Base.metadata)
@@ -140,7 +141,7 @@ def test_a_newer_schema_is_neither_opened_nor_upgraded(path, catalog):
     set_version(catalog, "9999")
     before = catalog.read_bytes()
     for refused in (Store.open, Store.db_upgrade):
-        with pytest.raises(NewerSchemaError, match=f"has schema 9999, which this lark-store") as caught:
+        with pytest.raises(NewerSchemaError, match="has schema 9999, which this lark-store") as caught:
             refused(path)
         assert "pip install --upgrade lark-store" in caught.value.hint
     assert versions(path) == ("9999", migrations.newest())
@@ -164,7 +165,7 @@ def test_an_upgrade_brings_the_newest_schema_and_keeps_a_backup(path, catalog, n
     assert versions(path) == (NEXT, NEXT)
     assert "note" in [row[1] for row in execute(catalog, "PRAGMA table_info(source)")]
     assert execute(catalog, "SELECT name FROM sketcher") == execute(backup, "SELECT name FROM sketcher") == [("kept",)]
-    assert execute(backup, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [(NOW,)]
+    assert execute(backup, f"SELECT version_num FROM {VERSION_TABLE}") == [(NOW,)]
     with Store.open(path) as opened:
         assert opened.show().sketchers["name"].to_list() == ["kept"]
     assert Store.db_upgrade(path) is None
@@ -235,12 +236,12 @@ def test_a_truncated_catalog_is_no_store(path, catalog, end):
 
 
 def test_a_catalog_without_a_schema_version_is_no_store(path, catalog):
-    execute(catalog, f"DROP TABLE {migrations.VERSION_TABLE}")
+    execute(catalog, f"DROP TABLE {VERSION_TABLE}")
     assert "can't be read as a catalog: no such table" in is_no_store(path).fact
 
 
 def test_a_catalog_with_an_empty_version_table_is_no_store(path, catalog):
-    execute(catalog, f"DELETE FROM {migrations.VERSION_TABLE}")
+    execute(catalog, f"DELETE FROM {VERSION_TABLE}")
     is_no_store(path)
 
 
@@ -286,5 +287,5 @@ def test_a_store_is_made_whole_with_its_parents_and_no_draft_beside_it(tmp_path)
     with Store.create(tmp_path / "new" / "deep" / "lark.store") as made:
         assert made.show().variants["name"].to_list() == ["raw", "chatml"]
     assert [file.name for file in (tmp_path / "new" / "deep").iterdir()] == ["lark.store"]
-    assert Location(made.path).catalog.stat().st_mode & 0o777 == 0o644
+    assert (made.path / "catalog.sqlite").stat().st_mode & 0o777 == 0o644
     assert made.path.stat().st_mode & 0o777 == 0o755

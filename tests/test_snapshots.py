@@ -15,7 +15,7 @@ from test_cli import lark
 from test_migrations import MIGRATION, NEXT, NOW, execute, next_schema  # noqa: F401  # a fixture
 from test_upkeep import CHECKPOINTS, attribute, count, everything
 
-from lark_store import Store, migrations
+from lark_store import Store
 from lark_store.errors import (
     NameInvalidError,
     NameTakenError,
@@ -23,7 +23,10 @@ from lark_store.errors import (
     StoreBusyError,
     StoreError,
 )
+from lark_store.schema import location
 from lark_store.schema.catalog import Source
+from lark_store.schema.folder import CatalogFile
+from lark_store.schema.location import VERSION_TABLE
 from lark_store.upkeep import snapshots
 
 VIEWS = ("checkpoints", "sources", "samples", "sketches", "ingest_runs", "score_runs", "influence", "source_influence")
@@ -161,7 +164,7 @@ def test_a_snapshot_is_read_only(scored_copy):
 def test_every_method_that_writes_is_among_those_that_are_refused():
     reads = {"top", "metrics", "sql", "show", "plan", "verify", "variant_show", "sketcher_show", "snapshot_list"}
     reads |= {"ft_pt", "trajectory", "similar_text", "self_influence", "export"}
-    others = {"create", "open", "close", "path", "db_status", "db_upgrade", "db_restore", "doctor"}
+    others = {"create", "open", "close", "path", "place", "db_status", "db_upgrade", "db_restore", "doctor"}
     methods = {name for name in dir(Store) if not name.startswith("_")}
     assert methods - reads - others == set(WRITES)
 
@@ -184,17 +187,18 @@ def test_names_of_snapshots(scored_copy):
     scored_copy.snapshot_create("a")
 
 
-@pytest.mark.parametrize("step", ["copy_catalog", "_tag", "_record"])
+@pytest.mark.parametrize("step", ["copy", "_tag", "keep"])
 def test_a_snapshot_cut_off_is_none_and_can_be_made_or_removed(scored_copy, monkeypatch, step):
     def cut(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        if step == "_record":
+        if step == "keep":
             patch.setattr("pathlib.Path.replace", cut)
         else:
-            original = getattr(snapshots, step)
-            patch.setattr(snapshots, step, lambda *arguments: (original(*arguments), cut()))
+            where = snapshots if step == "_tag" else CatalogFile
+            original = getattr(where, step)
+            patch.setattr(where, step, lambda *arguments: (original(*arguments), cut()))
         with pytest.raises(KeyboardInterrupt):
             scored_copy.snapshot_create("a")
     assert scored_copy.snapshot_list().is_empty()
@@ -226,7 +230,7 @@ def test_no_run_is_committed_while_a_snapshot_is_made(scored_copy, monkeypatch):
 
 
 def test_a_catalog_that_is_written_to_all_the_time_is_busy(scored_copy, monkeypatch):
-    monkeypatch.setattr(snapshots, "BUSY_TIMEOUT_S", 0)
+    monkeypatch.setattr(location, "BUSY_TIMEOUT_S", 0)
     with closing(sqlite3.connect(scored_copy.path / "catalog.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusyError, match="the catalog is being written to"):
@@ -245,7 +249,7 @@ def test_an_upgrade_upgrades_the_snapshots_too(scored_copy, next_schema):  # noq
     backup = Store.db_upgrade(path)
     assert backup.name == f"catalog-{NOW}.backup.sqlite"
     for catalog in (path / "catalog.sqlite", path / "snapshots" / "a.sqlite"):
-        assert execute(catalog, f"SELECT version_num FROM {migrations.VERSION_TABLE}") == [(NEXT,)]
+        assert execute(catalog, f"SELECT version_num FROM {VERSION_TABLE}") == [(NEXT,)]
     assert execute(path / f"snapshot-a-{NOW}.backup.sqlite", "SELECT count(*) FROM source") == [(4,)]
     with Store.open(path, snapshot="a") as then:
         assert then.sql("select * from source_influence order by all").equals(before)

@@ -11,7 +11,7 @@ from test_study import RECIPE
 
 from lark_store import Store
 from lark_store.errors import CheckpointError, InputError, LarkStoreError, StoreBusyError, StoreError
-from lark_store.schema.database import Location
+from lark_store.schema.location import Location
 from lark_store.schema.locks import working
 from lark_store.study import report, run
 
@@ -156,7 +156,7 @@ def test_a_pool_that_changed_since_is_not_mixed_in(place):
 def test_one_run_at_a_time(place):
     with pytest.raises(TrainingError):
         start(place)
-    with working(Location(place / "tiny" / "lark.store"), "study", "running"), pytest.raises(StoreBusyError):
+    with working(Location.of(place / "tiny" / "lark.store"), "study", "running"), pytest.raises(StoreBusyError):
         start(place)
 
 

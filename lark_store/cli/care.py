@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -98,7 +97,7 @@ def db_upgrade(store: StoreOption = None) -> None:
     from lark_store.store import Store
 
     backup = Store.db_upgrade(store)
-    say(f"upgraded; the catalog as it was is in `{backup}`" if isinstance(backup, Path) else "nothing to do")
+    say(f"upgraded; the catalog as it was is in `{backup}`" if backup else "nothing to do")
 
 
 def snapshot_create(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lark_store.cli.doors import sketcher_import
-from lark_store.cli.options import Format, FormatOption, SnapshotOption, StoreOption, open_store
+from lark_store.cli.options import Format, FormatOption, SnapshotOption, StoreOption, VectorsOption, open_store
 from lark_store.cli.output import emit, emit_frames, say
 from lark_store.errors import InputError
 
@@ -33,12 +33,15 @@ def _number(option: str, name: str, value: str) -> float:
         raise InputError(f"`{option} {name}={value}`: the value is no number", f"for example `{name}=0.74`") from error
 
 
-def init(store: StoreOption = None) -> None:
-    """Make a fresh store, with the variants `raw` and `chatml` and the paper's sketcher `lark`."""
+def init(vectors: VectorsOption = None, store: StoreOption = None) -> None:
+    """Make a fresh store, with the variants `raw` and `chatml` and the paper's sketcher `lark`.
+
+    Example: `lark-store init --store postgresql://lab@db.example/lark --vectors s3://lab/lark`
+    """
     from lark_store.store import Store
 
-    with Store.create(store) as made:
-        say(f"made the store `{made.path}`")
+    with Store.create(store, vectors=vectors) as made:
+        say(f"made the store `{made.place}`")
 
 
 def show(store: StoreOption = None, snapshot: SnapshotOption = None, form: FormatOption = Format.table) -> None:

@@ -23,7 +23,19 @@ class Format(StrEnum):
 
 ENVIRONMENT = "LARK_STORE"
 StoreOption = Annotated[
-    str | None, typer.Option("--store", metavar="PATH", envvar=ENVIRONMENT, help="The store (default: ./lark.store).")
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="PATH",
+        envvar=ENVIRONMENT,
+        help="The store: a folder (default: ./lark.store) or `postgresql://…`.",
+    ),
+]
+VectorsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vectors", metavar="PLACE", help="Where the vectors go: a folder, or `s3://…` (default: beside the catalog)."
+    ),
 ]
 SnapshotOption = Annotated[
     str | None, typer.Option("--snapshot", metavar="NAME", help="Read the store as it was in this snapshot.")

@@ -145,7 +145,7 @@ class Shell:
 
     def run(self) -> None:
         r"""Answer until `\q` or Ctrl-D."""
-        say(f"{self._asker.store.path}: a query ends with `;`; \\d lists the views, \\? helps, \\q ends")
+        say(f"{self._asker.store.place}: a query ends with `;`; \\d lists the views, \\? helps, \\q ends")
         while True:
             try:
                 text = self._session.prompt().strip()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lark_store.cli.options import DeviceOption, Format, FormatOption, StoreOption, open_store
+from lark_store.cli.options import DeviceOption, Format, FormatOption, StoreOption, VectorsOption, open_store
 from lark_store.cli.output import ProgressBar, emit, say
 
 if TYPE_CHECKING:
@@ -81,13 +81,17 @@ def db_backup(
 def db_restore(
     path: Annotated[str, typer.Argument(help="The backup.")],
     to: Annotated[str | None, typer.Option(metavar="STORE", help="Where the store is to be.")] = None,
+    vectors: VectorsOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Make a store of a backup, where there is none (default: `--store`); every file's hash is checked first."""
+    """Make a store of a backup, where there is none (default: `--store`); every file's hash is checked first.
+
+    It may come back in another place. Example: `lark-store db restore monday --to postgresql://… --vectors s3://…`
+    """
     from lark_store.store import Store
 
     with ProgressBar() as bar:
-        info = Store.db_restore(path, to=to or store, on_progress=bar)
+        info = Store.db_restore(path, to=to or store, vectors=vectors, on_progress=bar)
     _say_backup("restored to", info)
 
 

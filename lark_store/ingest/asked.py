@@ -15,7 +15,8 @@ from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of
 from lark_store.ingest.sources import Sample, make_sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher
-from lark_store.schema.database import find, is_file
+from lark_store.schema.database import find
+from lark_store.schema.paths import is_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,9 +17,10 @@ from lark_store.errors import CheckpointChangedError, CheckpointError, InputErro
 from lark_store.ingest import adapters
 from lark_store.ingest.adapters import find_adapters
 from lark_store.schema.catalog import Checkpoint, CheckpointMetric
-from lark_store.schema.database import Database, is_folder, known_as
+from lark_store.schema.database import Database, known_as
 from lark_store.schema.hashes import file_hash
 from lark_store.schema.names import check_name
+from lark_store.schema.paths import is_folder
 
 _WEIGHTS = "*.safetensors"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from lark_store.errors import InputError
-from lark_store.schema.database import exists, is_file
 from lark_store.schema.hashes import file_hash
+from lark_store.schema.paths import exists, is_file
 from lark_store.schema.vectors import ROWS_PER_BATCH
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lark_store.errors import InputError
 from lark_store.ingest.bounds import bounded
 from lark_store.schema.catalog import TARGET_RULES, FormatVariant
-from lark_store.schema.database import is_file
+from lark_store.schema.paths import is_file
 from lark_store.schema.records import RenderedSample
 
 if TYPE_CHECKING:

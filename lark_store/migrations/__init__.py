@@ -1,33 +1,24 @@
 """The catalog's schema over time: build a fresh one, tell its version, upgrade an older one.
 
-Opening a store never changes its schema. SQLite needs care here: migrations get an engine of their own, with
-`BEGIN IMMEDIATE` before the first statement (so that several upgraders queue), foreign keys off (a rebuilt table
-must not cascade into its children) and a `foreign_key_check` before the commit.
+Opening a store never changes its schema. A migration is one transaction on a connection of its own
+(`Catalog.migrating`): several upgraders queue, and one that fails or is killed leaves the catalog as it was.
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
-import stat
-from contextlib import closing, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, NullPool, create_engine, event, text
 
 from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError
-from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location, is_file
-from lark_store.schema.faults import fault_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from sqlalchemy import Connection
 
-VERSION_TABLE = "lark_store_version"
+    from lark_store.schema.location import Catalog, Location
 
 
 def _config(connection: Connection | None = None) -> Config:
@@ -46,35 +37,9 @@ def newest() -> str:
     return head
 
 
-@contextmanager
-def _migrating(path: Path) -> Iterator[Connection]:
-    engine = create_engine(
-        URL.create("sqlite", database=str(path)),
-        poolclass=NullPool,
-        connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_S},
-    )
-
-    @event.listens_for(engine, "connect")
-    def _off(connection: Any, _record: object) -> None:
-        connection.execute("PRAGMA foreign_keys = OFF")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    with engine.begin() as connection:
-        yield connection
-        broken = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
-        if broken:
-            raise StoreError(f"the migration would break {len(broken)} references", "nothing was changed; report this")
-    engine.dispose()
-
-
-def create(location: Location) -> None:
-    """Build the catalog of a fresh store by the migrations alone."""
-    with _migrating(location.catalog) as connection:
-        command.upgrade(_config(connection), "head")
-        connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+def build(connection: Connection) -> None:
+    """Build the catalog of a fresh store, or bring an older one up to date, in a transaction of `Catalog.migrating`."""
+    command.upgrade(_config(connection), "head")
 
 
 def version(location: Location) -> str:
@@ -83,100 +48,67 @@ def version(location: Location) -> str:
     Raises
     ------
     NotAStoreError
-        There is no catalog, or the file is not one of ours.
+        There is no catalog, or what is there is not one of ours; or the folder of its vectors is gone.
     StoreError
-        It may not be read.
+        It may not or can't be read.
     """
-    missing = NotAStoreError(
-        f"there is no lark-store at `{location.root}`",
-        "make one with `lark-store init`, or name yours with `--store PATH` or `LARK_STORE`",
-    )
-    try:
-        if not stat.S_ISREG(location.catalog.stat().st_mode):
-            raise missing
-    except PermissionError as error:
-        raise _denied(location) from error
-    except OSError as error:
-        raise missing from error
-    try:
-        with closing(sqlite3.connect(f"{location.catalog.resolve().as_uri()}?mode=ro", uri=True)) as db:
-            if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-                raise missing
-            size = db.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[0]
-            found = db.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
-    except sqlite3.Error as error:
-        if fault_of(error) and not _is_writable(location):
-            raise _denied(location) from error
-        raise _unreadable(location, str(error)) from error
-    # With something in the write-ahead log beside it, the file may rightly be shorter than the database.
-    log = location.catalog.with_name(f"{location.catalog.name}-wal")
-    cut = location.catalog.stat().st_size < size and not (is_file(log) and log.stat().st_size)
-    if cut or found is None or not location.vectors.is_dir():
-        what = "it is cut short" if cut else "it has no schema version" if found is None else "`vectors` is missing"
-        raise _unreadable(location, what)
-    return str(found[0])
+    found = location.catalog.schema()
+    if location.root is not None and not Path(location.vectors).is_dir() and "://" not in location.vectors:
+        raise NotAStoreError(
+            f"the store `{location.label}` can't be read: `{location.vectors}` is missing",
+            "restore the store from a backup, or name another with `--store PATH`",
+        )
+    return found
 
 
-def _is_writable(location: Location) -> bool:
-    return all(os.access(path, os.R_OK | os.W_OK) for path in (location.catalog, location.catalog.parent))
-
-
-def _denied(location: Location) -> StoreError:
-    return StoreError(
-        f"the store `{location.root}` can't be opened: permission denied",
-        "also who only reads must be able to write in its folder, where SQLite keeps a log: copy it, or ask its owner",
-    )
-
-
-def _unreadable(location: Location, why: str) -> NotAStoreError:
-    return NotAStoreError(
-        f"`{location.catalog}` can't be read as a catalog: {why}",
-        "restore the store from a backup, or name another with `--store PATH`",
-    )
-
-
-def check(location: Location) -> None:
-    """Make sure that the store can be opened as it is.
+def check(location: Location, snapshot: str | None = None) -> None:
+    """Make sure that the store, or one of its snapshots, can be opened as it is.
 
     Raises
     ------
     NotAStoreError, OlderSchemaError, NewerSchemaError
     """
-    found, ours = version(location), newest()
+    if snapshot is None:
+        _check(version(location), location.label)
+        return
+    with location.snapshots.catalog(snapshot) as catalog:
+        _check(catalog.schema(), location.label)
+
+
+def _check(found: str, label: str) -> None:
+    ours = newest()
     if found == ours:
         return
     known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     if found in known:
         raise OlderSchemaError(
-            f"the store `{location.root}` has schema {found}; this lark-store needs {ours}",
+            f"the store `{label}` has schema {found}; this lark-store needs {ours}",
             "upgrade it with `lark-store db upgrade` (a backup is made first)",
         )
     raise NewerSchemaError(
-        f"the store `{location.root}` has schema {found}, which this lark-store (schema {ours}) does not know",
+        f"the store `{label}` has schema {found}, which this lark-store (schema {ours}) does not know",
         "install a newer version with `pip install --upgrade lark-store`",
     )
 
 
-def upgrade(location: Location) -> Path | None:
+def upgrade(location: Location) -> Path | str | None:
     """Back the catalog up, then migrate it to the newest schema, and those of the snapshots in the same way.
 
-    Returns the (first) backup, or None if there was nothing to do.
+    Returns where the (first) backup is, or None if there was nothing to do.
     """
-    places = [location, *(replace(location, snapshot=name) for name in location.snapshot_names())]
-    backups = [_upgrade(place) for place in places]
+    backups = [_upgrade(location.catalog, version(location))]
+    for name in location.snapshots.names():
+        with location.snapshots.catalog(name) as catalog:
+            backups.append(_upgrade(catalog, catalog.schema()))
     return next((backup for backup in backups if backup), None)
 
 
-def _upgrade(location: Location) -> Path | None:
-    found = version(location)
+def _upgrade(catalog: Catalog, found: str) -> Path | str | None:
     try:
-        check(location)
+        _check(found, catalog.label)
     except OlderSchemaError:
-        what = "catalog" if location.snapshot is None else f"snapshot-{location.snapshot}"
-        backup = location.root / f"{what}-{found}.backup.sqlite"
-        with closing(sqlite3.connect(location.catalog)) as old, closing(sqlite3.connect(backup)) as copy:
-            old.backup(copy)
-        with _migrating(location.catalog) as connection:
-            command.upgrade(_config(connection), "head")
+        backup = catalog.keep(found)
+        with catalog.migrating() as connection:
+            build(connection)
         return backup
     return None

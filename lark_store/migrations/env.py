@@ -2,8 +2,8 @@
 
 from alembic import context
 
-from lark_store.migrations import VERSION_TABLE
 from lark_store.schema.catalog import Base
+from lark_store.schema.location import VERSION_TABLE
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -21,8 +21,9 @@ from lark_store.query.groups import Group, committed_groups
 from lark_store.query.sql.engine import checked, distinct
 from lark_store.query.sql.views import VIEWS
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
-from lark_store.schema.database import Database, exists, find, is_folder
+from lark_store.schema.database import Database, find
 from lark_store.schema.frames import writable
+from lark_store.schema.paths import exists, is_folder
 from lark_store.schema.vectors import ROWS_PER_BATCH, ROWS_PER_TEXT_BATCH, SKETCH_COLUMNS, sketch_schema
 
 if TYPE_CHECKING:

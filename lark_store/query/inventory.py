@@ -43,4 +43,4 @@ def inventory(db: Database) -> Inventory:
         frames = {name: fetch(connection, query) for name, query in _FRAMES.items()}
     finally:
         connection.close()
-    return Inventory(path=str(db.location.root), **frames)
+    return Inventory(path=db.location.label, **frames)

@@ -2,8 +2,9 @@
 
 The corpus is every sample of the store that is no query, whatever a question searches, so that scores of several
 sources can be compared. `bm25` is Lucene's variant by bm25s, made for large sources; its index is kept in the store's
-folder and made anew when samples were added. `bm25-okapi` is rank-bm25's BM25Okapi, the paper's baseline, made anew in
-each process. Both read the same words: lower case, two letters or more, without English stop words.
+folder (or the user's cache) and made anew when samples were added. `bm25-okapi` is rank-bm25's BM25Okapi, the paper's
+baseline, made anew in each process. Both read the same words: lower case, two letters or more, without English stop
+words.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def open_lexical(db: Database, engine: str) -> Lexical:
 
 
 def _open(db: Database, engine: str, version: int) -> Lexical:
-    kept = db.location.root / "lexical" / f"samples-{version}"
+    kept = db.location.cache / "lexical" / f"samples-{_identity(db, version)}"
     if engine == "bm25" and (kept / _KEYS).is_file():
         import bm25s
 
@@ -108,6 +109,11 @@ def _open(db: Database, engine: str, version: int) -> Lexical:
     if len(documents) >= _KEPT_FROM:
         _keep(index, documents, kept)
     return Lexical(engine, documents, index)
+
+
+def _identity(db: Database, version: int) -> str:
+    """Return the identity of the commit that made a version: also another store of this name has others."""
+    return str(db.vectors.table("samples").to_lance().read_transaction(version).uuid)
 
 
 def corpus_sha256(db: Database) -> str:
@@ -132,7 +138,7 @@ def _corpus(db: Database) -> tuple[pl.DataFrame, list[str]]:
 def _keep(index: Any, documents: pl.DataFrame, place: Path) -> None:
     """Write an index beside the store's tables, whole or not at all; older ones go."""
     try:
-        place.parent.mkdir(exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=place.parent))
     except OSError:  # a store that can only be read: the index is made anew each time
         return

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from sqlalchemy import URL, Engine, create_engine, event, select
+from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 
 from lark_store.errors import NameTakenError, NameUnknownError, StoreError
@@ -17,10 +16,12 @@ from lark_store.schema.vectors import VectorStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
-APPLICATION_ID = 0x4C41524B  # "LARK" in the header of the SQLite file
-BUSY_TIMEOUT_S = 30
+    from sqlalchemy import Engine
+
+    from lark_store.schema.location import Location
+    from lark_store.schema.records import SnapshotInfo
+
 N = TypeVar("N", bound=Named)
 V = TypeVar("V")
 
@@ -33,70 +34,6 @@ _KINDS: dict[type[Named], tuple[str, str]] = {
 }
 
 
-def exists(path: Path) -> bool:
-    """Tell whether there is something at `path`; a name that no file can have is nowhere."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
-def is_file(path: Path) -> bool:
-    """Tell whether there is a file at `path`; a name that no file can have is none."""
-    return exists(path) and path.is_file()
-
-
-def is_folder(path: Path) -> bool:
-    """Tell whether there is a folder at `path`; a name that no file can have is none."""
-    return exists(path) and path.is_dir()
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a store's parts are: a folder that holds the catalog file, the vector tables and the locks.
-
-    With `snapshot` it is the store as it was then: the catalog is the snapshot's copy.
-    """
-
-    root: Path
-    snapshot: str | None = None
-
-    @property
-    def catalog(self) -> Path:
-        """The SQLite file of the catalog."""
-        return self.root / "catalog.sqlite" if self.snapshot is None else self.snapshots / f"{self.snapshot}.sqlite"
-
-    @property
-    def snapshots(self) -> Path:
-        """The folder of the snapshots: a copy of the catalog each, and a record of the tables' versions."""
-        return self.root / "snapshots"
-
-    def snapshot_names(self) -> list[str]:
-        """Return the names of the snapshots that are whole."""
-        return sorted(path.name.removesuffix(".json") for path in self.snapshots.glob("*.json"))
-
-    @property
-    def vectors(self) -> Path:
-        """The folder of the Lance tables."""
-        return self.root / "vectors"
-
-    @property
-    def locks(self) -> Path:
-        """The folder of the lock files of running work."""
-        return self.root / "locks"
-
-
-def _configure(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    for pragma in ("foreign_keys = ON", "journal_mode = WAL", f"busy_timeout = {BUSY_TIMEOUT_S * 1000}"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _configure_snapshot(connection: Any, _record: object) -> None:
-    connection.execute("PRAGMA query_only = ON")
-
-
 def read_only(what: str | None, *_: object) -> NoReturn:
     """Refuse to write through a snapshot."""
     raise StoreError(
@@ -107,16 +44,24 @@ def read_only(what: str | None, *_: object) -> NoReturn:
 class Database:
     """A store that is open: `session()` for the catalog, `vectors` for the Lance tables.
 
-    For a snapshot, `versions` has the tables' versions; nothing can be written then.
+    With `snapshot`, its tables are read at that snapshot's versions; nothing can be written then.
     """
 
-    def __init__(self, location: Location, versions: dict[str, int] | None = None) -> None:
+    def __init__(self, location: Location, snapshot: SnapshotInfo | None = None) -> None:
         self.location = location
-        self.is_snapshot = versions is not None
-        self.engine: Engine = create_engine(URL.create("sqlite", database=str(location.catalog)))
-        event.listen(self.engine, "connect", _configure_snapshot if self.is_snapshot else _configure)
-        self.vectors = VectorStore(str(location.vectors), versions)
+        self.snapshot = snapshot
+        if snapshot is None:
+            self.engine: Engine = location.catalog.engine()
+            self.vectors = VectorStore(location.vectors)
+        else:
+            self.engine = location.snapshots.engine(snapshot.name)
+            self.vectors = VectorStore(location.vectors, snapshot.tables)
         self._memory: dict[str, tuple[object, Any]] = {}
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether this is a snapshot."""
+        return self.snapshot is not None
 
     def remember(self, what: str, state: object, make: Callable[[], V]) -> V:
         """Return `what` as it was made for this state of the store, or make it; one state of it is kept."""
@@ -135,8 +80,8 @@ class Database:
     def session(self) -> Iterator[Session]:
         """Open a transaction on the catalog: committed at the end, rolled back on an error."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
-            if self.is_snapshot:
-                event.listen(session, "before_flush", partial(read_only, self.location.snapshot))
+            if self.snapshot is not None:
+                event.listen(session, "before_flush", partial(read_only, self.snapshot.name))
             yield session
 
 

@@ -1,4 +1,4 @@
-"""Who is at work on a store, by lock files, so that no two pieces of work cross each other.
+"""Who is at work on a store, by its locks, so that no two pieces of work cross each other.
 
 - A `Work` is held by what adds to the store (an ingest of one unit, a source that is read, a scoring). Beside its lock
   lies a note of the sources and checkpoints that it touches.
@@ -10,33 +10,26 @@ A lock dies with its process; a note whose lock is free is one that a killed pro
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lark_store.errors import StoreBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-    from lark_store.schema.database import Location
+    from lark_store.schema.location import Location, Lock
 
 _PATIENCE_S = 30.0
 Names = dict[str, list[str]]  # kind, such as `source`, to names
 
 
-def _lock(location: Location, name: str) -> FileLock:
-    location.locks.mkdir(exist_ok=True)
-    return FileLock(location.locks / f"{name}.lock")
-
-
 @contextmanager
-def _held(lock: FileLock, seconds: float, fact: str, hint: str) -> Iterator[None]:
+def _held(lock: Lock, seconds: float, fact: str, hint: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=seconds)
     except Timeout as error:
@@ -51,7 +44,7 @@ def _held(lock: FileLock, seconds: float, fact: str, hint: str) -> Iterator[None
 def _gate(location: Location, patience: float | None = None) -> Iterator[None]:
     """Hold the gate: by each work for the moment in which it begins, by removal and repair for as long as they last."""
     fact, hint = "another process is removing from this store", "wait for it, then run the command again"
-    with _held(_lock(location, "gate"), _PATIENCE_S if patience is None else patience, fact, hint):
+    with _held(location.locks.lock("gate"), _PATIENCE_S if patience is None else patience, fact, hint):
         yield
 
 
@@ -62,9 +55,8 @@ class Work:
     """
 
     def __init__(self, location: Location, key: str, doing: str, touches: Names | None = None) -> None:
-        self.location, self.doing, self.touches = location, doing, touches
-        self._lock = _lock(location, key)
-        self._note = location.locks / f"{key}.json"
+        self.location, self.key, self.doing, self.touches = location, key, doing, touches
+        self._lock = location.locks.lock(key)
 
     def acquire(self) -> None:
         """Begin.
@@ -82,15 +74,15 @@ class Work:
                     f"another process is {self.doing}", "wait for it, or do something else meanwhile"
                 ) from error
             try:
-                self._note.write_text(json.dumps({"doing": self.doing, "touches": self.touches}), encoding="utf-8")
-            except OSError:  # a full disk
+                self.location.locks.write(self.key, {"doing": self.doing, "touches": self.touches})
+            except Exception:  # a full disk, or a database that is gone
                 self._lock.release()
                 raise
 
     def release(self) -> None:
         """End; harmless where it was not begun."""
         if self._lock.is_locked:
-            self._note.unlink(missing_ok=True)
+            self.location.locks.remove(self.key)
             self._lock.release()
 
 
@@ -111,7 +103,7 @@ def scoring(location: Location) -> Iterator[None]:
     key = f"score-{uuid4().hex}"
     with working(location, key, "scoring"):
         yield
-    (location.locks / f"{key}.lock").unlink(missing_ok=True)  # no other process has this key
+    location.locks.remove(key, lock=True)  # no other process has this key
 
 
 @contextmanager
@@ -123,7 +115,7 @@ def maintenance(location: Location) -> Iterator[None]:
     StoreBusyError
     """
     fact = "another process is removing from this store, optimizing it or making a snapshot"
-    with _held(_lock(location, "maintenance"), 0, fact, "wait for it, then run the command again"):
+    with _held(location.locks.lock("maintenance"), 0, fact, "wait for it, then run the command again"):
         yield
 
 
@@ -137,43 +129,34 @@ def removing(location: Location, kind: str, name: str) -> Iterator[None]:
         Such work is under way.
     """
     with maintenance(location), _gate(location):
-        for note in sorted(location.locks.glob("*.json")):
-            doing = _at_work(note, kind, name)
-            if doing:
+        for key in location.locks.notes():
+            work = _alive(location, key)
+            if work is None:
+                location.locks.remove(key)  # what wrote it has ended, or was killed
+            elif work["touches"] is None or name in work["touches"].get(kind, []):
                 raise StoreBusyError(
-                    f"{kind} `{name}` is in use: another process is {doing}",
+                    f"{kind} `{name}` is in use: another process is {work['doing']}",
                     "wait for it, then run the command again; nothing was removed",
                 )
         yield
 
 
-def _at_work(note: Path, kind: str, name: str) -> str | None:
-    """Return what the work with this note does, if it is alive and touches the name."""
-    work = _alive(note)
-    if work is None:
-        note.unlink(missing_ok=True)  # what wrote it has ended, or was killed
-        return None
-    touches: Names | None = work["touches"]
-    return str(work["doing"]) if touches is None or name in touches.get(kind, []) else None
-
-
-def _alive(note: Path) -> dict[str, Any] | None:
+def _alive(location: Location, key: str) -> dict[str, Any] | None:
     """Return what a note says if its work is under way. Behind the gate: no work begins while its lock is tried."""
-    with suppress(Timeout), FileLock(note.with_suffix(".lock")).acquire(timeout=0):
+    lock = location.locks.lock(key)
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+        lock.release()
         return None
-    try:
-        work: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-    except FileNotFoundError:  # it has just ended
-        return None
-    return work
+    return location.locks.read(key)  # None: it has just ended
 
 
 @dataclass(frozen=True)
 class Pause:
-    """The store while no work begins: the notes of what is under way, and the files that killed work left."""
+    """The store while no work begins: the notes of what is under way, and the locks that killed work left."""
 
     works: list[dict[str, Any]]
-    leftovers: list[Path]
+    leftovers: list[str]
 
     @property
     def doing(self) -> list[str]:
@@ -196,19 +179,11 @@ def paused(location: Location, patience: float | None = None) -> Iterator[Pause]
         Something is being removed or repaired for longer than `patience` seconds.
     """
     with _gate(location, patience):
-        works, leftovers = [], []
-        for note in sorted(location.locks.glob("*.json")):
-            work = _alive(note)
+        works, leftovers = [], location.locks.unnoted()
+        for key in location.locks.notes():
+            work = _alive(location, key)
             if work is None:
-                leftovers.append(note)
+                leftovers.append(key)
             else:
                 works.append(work)
-        locks = sorted(location.locks.glob("score-*.lock"))  # each has a key of its own, and is gone at the end
-        leftovers += [lock for lock in locks if not lock.with_suffix(".json").exists() and _free(lock)]
-        yield Pause(works, [path for path in leftovers if path.exists()])
-
-
-def _free(lock: Path) -> bool:
-    with suppress(Timeout), FileLock(lock).acquire(timeout=0):
-        return True
-    return False
+        yield Pause(works, leftovers)

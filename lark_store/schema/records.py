@@ -297,7 +297,7 @@ class RepairReport:
 class BackupInfo:
     """A backup: where it is, of which store, with which schema, when it was taken, its files, bytes and rows."""
 
-    path: Path
+    path: Path | str
     store_uuid: str
     schema: str
     created_at: dt.datetime

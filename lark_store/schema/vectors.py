@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -203,6 +204,13 @@ class VectorStore:
 
             self._connection = lancedb.connect(self.uri)
         return self._connection
+
+    @cached_property
+    def files(self) -> Any:
+        """The files below `uri`, wherever it is: `lance.file.LanceFileSession`, with list, upload_file and so on."""
+        from lance.file import LanceFileSession
+
+        return LanceFileSession(self.uri)
 
     def create(self) -> None:
         """Make the empty tables of a fresh store."""

@@ -97,10 +97,10 @@ class Care(Part):
         return StoreStatus(found, ours, tables(location) if found == ours else pl.DataFrame(schema=TABLES))
 
     @staticmethod
-    def db_upgrade(path: str | Path | None = None) -> Path | None:
+    def db_upgrade(path: str | Path | None = None) -> Path | str | None:
         """Bring an older store and its snapshots up to date.
 
-        Returns the backup of its catalog, None if there was nothing to do.
+        Returns the backup of its catalog (a file, or in PostgreSQL a schema), None if there was nothing to do.
         """
         return migrations.upgrade(location_of(path))
 

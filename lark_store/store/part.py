@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lark_store.errors import LarkStoreError, StoreError
-from lark_store.schema.database import Database, Location, read_only
+from lark_store.errors import LarkStoreError
+from lark_store.schema.database import read_only
 from lark_store.schema.faults import fault_of
+from lark_store.schema.location import Location
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+
+    from lark_store.schema.database import Database
 
 DEFAULT_SKETCHER = "lark"
 DEFAULT_PATH = "lark.store"
@@ -55,13 +58,11 @@ class Part:
     def _writable(self) -> Database:
         """The open database, for a method that writes; a snapshot is refused."""
         if self._db.is_snapshot:
-            read_only(self._db.location.snapshot)
+            assert self._db.snapshot is not None
+            read_only(self._db.snapshot.name)
         return self._db
 
 
-def location_of(path: str | Path | None, snapshot: str | None = None) -> Location:
+def location_of(path: str | Path | None) -> Location:
     """Return where the store at `path` (default: `LARK_STORE` or `./lark.store`) has its parts."""
-    root = Path(path or os.environ.get(ENVIRONMENT) or DEFAULT_PATH)
-    if "?" in str(root.absolute()):
-        raise StoreError(f"a store can't be at `{root}`: LanceDB reads `?` as part of a URL", "name another path")
-    return Location(root, snapshot)
+    return Location.of(path or os.environ.get(ENVIRONMENT) or DEFAULT_PATH)

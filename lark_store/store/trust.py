@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from lark_store import migrations
 from lark_store.errors import CheckpointError, InputError
+from lark_store.schema.location import check_vectors
+from lark_store.store.fresh import vacant
 from lark_store.store.part import Part, location_of
 
 if TYPE_CHECKING:
@@ -75,12 +77,17 @@ class Trust(Part):
 
     @staticmethod
     def db_restore(
-        path: str | Path, *, to: str | Path | None = None, on_progress: OnProgress | None = None
+        path: str | Path,
+        *,
+        to: str | Path | None = None,
+        vectors: str | None = None,
+        on_progress: OnProgress | None = None,
     ) -> BackupInfo:
         """Make a store of the backup at `path`, where there is none yet (default: `LARK_STORE` or `./lark.store`).
 
-        Each file is compared with its hash before anything is written. A backup of an older schema is restored as it
-        is; `db_upgrade` then upgrades it.
+        `to` and `vectors` are those of `Store.create`: a store may come back in another place, from a folder into
+        PostgreSQL and S3 or the other way. Each file is compared with its hash before anything is written. A backup of
+        an older schema is restored as it is, for `db_upgrade` to upgrade; with `vectors`, it is upgraded here.
 
         Raises
         ------
@@ -89,9 +96,13 @@ class Trust(Part):
         StoreError
             There is no backup, or it is not whole.
         """
-        from lark_store.upkeep.backup import restore
+        from lark_store.upkeep.backup import restore, restore_apart
 
-        return restore(Path(path), location_of(to).root, on_progress)
+        target, source = location_of(to), Path(path)
+        if target.root is not None and vectors is None:
+            return restore(source, target.root, on_progress)
+        vacant(target, vectors)
+        return restore_apart(source, target, check_vectors(vectors or ""), migrations, on_progress)
 
     @staticmethod
     def doctor(path: str | Path | None = None) -> pl.DataFrame:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from lark_store.errors import InputError, StoreExistsError, masked
 from lark_store.ingest.sources import FIELDS
-from lark_store.schema.database import exists, is_file
 from lark_store.schema.names import check_name
+from lark_store.schema.paths import exists, is_file
 
 BUILT_IN = ("raw", "chatml")
 EVALUATION = "evaluation"  # the pool of the questions that checkpoints are asked

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError, LarkStoreError, StoreError
-from lark_store.schema.database import Location
 from lark_store.schema.hashes import file_hash
+from lark_store.schema.location import Location
 from lark_store.schema.locks import working
 from lark_store.store import Store
 from lark_store.study import recipe as recipes
@@ -47,7 +47,11 @@ def run(path: str | Path, *, on_progress: OnProgress | None = None, say: Say | N
     CheckpointError, StoreBusyError, and what `Store` raises
     """
     recipe = recipes.read(path)
-    with _disk(recipe), _open(recipe) as store, working(Location(recipe.store), NAME, f"running the study of `{path}`"):
+    with (
+        _disk(recipe),
+        _open(recipe) as store,
+        working(Location.of(recipe.store), NAME, f"running the study of `{path}`"),
+    ):
         study = _Study(recipe, store, on_progress or (lambda _: None), say or (lambda _: None))
         study.compute()
         return study.publish(recipe.root / REPORT)

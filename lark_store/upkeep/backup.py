@@ -1,6 +1,7 @@
 """`db backup` and `db restore`: the store at one moment as a folder of its own, each file with its hash.
 
-A backup is a store: its catalog, of each Lance table the files that its version needs, and those of the snapshots.
+A backup is a store in a folder, wherever the store itself is: its catalog as a SQLite file, of each Lance table the
+files that its version needs, and those of the snapshots.
 The catalog is copied and the versions are read while the catalog is locked, as for a snapshot, so an ingest may go on.
 Files of a version never change, and `maintenance` keeps them from being cleaned up while they are copied.
 
@@ -16,60 +17,78 @@ import json
 import os
 import shutil
 import sqlite3
+import tempfile
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
+from sqlalchemy import insert
+
 from lark_store.errors import InputError, StoreError, StoreExistsError
-from lark_store.schema.catalog import now
-from lark_store.schema.database import BUSY_TIMEOUT_S, Location, exists, is_file
+from lark_store.schema.catalog import SnapshotCopy, now
+from lark_store.schema.faults import fault_of
 from lark_store.schema.hashes import file_hash
+from lark_store.schema.location import Location
 from lark_store.schema.locks import maintenance
+from lark_store.schema.paths import exists, is_file
 from lark_store.schema.records import BackupInfo, Progress
 from lark_store.schema.vectors import VectorStore
 from lark_store.upkeep.moment import FAULTS, first_line
-from lark_store.upkeep.snapshots import TAG, copy_catalog, lock_catalog
-from lark_store.upkeep.status import folder_of
+from lark_store.upkeep.snapshots import TAG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sqlalchemy import Connection
 
     from lark_store.schema.database import Database
     from lark_store.schema.records import OnProgress
 
 RECORD = "backup.json"
+CATALOG = "catalog.sqlite"
+_VECTORS = "vectors/"
 _CHUNK = 1 << 22
 Hashes = dict[str, list[Any]]  # path below the folder, to size and SHA-256
 
 
+class Schema(Protocol):
+    """What the migrations do for a restored catalog."""
+
+    def build(self, connection: Connection) -> None:
+        """Make the tables of a fresh one."""
+
+    def upgrade(self, location: Location) -> object:
+        """Bring an older one up to date."""
+
+
 def backup(db: Database, target: Path, schema: str, on_progress: OnProgress | None) -> BackupInfo:
     """Copy the store as it is now to `target`; see `Store.db_backup`."""
+    root = db.location.root
     if exists(target):
         raise StoreExistsError(f"there is something at `{target}` already", "name a path that is not there yet")
-    if target.resolve().is_relative_to(db.location.root.resolve()):
+    if root is not None and target.resolve().is_relative_to(root.resolve()):
         raise InputError(f"`{target}` is inside of the store", "name a path outside, best on another disk")
     with maintenance(db.location), _draft(target) as draft:
-        place = Location(draft)
-        tables, files = _moment(db, place)
+        tables, files = _moment(db, draft)
         hashes: Hashes = {}
         total = sum(len(names) for names in files.values())
         for table, names in files.items():
             for name in sorted(names):
                 if on_progress:
                     on_progress(Progress(f"copying {table}", len(hashes), total))
-                copied = folder_of(VectorStore(str(place.vectors)), table) / name
-                hashes[str(copied.relative_to(draft))] = _copy(folder_of(db.vectors, table) / name, copied)
+                below = f"{_VECTORS}{table}.lance/{name}"
+                hashes[below] = _fetch(db.vectors, f"{table}.lance/{name}", draft / below)
+        place = Location.of(draft)
         _tag_again(place)
-        n_rows = _counted(place, tables)
+        n_rows = _counted(VectorStore(place.vectors), tables)
         for path in sorted(draft.rglob("*")):
             if path.is_file() and str(path.relative_to(draft)) not in hashes:
                 hashes[str(path.relative_to(draft))] = _hash(path)
                 _flush_folder(path.parent)
         facts = {
-            "store_uuid": _uuid(place.catalog),
+            "store_uuid": _uuid(draft),
             "schema": schema,
             "created_at": now().isoformat(),
             "lark_store": version("lark-store"),
@@ -78,31 +97,87 @@ def backup(db: Database, target: Path, schema: str, on_progress: OnProgress | No
             "files": hashes,
         }
         _flush(draft / RECORD, json.dumps(facts, indent=1))
-        draft.chmod(0o755)
-        draft.rename(target)
-        _flush_folder(target.parent)
+        _put(draft, target)
     return _info(target, facts)
 
 
 def restore(source: Path, target: Path, on_progress: OnProgress | None) -> BackupInfo:
-    """Make a store of a backup; see `Store.db_restore`."""
+    """Make a store in a folder of a backup; see `Store.db_restore`."""
     facts = read_record(source)
     if exists(target):
         raise StoreExistsError(f"there is something at `{target}` already", "move it away, or name another path")
     _check_all(source, facts["files"], on_progress)
     with _draft(target) as draft:
-        for number, name in enumerate(facts["files"]):
-            if on_progress:
-                on_progress(Progress("copying", number, len(facts["files"])))
-            if _copy(source / name, draft / name) != facts["files"][name]:
-                raise StoreError(f"`{source / name}` changed while it was read", "run the command again")
-        for folder in {Path(name).parent for name in facts["files"]}:
-            _flush_folder(draft / folder)
-        _counted(Location(draft), facts["tables"])
-        draft.chmod(0o755)
-        draft.rename(target)
-        _flush_folder(target.parent)
+        _copy_all(source, draft, facts["files"], on_progress)
+        _counted(VectorStore(Location.of(draft).vectors), facts["tables"])
+        _put(draft, target)
     return _info(target, facts)
+
+
+def restore_apart(
+    source: Path, target: Location, vectors: str, schema: Schema, on_progress: OnProgress | None
+) -> BackupInfo:
+    """Make a store whose vectors are not in its folder of a backup; see `Store.db_restore`.
+
+    The vectors first, then the catalog, in one rename or transaction: before that there is no store.
+    """
+    facts = read_record(source)
+    _check_all(source, facts["files"], on_progress)
+    tables = VectorStore(vectors)
+    with uploading(tables):
+        names = [name for name in facts["files"] if name.startswith(_VECTORS)]
+        for number, name in enumerate(names):
+            if on_progress:
+                on_progress(Progress("copying", number, len(names)))
+            tables.files.upload_file(str(source / name), name.removeprefix(_VECTORS))
+        _counted(tables, facts["tables"])
+        others = {name: said for name, said in facts["files"].items() if not name.startswith(_VECTORS)}
+        with _draft(target.root or Path(tempfile.gettempdir()) / "lark-restore") as draft:
+            _copy_all(source, draft, others, None)
+            (draft / "vectors").mkdir()
+            schema.upgrade(Location.of(draft))
+            (draft / "vectors").rmdir()
+            _point(draft, vectors)
+            if target.root is not None:
+                _put(draft, target.root)
+            else:
+                _fill(target, Location.of(draft), schema)
+    return _info(target.label, facts)
+
+
+def _fill(target: Location, source: Location, schema: Schema) -> None:
+    """Fill a catalog in PostgreSQL with one in a folder, snapshots included."""
+    from lark_store.schema.copies import copy_rows, read_file
+
+    with target.catalog.migrating() as connection, tempfile.TemporaryDirectory(prefix="lark-") as folder:
+        schema.build(connection)
+        file = Path(folder) / "catalog.sqlite"
+        source.catalog.copy(file)
+        with read_file(file) as rows:
+            copy_rows(rows, connection)
+        for name in source.snapshots.names():
+            with source.snapshots.catalog(name) as catalog:
+                catalog.copy(file)
+            row = {"name": name, "record": source.snapshots.record(name), "catalog": file.read_bytes()}
+            connection.execute(insert(SnapshotCopy).values(**row))
+
+
+@contextmanager
+def uploading(vectors: VectorStore) -> Iterator[None]:
+    """Make sure that nothing is where vectors are to be, and remove what was put there if the work fails.
+
+    Raises
+    ------
+    StoreExistsError
+    """
+    if vectors.files.list():
+        raise StoreExistsError(f"there is something at `{vectors.uri}` already", "name another place with `--vectors`")
+    try:
+        yield
+    except BaseException:
+        for path in vectors.files.list():
+            vectors.files.delete_file(path)
+        raise
 
 
 def read_record(source: Path) -> dict[str, Any]:
@@ -142,27 +217,35 @@ def _check_all(source: Path, files: Hashes, on_progress: OnProgress | None) -> N
 # --- the moment ----------------------------------------------------------------------------------------------------
 
 
-def _moment(db: Database, place: Location) -> tuple[dict[str, Any], dict[str, set[str]]]:
+def _moment(db: Database, draft: Path) -> tuple[dict[str, Any], dict[str, set[str]]]:
     """Copy the catalogs; return each table's version and rows at that moment, and the files to copy, by table."""
-    place.vectors.mkdir()
+    (draft / "vectors").mkdir()
+    place = Location.of(draft)
     tables: dict[str, Any] = {}
-    with closing(sqlite3.connect(db.location.catalog, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as held:
-        lock_catalog(held)
-        copy_catalog(db.location.catalog, place.catalog)
+    with db.location.catalog.frozen():
+        db.location.catalog.copy(draft / CATALOG)
         for name in sorted(db.vectors.table_names()):
             if db.vectors.has(name):  # else it is being made: no committed run has rows in it
                 table = db.vectors.table(name)
                 tables[name] = {"version": int(table.version), "rows": int(table.count_rows())}
-        held.execute("ROLLBACK")
     wanted = {name: {facts["version"]} for name, facts in tables.items()}
-    for name in db.location.snapshot_names():
-        place.snapshots.mkdir(exist_ok=True)
-        copy_catalog(replace(db.location, snapshot=name).catalog, replace(place, snapshot=name).catalog)
-        record = (db.location.snapshots / f"{name}.json").read_text(encoding="utf-8")
-        (place.snapshots / f"{name}.json").write_text(record, encoding="utf-8")
-        for table, number in json.loads(record)["tables"].items():
+    for name in db.location.snapshots.names():
+        record = db.location.snapshots.record(name)
+        with db.location.snapshots.catalog(name) as catalog, place.snapshots.making(name) as copy:
+            catalog.copy(copy)
+            place.snapshots.keep(name, copy, record)
+        for table, number in record["tables"].items():
             wanted.setdefault(table, set()).add(number)
+    _point(draft, None)
     return tables, {table: _files(db, table, versions) for table, versions in wanted.items()}
+
+
+def _point(folder: Path, vectors: str | None) -> None:
+    """Say in the catalogs of a folder, the snapshots' too, where the vectors are; None: beside them."""
+    for path in [folder / CATALOG, *(folder / "snapshots").glob("*.sqlite")]:
+        with closing(sqlite3.connect(path)) as db, db:
+            if "vectors" in {row[1] for row in db.execute("PRAGMA table_info(store_meta)")}:
+                db.execute("UPDATE store_meta SET vectors = ?", [vectors])
 
 
 def _files(db: Database, table: str, versions: set[int]) -> set[str]:
@@ -186,16 +269,14 @@ def _files(db: Database, table: str, versions: set[int]) -> set[str]:
 
 def _tag_again(place: Location) -> None:
     """Tag the versions of the snapshots in the copy, so that they are kept there too."""
-    vectors = VectorStore(str(place.vectors))
-    for name in place.snapshot_names():
-        record = json.loads((place.snapshots / f"{name}.json").read_text(encoding="utf-8"))
-        for table, number in record["tables"].items():
+    vectors = VectorStore(place.vectors)
+    for name in place.snapshots.names():
+        for table, number in place.snapshots.record(name)["tables"].items():
             vectors.table(table).to_lance().tags.create(f"{TAG}{name}", number)
 
 
-def _counted(place: Location, tables: dict[str, Any]) -> int:
+def _counted(vectors: VectorStore, tables: dict[str, Any]) -> int:
     """Open each table of a copy and count its rows; returns how many there are in all."""
-    vectors = VectorStore(str(place.vectors))
     for name, facts in tables.items():
         try:
             found = int(vectors.table(name).count_rows())
@@ -206,8 +287,8 @@ def _counted(place: Location, tables: dict[str, Any]) -> int:
     return sum(facts["rows"] for facts in tables.values())
 
 
-def _uuid(catalog: Path) -> str:
-    with closing(sqlite3.connect(f"{catalog.resolve().as_uri()}?mode=ro", uri=True)) as db:
+def _uuid(folder: Path) -> str:
+    with closing(sqlite3.connect(f"{(folder / CATALOG).resolve().as_uri()}?mode=ro", uri=True)) as db:
         return str(db.execute("SELECT store_uuid FROM store_meta").fetchone()[0])
 
 
@@ -227,6 +308,38 @@ def _draft(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put(draft: Path, target: Path) -> None:
+    """Give a folder its name."""
+    draft.chmod(0o755)
+    draft.rename(target)
+    _flush_folder(target.parent)
+
+
+def _fetch(vectors: VectorStore, name: str, target: Path) -> list[Any]:
+    """Copy a file of the vectors to the disk itself, wherever it is; returns its size and hash."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        vectors.files.download_file(name, str(target))
+    except FAULTS as error:
+        raise fault_of(error) or StoreError(
+            f"`{vectors.uri}/{name}` can't be copied: {first_line(error)}", "try `lark-store db check`"
+        ) from error
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return _hash(target)
+
+
+def _copy_all(source: Path, target: Path, files: Hashes, on_progress: OnProgress | None) -> None:
+    """Copy the files of a backup, each compared with its hash as it is read."""
+    for number, name in enumerate(files):
+        if on_progress:
+            on_progress(Progress("copying", number, len(files)))
+        if _copy(source / name, target / name) != files[name]:
+            raise StoreError(f"`{source / name}` changed while it was read", "run the command again")
+    for folder in {Path(name).parent for name in files}:
+        _flush_folder(target / folder)
 
 
 def _copy(source: Path, target: Path) -> list[Any]:
@@ -265,7 +378,7 @@ def _flush_folder(folder: Path) -> None:
             os.close(number)
 
 
-def _info(path: Path, facts: dict[str, Any]) -> BackupInfo:
+def _info(path: Path | str, facts: dict[str, Any]) -> BackupInfo:
     return BackupInfo(
         path=path,
         store_uuid=facts["store_uuid"],

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
 from collections import defaultdict
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lark_store.schema.database import is_file
 from lark_store.schema.retry import retried
-from lark_store.schema.vectors import INDICES, SKETCH_PREFIX, TABLES, where
+from lark_store.schema.vectors import INDICES, SKETCH_PREFIX, TABLES, VectorStore, where
 from lark_store.upkeep.findings import Finding, Mend, shown
 from lark_store.upkeep.moment import FAULTS, Moment, first_line
 from lark_store.upkeep.orphans import NEEDED, Files, files_of, remove_orphans
@@ -21,27 +17,18 @@ from lark_store.upkeep.snapshots import TAG, remove
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lark_store.schema.database import Database, Location
+    from lark_store.schema.database import Database
+    from lark_store.schema.location import Location
 
 
 def check_catalog(location: Location) -> Iterator[Finding]:
-    """Yield what SQLite finds wrong with the catalogs, the store's and the snapshots'."""
-    paths = {"catalog": location.catalog}
-    paths |= {f"snapshot {name}": location.snapshots / f"{name}.sqlite" for name in location.snapshot_names()}
-    for place, path in paths.items():
-        if not is_file(path):
-            yield Finding("error", "snapshot", place, 1, "its catalog is missing; remove the snapshot")
-            continue
-        try:
-            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
-                said = [row[0] for row in db.execute("PRAGMA quick_check")]
-                broken = len(db.execute("PRAGMA foreign_key_check").fetchall())
-        except sqlite3.Error as error:
-            said, broken = [str(error)], 0
-        if said != ["ok"]:
-            yield Finding("error", "catalog", place, len(said), f"{said[0]}; restore it from a backup")
-        if broken:
-            yield Finding("error", "catalog", place, broken, "rows refer to rows that are not there")
+    """Yield what is wrong with the catalogs themselves, the store's and the snapshots'."""
+    for n, detail in location.catalog.faults():
+        yield Finding("error", "catalog", "catalog", n, detail)
+    for name in location.snapshots.names():
+        with location.snapshots.catalog(name) as catalog:
+            for n, detail in catalog.faults():
+                yield Finding("error", "snapshot", f"snapshot {name}", n, f"its catalog: {detail}")
 
 
 @dataclass(frozen=True)
@@ -54,12 +41,12 @@ class _Wanted:
 
 def _wanted(at: Moment) -> Iterator[_Wanted]:
     snapshots: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in at.location.snapshot_names():
+    for name in at.location.snapshots.names():
         try:
-            record = json.loads((at.location.snapshots / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = at.location.snapshots.record(name)["tables"]
+        except (OSError, ValueError, KeyError):
             continue  # said by `check_snapshots`
-        for table, version in record["tables"].items():
+        for table, version in record.items():
             snapshots[table][version].append(f"snapshot {name}")
     there = at.vectors.versions or {}
     for table in sorted({*there, *snapshots}):
@@ -97,7 +84,7 @@ def _made_again(table: str) -> Mend | None:
 
 
 def _check_files(at: Moment, wanted: _Wanted) -> Iterator[Finding]:
-    there = (Path(at.vectors.uri) / f"{wanted.table}.lance").is_dir()
+    there = wanted.table in VectorStore(at.vectors.uri).table_names()
     files = files_of(at.vectors, wanted.table, set(wanted.versions)) if there else Files(set(), {}, [])
     for version, whose in wanted.versions.items():
         for owner in whose if version not in files.seen else ():
@@ -168,13 +155,13 @@ def _rebuilt(name: str) -> Mend:
 
 def check_snapshots(at: Moment) -> Iterator[Finding]:
     """Yield snapshots that were cut off while they were made or removed, and tags that belong to none."""
-    whole = set(at.location.snapshot_names())
+    whole = set(at.location.snapshots.names())
     for name in sorted(whole):
         try:
-            json.loads((at.location.snapshots / f"{name}.json").read_text(encoding="utf-8"))["tables"]
+            at.location.snapshots.record(name)["tables"]
         except (OSError, ValueError, KeyError) as error:
             yield Finding("error", "snapshot", f"snapshot {name}", 1, f"its record can't be read: {error}")
-    parts = {path.name.removesuffix(".sqlite") for path in at.location.snapshots.glob("*.sqlite")}
+    parts = at.location.snapshots.parts()
     for table in at.vectors.table_names():
         try:
             tags = at.vectors.connection.open_table(table).to_lance().tags.list()
@@ -187,16 +174,16 @@ def check_snapshots(at: Moment) -> Iterator[Finding]:
 
 
 def check_locks(at: Moment) -> Iterator[Finding]:
-    """Yield what killed processes left in the folder of locks."""
+    """Yield what killed processes left among the locks."""
 
     def act(_db: Database) -> None:
-        for path in at.pause.leftovers:
-            path.unlink(missing_ok=True)
+        for key in keys:
+            at.location.locks.remove(key, lock=key.startswith("score-"))  # that key is no other process's
 
-    names = [path.name for path in at.pause.leftovers]
-    if names:
-        detail = f"notes and locks of processes that were killed: {shown(names)}"
-        yield Finding("note", "lock", "locks", len(names), detail, Mend("remove them", act))
+    keys = at.pause.leftovers
+    if keys:
+        detail = f"notes and locks of processes that were killed: {shown(keys)}"
+        yield Finding("note", "lock", "locks", len(keys), detail, Mend("remove them", act))
 
 
 def check_checkpoints(at: Moment) -> Iterator[Finding]:

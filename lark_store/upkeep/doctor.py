@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from lark_store.errors import LarkStoreError
-from lark_store.schema.database import Location, exists
 from lark_store.schema.locks import paused
-from lark_store.upkeep.status import bytes_in, tables
+from lark_store.schema.paths import exists
+from lark_store.upkeep.status import tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from lark_store.schema.location import Location
 
 DOCTOR = {"section": pl.String, "name": pl.String, "value": pl.String}
 _PACKAGES = (
@@ -128,19 +130,24 @@ def _environment() -> Iterator[tuple[str, object]]:
 def _store(
     location: Location, newest: Callable[[], str], schema_of: Callable[[Location], str]
 ) -> Iterator[tuple[str, object]]:
-    yield "path", location.root.absolute()
-    yield "free disk", _free(location.root)
+    if location.root is None:
+        yield "catalog", location.label
+    else:
+        yield "path", location.root.absolute()
+        yield "free disk", _free(location.root)
     try:
         found, ours = schema_of(location), newest()
     except (LarkStoreError, OSError) as error:
         yield "fault", " ".join(str(error).split())
         return
     yield "schema", found if found == ours else f"{found}; this lark-store has {ours}"
+    yield "vectors", location.vectors
     yield from _at_work(location)
-    yield "snapshots", len(location.snapshot_names())
-    yield "bytes", f"{bytes_in(location.root):,}"
+    yield "snapshots", len(location.snapshots.names())
     try:
-        for name, rows, files, versions, size in tables(location).rows():
+        taken = tables(location)
+        yield "bytes", f"{taken['bytes'].sum():,}"
+        for name, rows, files, versions, size in taken.rows():
             counts = f"{rows:,} rows, " if rows is not None else ""
             yield name, f"{counts}{files} files, " + (f"{versions} versions, " if versions else "") + f"{size:,} bytes"
     except Exception as error:  # noqa: BLE001  # a table that can't be opened
@@ -160,6 +167,6 @@ def _at_work(location: Location) -> Iterator[tuple[str, object]]:
         with paused(location, _PATIENCE_S) as pause:
             yield "at work", "; ".join(pause.doing) or "nobody"
             if pause.leftovers:
-                yield "left by killed processes", ", ".join(path.name for path in pause.leftovers)
+                yield "left by killed processes", ", ".join(pause.leftovers)
     except (LarkStoreError, OSError) as error:
         yield "at work", " ".join(str(error).split())

@@ -6,9 +6,7 @@ of that moment is cleaned up.
 
 from __future__ import annotations
 
-import sqlite3
 from collections import defaultdict
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +15,15 @@ import polars as pl
 from sqlalchemy import select
 
 from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, ScoreRun, Sketcher, Source
-from lark_store.schema.database import BUSY_TIMEOUT_S
 from lark_store.schema.vectors import SKETCH_PREFIX, VectorStore, where
-from lark_store.upkeep.snapshots import lock_catalog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
-    from lark_store.schema.database import Database, Location
+    from lark_store.schema.database import Database
+    from lark_store.schema.location import Location
     from lark_store.schema.locks import Pause
 
 FAULTS = (OSError, RuntimeError, ValueError)  # what Lance raises for files that it can't read
@@ -88,8 +85,7 @@ def take(db: Database, pause: Pause) -> Moment:
     broken: dict[str, str] = {}
     with db.engine.connect():  # the first connection sets the journal's mode, which it can't once the catalog is locked
         pass
-    with closing(sqlite3.connect(db.location.catalog, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as held:
-        lock_catalog(held)
+    with db.location.catalog.frozen():
         with db.session() as session:
             rows: dict[type, list[Any]] = {
                 kind: list(session.scalars(select(kind).order_by(kind.id)))
@@ -100,7 +96,6 @@ def take(db: Database, pause: Pause) -> Moment:
                 versions[name] = int(db.vectors.connection.open_table(name).version)
             except FAULTS as error:
                 broken[name] = first_line(error)
-        held.execute("ROLLBACK")
     return Moment(
         location=db.location,
         pause=pause,

@@ -17,7 +17,7 @@ from lark_store.schema.locks import maintenance
 from lark_store.schema.records import OnProgress, Progress
 from lark_store.schema.retry import retried
 from lark_store.schema.vectors import ROWS_PER_BATCH, SKETCH_PREFIX
-from lark_store.upkeep.status import bytes_in, folder_of, n_files
+from lark_store.upkeep.status import files_in, n_files
 
 if TYPE_CHECKING:
     from lark_store.schema.database import Database
@@ -54,13 +54,13 @@ def optimize(db: Database, keep_versions_days: float, on_progress: OnProgress | 
 
 
 def _optimize(db: Database, name: str, age: timedelta) -> tuple[Any, ...]:
-    folder, started = folder_of(db.vectors, name), time.perf_counter()
-    files_before, bytes_before = n_files(db.vectors.table(name)), bytes_in(folder)
+    started = time.perf_counter()
+    files_before, bytes_before = n_files(db.vectors.table(name)), sum(files_in(db.vectors, name).values())
     _compact(db, name)
     db.vectors.refresh_indices(db.vectors.table(name))
     clean(db, name, age, unverified=False)  # see above
-    table = db.vectors.table(name)
-    after = (n_files(table), bytes_before, bytes_in(folder), time.perf_counter() - started)
+    table, bytes_after = db.vectors.table(name), sum(files_in(db.vectors, name).values())
+    after = (n_files(table), bytes_before, bytes_after, time.perf_counter() - started)
     return (name, int(table.count_rows()), files_before, *after)
 
 

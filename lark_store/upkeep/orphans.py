@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from lark_store.upkeep.optimize import clean
-from lark_store.upkeep.status import folder_of
 
 if TYPE_CHECKING:
     from lark_store.schema.database import Database
@@ -54,5 +53,5 @@ def remove_orphans(db: Database, table: str, known: set[str]) -> None:
     """Remove files that no version has, of those that are known as such. When nobody writes."""
     clean(db, table, _EVER, unverified=True)
     for path in known & set(files_of(db.vectors, table, set()).orphans):  # Lance leaves small ones
-        with suppress(FileNotFoundError):
-            (folder_of(db.vectors, table) / path).unlink()
+        with suppress(OSError):  # somebody else removed it
+            db.vectors.files.delete_file(f"{table}.lance/{path}")

@@ -1,7 +1,7 @@
 """Snapshots: the store at one moment, kept under a name while the store goes on.
 
-A snapshot NAME is `snapshots/NAME.sqlite`, a copy of the catalog, and `snapshots/NAME.json`, the version of each Lance
-table then; a tag `lark-snapshot-NAME` on each version keeps it from being cleaned up. Copy and versions are taken
+A snapshot is a copy of the catalog and a record of each Lance table's version then (`schema.location.Snapshots`); a tag
+`lark-snapshot-NAME` on each version keeps it from being cleaned up. Copy and versions are taken
 while the catalog is locked against writing: no run is committed or superseded in between, so all rows of the copy's
 `done` runs are in those versions, and rows of other runs are seen by nobody. Removal and cleanup wait (`maintenance`).
 
@@ -12,25 +12,20 @@ without it there is none. What a killed process leaves is overwritten, or remove
 from __future__ import annotations
 
 import datetime as dt
-import json
-import sqlite3
-from contextlib import closing, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from lark_store.errors import NameTakenError, NameUnknownError, StoreBusyError
+from lark_store.errors import NameTakenError, NameUnknownError
 from lark_store.schema.catalog import now
-from lark_store.schema.database import BUSY_TIMEOUT_S, Location, is_file
 from lark_store.schema.locks import maintenance
 from lark_store.schema.names import check_name
 from lark_store.schema.records import SnapshotInfo
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lark_store.schema.database import Database
+    from lark_store.schema.location import Location
     from lark_store.schema.vectors import VectorStore
 
 TAG = "lark-snapshot-"
@@ -40,51 +35,25 @@ LIST: dict[str, Any] = {"name": pl.String, "created_at": pl.Datetime("us", "UTC"
 def create(db: Database, name: str) -> SnapshotInfo:
     """Keep the store as it is now; see `Store.snapshot_create`."""
     check_name(name)
-    place = replace(db.location, snapshot=name)
-    with maintenance(db.location):
-        if is_file(_record(place)):
+    place = db.location
+    with maintenance(place):
+        if name in place.snapshots.names():
             raise NameTakenError(
                 f"there is a snapshot `{name}` already",
                 "choose another name, or remove it: `lark-store snapshot remove`",
             )
-        place.snapshots.mkdir(exist_ok=True)
-        draft = place.snapshots / ".draft"
-        with closing(sqlite3.connect(db.location.catalog, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as held:
-            lock_catalog(held)
-            copy_catalog(db.location.catalog, place.catalog)
-            versions, n_rows = _tag(db.vectors, _label(name))
-            held.execute("ROLLBACK")
-        info = SnapshotInfo(name, now(), versions, n_rows)
-        facts = {"created_at": info.created_at.isoformat(), "tables": versions, "rows": n_rows}
-        draft.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        draft.replace(_record(place))
+        with place.snapshots.making(name) as copy:
+            with place.catalog.frozen():
+                place.catalog.copy(copy)
+                versions, n_rows = _tag(db.vectors, _label(name))
+            info = SnapshotInfo(name, now(), versions, n_rows)
+            facts = {"created_at": info.created_at.isoformat(), "tables": versions, "rows": n_rows}
+            place.snapshots.keep(name, copy, facts)
     return info
-
-
-def _record(place: Location) -> Path:
-    return place.snapshots / f"{place.snapshot}.json"
 
 
 def _label(name: str) -> str:
     return f"{TAG}{name}"
-
-
-def lock_catalog(catalog: sqlite3.Connection) -> None:
-    """Keep others from writing to the catalog until the transaction ends."""
-    try:
-        catalog.execute("BEGIN IMMEDIATE")
-    except sqlite3.OperationalError as error:
-        raise StoreBusyError(
-            f"the catalog is being written to for more than {BUSY_TIMEOUT_S} s", "run the command again"
-        ) from error
-
-
-def copy_catalog(catalog: Path, copy: Path) -> None:
-    """Copy a catalog; the copy is one plain file, with no log beside it."""
-    copy.unlink(missing_ok=True)
-    with closing(sqlite3.connect(catalog)) as live, closing(sqlite3.connect(copy)) as target:
-        live.backup(target)
-        target.execute("PRAGMA journal_mode = DELETE")
 
 
 def _tag(vectors: VectorStore, label: str) -> tuple[dict[str, int], int]:
@@ -105,7 +74,7 @@ def _tag(vectors: VectorStore, label: str) -> tuple[dict[str, int], int]:
 
 def snapshots(location: Location) -> pl.DataFrame:
     """Return a row for each snapshot, oldest first; see `Store.snapshot_list`."""
-    infos = [read(location, name) for name in location.snapshot_names()]
+    infos = [read(location, name) for name in location.snapshots.names()]
     rows = [(i.name, i.created_at, len(i.tables), i.n_rows) for i in sorted(infos, key=lambda i: i.created_at)]
     return pl.DataFrame(rows, schema=LIST, orient="row")
 
@@ -117,24 +86,24 @@ def read(location: Location, name: str) -> SnapshotInfo:
     ------
     NameUnknownError
     """
-    known = location.snapshot_names()
+    known = location.snapshots.names()
     if name not in known:
         raise NameUnknownError.of("snapshot", name, known, "make one with `lark-store snapshot create`")
-    facts: dict[str, Any] = json.loads(_record(replace(location, snapshot=name)).read_text(encoding="utf-8"))
+    facts = location.snapshots.record(name)
     return SnapshotInfo(name, dt.datetime.fromisoformat(facts["created_at"]), facts["tables"], facts["rows"])
 
 
 def remove(db: Database, name: str, *, held: bool = False) -> None:
     """Let go of a snapshot; see `Store.snapshot_remove`. `held`: the caller holds `maintenance`."""
     check_name(name)
-    place = replace(db.location, snapshot=name)
-    with nullcontext() if held else maintenance(db.location):
-        if not held and not is_file(_record(place)) and not is_file(place.catalog):
-            read(db.location, name)  # says that there is none, with the near ones
-        _record(place).unlink(missing_ok=True)
+    place = db.location
+    with nullcontext() if held else maintenance(place):
+        if not held and name not in place.snapshots.parts():
+            read(place, name)  # says that there is none, with the near ones
+        place.snapshots.forget(name)
         for table in db.vectors.table_names():
             if db.vectors.has(table):
                 tags = db.vectors.table(table).to_lance().tags
                 if _label(name) in tags.list():
                     tags.delete(_label(name))
-        place.catalog.unlink(missing_ok=True)
+        place.snapshots.clear(name)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -12,7 +9,7 @@ import polars as pl
 from lark_store.schema.vectors import VectorStore
 
 if TYPE_CHECKING:
-    from lark_store.schema.database import Location
+    from lark_store.schema.location import Location
 
 TABLES = {
     "table": pl.String,
@@ -23,19 +20,12 @@ TABLES = {
 }
 
 
-def bytes_in(folder: Path) -> int:
-    """Return the bytes of all files below a folder; files may come and go meanwhile."""
-    total = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += (Path(where) / name).stat().st_size
-    return total
-
-
-def folder_of(vectors: VectorStore, table: str) -> Path:
-    """Return the folder of a Lance table."""
-    return Path(vectors.uri) / f"{table}.lance"
+def files_in(vectors: VectorStore, table: str) -> dict[str, int]:
+    """Return the files of a Lance table, as paths below its folder, and their bytes."""
+    found: dict[str, int] = {}
+    for batch in vectors.table(table).to_lance().all_files():
+        found |= dict(zip(batch.column("path").to_pylist(), batch.column("size_bytes").to_pylist(), strict=True))
+    return found
 
 
 def n_files(table: Any) -> int:
@@ -45,16 +35,14 @@ def n_files(table: Any) -> int:
 
 def tables(location: Location) -> pl.DataFrame:
     """Return a row for each Lance table, for the catalog and for the snapshots' catalogs."""
-    vectors = VectorStore(str(location.vectors))
+    vectors = VectorStore(location.vectors)
     rows: list[tuple[str, int | None, int, int | None, int]] = []
     for name in sorted(vectors.table_names()):
         if not vectors.has(name):
             continue
-        table, folder = vectors.table(name), folder_of(vectors, name)
-        n_versions = sum(1 for _ in (folder / "_versions").glob("*.manifest"))
-        rows.append((name, int(table.count_rows()), n_files(table), n_versions, bytes_in(folder)))
-    catalog = [path for path in location.root.glob("catalog.sqlite*") if path.is_file()]
-    rows.append(("catalog", None, len(catalog), None, sum(path.stat().st_size for path in catalog)))
-    copies = list(location.snapshots.glob("*.sqlite"))
-    rows.append(("snapshots", None, len(copies), None, bytes_in(location.snapshots)))
+        table, files = vectors.table(name), files_in(vectors, name)
+        n_versions = sum(path.startswith("_versions/") and path.endswith(".manifest") for path in files)
+        rows.append((name, int(table.count_rows()), n_files(table), n_versions, sum(files.values())))
+    for name, sizes in (("catalog", location.catalog.sizes()), ("snapshots", location.snapshots.sizes())):
+        rows.append((name, None, len(sizes), None, sum(sizes)))
     return pl.DataFrame(rows, schema=TABLES, orient="row")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from lark_store import Store
+from lark_store import store as package
 
 pytest_plugins = ["cluster"]
 settings.register_profile("untimed", deadline=None)  # how fast a test runs here says nothing
@@ -126,6 +128,21 @@ def fill(store: Store, checkpoints: dict[str, Path], texts: dict[str, Path]) -> 
     store.sketcher_add("small", k=1024)
 
 
+def named(path: Path) -> str:
+    """Return what another process has to call the store at a path."""
+    return package.location_of(path).label
+
+
+def copy_store(source, target):
+    """Copy a store to another path, where nobody is at work on it; returns the path."""
+    if Path(source).is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("locks"))
+    else:
+        with tempfile.TemporaryDirectory() as folder, Store.open(source) as opened:
+            Store.db_restore(opened.db_backup(Path(folder) / "backup").path, to=target)
+    return Path(target)
+
+
 @pytest.fixture
 def store(tmp_path: Path, checkpoints: dict[str, Path], texts: dict[str, Path]) -> Store:
     """A store with checkpoints and sources, not ingested."""
@@ -168,13 +185,7 @@ def scored_copy(scored_path: Path, tmp_path: Path, request: pytest.FixtureReques
     """A copy of the scored store, to change."""
     if request.config.getoption("place") == "cluster":
         Store.db_restore(request.getfixturevalue("scored_backup"), to=tmp_path / "copy")
-        with Store.open(tmp_path / "copy") as opened:
-            yield opened
-        return
-
-    def locks(folder: str, names: list[str]) -> list[str]:  # those of tests that read the original
-        return names if Path(folder).name == "locks" else []
-
-    shutil.copytree(scored_path, tmp_path / "copy", ignore=locks)
+    else:
+        copy_store(scored_path, tmp_path / "copy")
     with Store.open(tmp_path / "copy") as opened:
         yield opened

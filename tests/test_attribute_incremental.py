@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import qa_rows, write_jsonl
+from conftest import copy_store, named, qa_rows, write_jsonl
 from test_query import as_dict, brute_force
 
 from lark_store import Store
@@ -25,7 +24,7 @@ GROWN = [("finetune", "chatml", "scored", 13), ("songs", "raw", "scored", 17)]
 def grown_path(scored_path, tmp_path_factory):
     """The scored store (scored also with 5 hits, by dot), then with new samples in two of its groups."""
     root = tmp_path_factory.mktemp("grown")
-    with Store.open(shutil.copytree(scored_path, root / "lark.store")) as made:
+    with Store.open(copy_store(scored_path, root / "lark.store")) as made:
         for method in ("cosine", "dot"):
             made.attribute(["base"], method=method, hits=5, **HOW)
         for n in (7, 5):  # two runs of the one source
@@ -39,7 +38,7 @@ def grown_path(scored_path, tmp_path_factory):
 
 @pytest.fixture
 def grown(grown_path, tmp_path):
-    with Store.open(shutil.copytree(grown_path, tmp_path / "grown.store")) as opened:
+    with Store.open(copy_store(grown_path, tmp_path / "grown.store")) as opened:
         yield opened
 
 
@@ -83,7 +82,7 @@ def from_scratch(store, path, method="cosine", hits=5):
 
     from lark_store.schema.catalog import ScoreRun
 
-    with Store.open(shutil.copytree(store.path, path)) as other:
+    with Store.open(copy_store(store.path, path)) as other:
         with other._db.session() as session:
             session.execute(delete(ScoreRun))
         for name in ("influence", "source_influence"):
@@ -208,7 +207,9 @@ Store.open(sys.argv[1]).attribute(["base"], queries="test", sketcher="small", hi
 
 def test_a_scoring_that_is_killed_shows_the_run_before_and_is_done_again(grown, tmp_path):
     before = tables(grown)
-    done = subprocess.run([sys.executable, "-c", KILLED, grown.path], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, named(grown.path)], check=False, capture_output=True, text=True
+    )
     assert done.returncode == -9, done.stderr
     assert_same(tables(grown), before)
     assert grown.sql("select count(*) from score_runs where status = 'running'").item() == 2

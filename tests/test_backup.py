@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import fill, text_rows, write_jsonl
+from conftest import fill, named, text_rows, write_jsonl
 from test_check import found
 from test_cli import lark
 from test_snapshots import answers, tags
@@ -97,7 +97,7 @@ def test_backups_taken_while_an_ingest_writes_are_whole(tmp_path, checkpoints, t
         fill(store, checkpoints, texts)
         store.ingest(["base"], ["test"], ["chatml"], sketcher="small")
         store.source_add("many", write_jsonl(tmp_path / "many.jsonl", text_rows(600, "many")), stage="pretrain")
-        with subprocess.Popen([sys.executable, "-c", INGEST, path], stderr=subprocess.PIPE) as writer:
+        with subprocess.Popen([sys.executable, "-c", INGEST, named(path)], stderr=subprocess.PIPE) as writer:
             made = backups_until_it_ends(store, writer, tmp_path)
             assert writer.returncode == 0, writer.stderr.read()
         assert found(store) == []

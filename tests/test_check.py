@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import qa_rows, save_checkpoint, text_rows, write_jsonl
+from conftest import named, qa_rows, save_checkpoint, text_rows, write_jsonl
 from test_cli import lark
 from test_verify import rewrite, sketches
 
@@ -444,7 +444,7 @@ with Store.open(sys.argv[1]) as store:
 
 def test_a_killed_ingest_leaves_notes_and_the_next_a_clean_store(store, tmp_path):
     store.source_add("many", write_jsonl(tmp_path / "many.jsonl", text_rows(90, "many")), stage="pretrain")
-    done = subprocess.run([sys.executable, "-c", KILLED, store.path], check=False, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, named(store.path)], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     after = {(severity, what) for severity, what, _ in found(store)}
     assert {("note", "stale run"), ("note", "lock")} <= after

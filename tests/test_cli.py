@@ -18,7 +18,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import typer.main
-from conftest import qa_rows, write_jsonl
+from conftest import named, qa_rows, write_jsonl
 
 from lark_store import Store, study
 from lark_store.cli import app, main
@@ -310,7 +310,7 @@ def run(*command, **environment):
 
 
 def test_a_process_prints_data_alone_and_an_error_without_a_traceback(scored_path):
-    done = run(PROGRAM, "sql", "SELECT count(*) AS n FROM sketches", "-f", "jsonl", LARK_STORE=str(scored_path))
+    done = run(PROGRAM, "sql", "SELECT count(*) AS n FROM sketches", "-f", "jsonl", LARK_STORE=named(scored_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, '{"n":60}\n', "")
     wrong = run(PROGRAM, "show", "--store", "nowhere")
     assert (wrong.returncode, wrong.stdout) == (1, "")
@@ -345,7 +345,7 @@ def wait_for_a_commit(path):
 def interrupt(path):
     """Start an ingest as a process and send it SIGINT after its first commit."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
-    command = [PROGRAM, *INGEST.split(), path]
+    command = [PROGRAM, *INGEST.split(), named(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     wait_for_a_commit(path)

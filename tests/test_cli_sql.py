@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from conftest import named
 from test_cli import PROGRAM, lark, run
 
 from lark_store.query.sql.functions import FUNCTIONS
@@ -93,7 +94,7 @@ def test_a_limit_ends_the_query(scored_path, options, fact):
 
 
 def test_a_call_that_can_not_be_interrupted_ends_with_the_process(scored_path):
-    done = run(PROGRAM, "sql", "select range(100000000)", "--timeout", "0.2", LARK_STORE=str(scored_path))
+    done = run(PROGRAM, "sql", "select range(100000000)", "--timeout", "0.2", LARK_STORE=named(scored_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: the query ran longer than 0.2 s\n\nhint: ask for less, or give it more with `--timeout`\n"
@@ -119,6 +120,6 @@ def test_ctrl_c_ends_with_130(scored_path, monkeypatch):
 
 
 def test_a_slow_query_draws_no_progress_on_stdout(scored_path):
-    done = run(PROGRAM, "sql", ENDLESS, "--timeout", "4", LARK_STORE=str(scored_path))
+    done = run(PROGRAM, "sql", ENDLESS, "--timeout", "4", LARK_STORE=named(scored_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: the query ran longer than 4 s")

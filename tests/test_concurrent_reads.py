@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
-from conftest import text_rows, write_jsonl
+from conftest import copy_store, named, text_rows, write_jsonl
 
 from lark_store import Store
 
@@ -99,14 +98,25 @@ def check(store, way):
 
 
 def test_reads_beside_an_ingest_see_committed_runs_alone(scored_path, tmp_path):
-    path = shutil.copytree(scored_path, tmp_path / "lark.store")
+    path = copy_store(scored_path, tmp_path / "lark.store")
     with Store.open(path) as store:
         store.index_build("small")
         names = [f"harbour-{i}" for i in range(6)]
         for name in names:
             store.source_add(name, write_jsonl(tmp_path / f"{name}.jsonl", text_rows(50, name)), stage="pretrain")
         seen = [check(store, way) for way in WAYS]  # what is asked first takes longer
-        command = [PROGRAM, "ingest", "--store", path, "-c", "base", "--sketcher", "small", "--variant", "chatml"]
+        command = [
+            PROGRAM,
+            "ingest",
+            "--store",
+            named(path),
+            "-c",
+            "base",
+            "--sketcher",
+            "small",
+            "--variant",
+            "chatml",
+        ]
         command += [word for name in names for word in ("-s", name)] + ["--batch-tokens", "64"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as ingest:
             for way in itertools.cycle(WAYS):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 
 import polars as pl
 import pytest
-from conftest import qa_rows, write_jsonl
+from conftest import copy_store, named, qa_rows, write_jsonl
 from polars.testing import assert_frame_equal
 from test_cli import PROGRAM, lark, run
 
@@ -366,7 +365,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize(("arguments", "message"), PROGRAMS, ids=[words[0] + words[1][:20] for words, _ in PROGRAMS])
 def test_the_program_says_nothing_but_its_messages(scored_path, arguments, message):
-    done = run(PROGRAM, *arguments, "--format", "json", LARK_STORE=str(scored_path))
+    done = run(PROGRAM, *arguments, "--format", "json", LARK_STORE=named(scored_path))
     assert done.returncode == (1 if message.startswith("error") else 0), done.stderr
     assert done.stderr.startswith(message)
     assert "leak" not in done.stderr
@@ -379,7 +378,7 @@ def test_the_program_says_nothing_but_its_messages(scored_path, arguments, messa
 
 
 def test_an_answer_does_not_change_the_store(scored_path, tmp_path):
-    path = shutil.copytree(scored_path, tmp_path / "lark.store")
+    path = copy_store(scored_path, tmp_path / "lark.store")
     before = sorted(str(p.relative_to(path)) for p in path.rglob("*"))
     with Store.open(path) as opened:
         opened.sql(f"from {TOP5}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
-from conftest import qa_rows, text_rows, write_jsonl
+from conftest import copy_store, qa_rows, text_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_query import as_dict, brute_force, sketches
@@ -26,7 +24,7 @@ ASK = {"checkpoint": "base", "sketcher": "small"}
 def built_path(scored_path, tmp_path_factory):
     """The scored store with 60 samples more and a measured index."""
     root = tmp_path_factory.mktemp("built")
-    with Store.open(shutil.copytree(scored_path, root / "lark.store")) as made:
+    with Store.open(copy_store(scored_path, root / "lark.store")) as made:
         made.source_add("many", write_jsonl(root / "many.jsonl", qa_rows(60, start=1000)), stage="pretrain")
         made.ingest(["base"], ["many"], ["raw"], sketcher="small")
         made.index_build("small")
@@ -41,7 +39,7 @@ def built(built_path):
 
 @pytest.fixture
 def built_copy(built_path, tmp_path):
-    with Store.open(shutil.copytree(built_path, tmp_path / "built.store")) as opened:
+    with Store.open(copy_store(built_path, tmp_path / "built.store")) as opened:
         yield opened
 
 

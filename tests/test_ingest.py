@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import fill, qa_rows, save_checkpoint, write_jsonl
+from conftest import fill, named, qa_rows, save_checkpoint, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from lark_store import Store
@@ -205,7 +205,7 @@ def test_work_in_progress_elsewhere_is_not_done_twice(store):
 def _end_half_way(path: Path, signal_number: int) -> int:
     """Start an ingest of 400 samples in a process of its own, end it once some are committed; returns its status."""
     command = [PROGRAM, "ingest", "-c", "base", "-s", "many", "--variant", "chatml", "--sketcher", "small"]
-    process = subprocess.Popen([*command, "--store", path], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*command, "--store", named(path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 120
     with Store.open(path) as store:
         while time.monotonic() < deadline and process.poll() is None:

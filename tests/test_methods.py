@@ -8,7 +8,7 @@ import bm25s
 import numpy as np
 import polars as pl
 import pytest
-from conftest import qa_rows, text_rows, write_jsonl
+from conftest import copy_store, qa_rows, text_rows, write_jsonl
 from rank_bm25 import BM25Okapi
 from scipy import stats
 from test_query import as_dict, brute_force, sketches
@@ -29,7 +29,7 @@ LONG = "the night train to the old harbour " * 100
 def uneven(scored_path, tmp_path_factory):
     """The scored store, with one sample, one query and one source that only the second checkpoint has sketched."""
     root = tmp_path_factory.mktemp("uneven")
-    with Store.open(shutil.copytree(scored_path, root / "lark.store")) as made:
+    with Store.open(copy_store(scored_path, root / "lark.store")) as made:
         made.source_add("songs", write_jsonl(root / "new.jsonl", text_rows(7)), stage="pretrain")
         made.source_add("test", write_jsonl(root / "test.jsonl", qa_rows(1, start=700)), stage="query")
         made.source_add("late", write_jsonl(root / "late.jsonl", text_rows(3, "harbour")), stage="pretrain")

@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from conftest import fill, save_checkpoint, write_jsonl
+from conftest import fill, named, save_checkpoint, write_jsonl
 from test_gradients import llama, path_for, sample
 from test_ingest import rows
 
@@ -44,7 +44,7 @@ def test_ingests_that_finish_together_all_commit(tmp_path, checkpoints, texts):
     path = tmp_path / "lark.store"
     with Store.create(path) as made:
         fill(made, checkpoints, texts)
-    common = [PROGRAM, "ingest", "--store", path, "-c", "base", "--sketcher", "small", "--variant", "raw"]
+    common = [PROGRAM, "ingest", "--store", named(path), "-c", "base", "--sketcher", "small", "--variant", "raw"]
     processes = [
         subprocess.Popen([*common, "-s", source], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         for source in ("finetune", "medical", "songs")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import text_rows, write_jsonl
+from conftest import named, text_rows, write_jsonl
 from test_check import BREAKS, LOSSES, change, found, orphan, sketches, small, table
 from test_cli import lark
 from test_ingest import rows
@@ -142,7 +142,7 @@ with Store.open(sys.argv[1]) as store:
 
 def test_a_killed_ingest_is_committed_with_what_it_has_and_goes_on(store, tmp_path):
     store.source_add("many", write_jsonl(tmp_path / "many.jsonl", text_rows(90, "many")), stage="pretrain")
-    done = subprocess.run([sys.executable, "-c", KILLED, store.path], check=False, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, named(store.path)], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     orphan(store, small(store))
     report = store.db_repair()
@@ -175,7 +175,7 @@ with Store.open(sys.argv[1]) as store:
 
 def test_a_repair_that_was_killed_is_done_by_the_next(scored_copy, whole):
     change(scored_copy, "q1", grad_norm=0.0)
-    done = subprocess.run([sys.executable, "-c", REPAIRING, scored_copy.path], check=False, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", REPAIRING, named(scored_copy.path)], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert {what for _, what, _ in found(scored_copy)} == {"count", "scores"}
     assert scored_copy.db_repair().left.is_empty()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
 
 import pytest
-from conftest import text_rows, write_jsonl
+from conftest import copy_store, named, text_rows, write_jsonl
 from sqlalchemy.exc import OperationalError
 from test_cli import lark
 from test_migrations import MIGRATION, NEXT, NOW, execute, next_schema  # noqa: F401  # a fixture
@@ -262,7 +261,7 @@ def test_a_copy_of_the_store_has_its_snapshots(scored_copy, tmp_path):
     scored_copy.snapshot_create("a")
     scored_copy.checkpoint_remove("base")
     scored_copy.close()
-    with Store.open(shutil.copytree(scored_copy.path, tmp_path / "moved"), snapshot="a") as then:
+    with Store.open(copy_store(scored_copy.path, tmp_path / "moved"), snapshot="a") as then:
         found = answers(then)
     assert found == before
 
@@ -291,7 +290,7 @@ with Store.open(sys.argv[1]) as store:
 
 
 def test_snapshots_made_while_scores_are_replaced_are_whole(scored_copy):
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, scored_copy.path])
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, named(scored_copy.path)])
     try:
         for number in range(8):
             scored_copy.snapshot_create(f"s{number}")

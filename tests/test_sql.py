@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+from conftest import copy_store
 
 from lark_store import Store
 from lark_store.cli.sql import sql
@@ -72,7 +72,7 @@ def reader(scored_path):
 
 @pytest.fixture
 def copy(scored_path, tmp_path):
-    with Store.open(shutil.copytree(scored_path, tmp_path / "lark.store")) as opened:
+    with Store.open(copy_store(scored_path, tmp_path / "lark.store")) as opened:
         yield opened
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
-from conftest import text_rows, write_jsonl
+from conftest import copy_store, named, text_rows, write_jsonl
 from sqlalchemy import event
 from test_cli import lark
 from test_ingest import rows
@@ -264,7 +263,7 @@ def test_a_removal_cut_off_at_any_step_leaves_nothing_half_and_is_finished_by_th
     scored_path, tmp_path, monkeypatch, method, arguments
 ):
     def fresh(name):
-        return Store.open(shutil.copytree(scored_path, tmp_path / name))
+        return Store.open(copy_store(scored_path, tmp_path / name))
 
     with fresh("whole") as whole:
         getattr(whole, method)(*arguments)
@@ -319,7 +318,7 @@ with Store.open(sys.argv[1]) as store:
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_removal_killed_is_finished_by_the_command(scored_copy, steps):
-    done = subprocess.run([sys.executable, "-c", KILLED, scored_copy.path, str(steps)], check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, named(scored_copy.path), str(steps)], check=False)
     assert done.returncode == -signal.SIGKILL
     check_whole(scored_copy)
     assert count(scored_copy, "sketches", "source = 'songs'") == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import copy_store, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_query import as_dict, brute_force, sketches
@@ -57,7 +56,7 @@ def notes() -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def library(scored_path, tmp_path_factory):
     root = tmp_path_factory.mktemp("library")
-    with Store.open(shutil.copytree(scored_path, root / "lark.store")) as made:
+    with Store.open(copy_store(scored_path, root / "lark.store")) as made:
         made.source_add("papers", write_jsonl(root / "papers.jsonl", papers()), stage="pretrain", domain="science")
         made.source_add("notes", write_jsonl(root / "notes.jsonl", notes()), stage="finetune")
         made.ingest(["base"], ["papers", "notes"], ["raw", "chatml"], sketcher="small")

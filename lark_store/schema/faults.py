@@ -9,6 +9,8 @@ import errno
 import re
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import DBAPIError
+
 from lark_store.errors import LarkStoreError, StoreBusyError, StoreError, masked
 
 if TYPE_CHECKING:
@@ -24,6 +26,21 @@ _DENIED = re.compile(
 )
 _HELD = re.compile(r"database (table )?is locked", re.IGNORECASE)
 _DAMAGED = re.compile(r"database disk image is malformed|file is not a database", re.IGNORECASE)
+_SERVER = re.compile(
+    r"server closed the connection|terminating connection|remaining connection slots|the database system is"
+    r"|connection (failed|is lost|is closed|refused|timed out|to server)|could not translate host",
+    re.IGNORECASE,
+)
+_BUCKET = re.compile(
+    r'generic (s3|gcs|microsoftazure) error|store: "(s3|gcs|microsoftazure)"|failed to get aws cred', re.IGNORECASE
+)
+_BUCKET_SAYS = {
+    r"nosuchbucket": "there is no such bucket",
+    r"credential|accessdenied|access denied|invalidaccesskey|signaturedoesnotmatch|forbidden|401|403": (
+        "the keys are missing or wrong"
+    ),
+    r"connect|sending request|timed? ?out|dns": "the server does not answer",
+}
 _OPEN = re.compile(r"too many open files", re.IGNORECASE)
 _AFTER = "what was committed is kept; run the command again to go on"
 
@@ -39,7 +56,7 @@ def fault_of(error: BaseException) -> LarkStoreError | None:
     if isinstance(error, LarkStoreError):
         return error
     for one in _chain(error):
-        found = _fault(one)
+        found = _fault_of_server(one) or _fault(one)
         if found is not None:
             return found
     return None
@@ -80,4 +97,20 @@ def _fault(error: BaseException) -> LarkStoreError | None:
         return StoreError(
             "the catalog is damaged: it is no whole SQLite file any more", "restore the store from a backup"
         )
+    return None
+
+
+def _fault_of_server(error: BaseException) -> LarkStoreError | None:
+    """Return what is wrong with a bucket, or with PostgreSQL."""
+    text = str(error)
+    if _BUCKET.search(text):
+        why = (said for pattern, said in _BUCKET_SAYS.items() if re.search(pattern, text, re.IGNORECASE))
+        what = next(why, " ".join(text.split())[:200])
+        return StoreError(
+            f"the bucket of the vectors can't be used: {what}",
+            f"check AWS_ENDPOINT_URL, AWS_REGION and the keys (docs/deploy.md); {_AFTER}",
+        )
+    if isinstance(error, DBAPIError) and _SERVER.search(text):
+        said = " ".join(str(error.orig).split())
+        return StoreError(f"the catalog can't be reached: {said}", f"is PostgreSQL running? {_AFTER}")
     return None

@@ -77,7 +77,7 @@ class CatalogServer:
     @property
     def label(self) -> str:
         """The URL without its password."""
-        return self.url.set(drivername="postgresql", password=None).render_as_string()
+        return self.url._replace(drivername="postgresql", password=None).render_as_string()
 
     def engine(self) -> Engine:
         """Return an engine with a pool of connections."""

@@ -246,7 +246,9 @@ class VectorStore:
         connection = self.connection  # a folder that may not be read is another fault
         try:
             connection.open_table(name)
-        except (ValueError, FileNotFoundError):
+        except (ValueError, FileNotFoundError) as error:
+            if "not found" not in str(error).lower():  # a server that does not answer is no table that is missing
+                raise
             return False
         return True
 

@@ -43,7 +43,8 @@ class LarkStoreCallback(TrainerCallback):  # type: ignore[misc]
     Parameters
     ----------
     store
-        The store's folder (default: `LARK_STORE` or `./lark.store`); it is there before the training starts.
+        The store, a folder or `postgresql://…` (default: `LARK_STORE` or `./lark.store`); it is there before the
+        training starts.
     prefix
         What the checkpoints' names begin with, to tell this training from others in the store.
     model
@@ -77,7 +78,7 @@ class LarkStoreCallback(TrainerCallback):  # type: ignore[misc]
         self._store = store
         if os.environ.get("RANK", "0") == "0":  # the other processes, maybe on other machines, never use the store
             with Store.open(store) as opened:
-                self._store = opened.path.absolute()
+                self._store = store if opened.place.startswith("postgresql:") else opened.path.absolute()
         self._learning_rate: Any = None
         self._added: dict[int, str] = {}
         self._best: int | None = None

@@ -27,6 +27,7 @@ def beside(path):
     return sorted(p.name for p in path.parent.iterdir())
 
 
+@pytest.mark.folder
 def test_a_backup_is_a_store_that_answers_the_same_and_goes_on(scored_copy, tmp_path):
     before = answers(scored_copy)
     info = scored_copy.db_backup(tmp_path / "backup")
@@ -50,6 +51,7 @@ def test_a_backup_is_a_store_that_answers_the_same_and_goes_on(scored_copy, tmp_
         assert answers(store) == before
 
 
+@pytest.mark.folder
 def test_a_backup_has_what_the_newest_version_needs_and_no_more(scored_copy, tmp_path):
     scored_copy.source_remove("medical")
     info = scored_copy.db_backup(tmp_path / "backup")
@@ -151,6 +153,7 @@ def test_rows_are_copied_as_they_were_when_the_catalog_was(scored_copy, tmp_path
 # --- whole or not at all -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.folder
 def test_what_is_there_is_never_written_over(scored_copy, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(StoreExistsError, match="there is something at"):
@@ -213,6 +216,7 @@ else:
 
 
 @pytest.mark.parametrize("what", ["backup", "restore"])
+@pytest.mark.folder
 def test_a_killed_backup_or_restore_is_none(scored_copy, tmp_path, what):
     source = scored_copy.path
     if what == "restore":
@@ -270,6 +274,7 @@ def test_a_record_that_names_files_elsewhere_is_refused(scored_copy, tmp_path):
             Store.db_restore(backup, to=tmp_path / "restored")
 
 
+@pytest.mark.folder
 def test_a_backup_of_a_store_with_lost_files_is_refused(scored_copy, tmp_path):
     for path in (scored_copy.path / "vectors" / "samples.lance" / "data").iterdir():
         path.unlink()
@@ -286,6 +291,7 @@ def test_nothing_is_cleaned_up_while_a_backup_is_made(scored_copy, tmp_path):
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.folder
 def test_the_commands_back_up_and_restore(scored_copy, tmp_path):
     made = lark("db backup", tmp_path / "backup", store=scored_copy.path)
     assert (made.code, made.out) == (0, "")

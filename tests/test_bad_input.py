@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import qa_rows, save_tokenizer, text_rows, write_jsonl
+from conftest import named, qa_rows, save_tokenizer, text_rows, write_jsonl
 from test_cli import lark
 
 from lark_store import Store
@@ -398,6 +398,7 @@ IN_STEPS = {"attribute", "sample remove"}  # what is committed step by step
 
 @pytest.mark.parametrize("left", [0, 60_000])
 @pytest.mark.parametrize("what", FULL)
+@pytest.mark.folder
 def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(small_disk, what, left):
     store, big = small_disk
     before = store.sql(COUNTS).row(0)
@@ -424,6 +425,7 @@ def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(small_disk,
         store.snapshot_remove("full")
 
 
+@pytest.mark.folder
 def test_after_a_full_disk_an_ingest_goes_on_where_it_stopped(small_disk):
     store, _ = small_disk
     with contextlib.suppress(StoreError):
@@ -470,6 +472,7 @@ def open_to_all(scored_path):
         yield Path(root)
 
 
+@pytest.mark.folder
 def test_a_store_of_somebody_else_is_refused_with_the_reason(open_to_all):
     code, out, err = as_nobody("show", open_to_all / "lark.store", open_to_all)
     assert (code, out) == (1, "")
@@ -479,6 +482,7 @@ def test_a_store_of_somebody_else_is_refused_with_the_reason(open_to_all):
     assert as_nobody("show", open_to_all / "lark.store", open_to_all)[2] == err
 
 
+@pytest.mark.folder
 def test_parts_of_a_store_without_permission_are_one_error(open_to_all):
     for path in [open_to_all / "lark.store", *(open_to_all / "lark.store").rglob("*")]:
         os.chown(path, 65534, 65534)
@@ -592,7 +596,7 @@ def started(*words, store):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"LARK_STORE": str(store)},
+        env=os.environ | {"LARK_STORE": named(store)},
     )
     signal.signal(signal.SIGINT, *before)
     return process

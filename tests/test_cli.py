@@ -233,6 +233,7 @@ def test_show_names_every_kind_in_every_format(scored, form):
     assert [kind for kind in scored.show().frames() if mark.format(kind) not in result.out] == []
 
 
+@pytest.mark.folder
 def test_the_store_is_the_option_else_the_environment_else_the_default(scored, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert lark("db status").err.startswith("error: there is no lark-store at `lark.store`\n")
@@ -284,6 +285,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("line", "fact", "hint"), ERRORS)
+@pytest.mark.folder
 def test_an_error_is_a_fact_and_a_hint_on_stderr_alone(scored_path, checkpoints, tmp_path, line, fact, hint):
     (tmp_path / "latin.jinja").write_bytes(b"{{ text }} \xe9")
     names = {"folder": tmp_path, "store": scored_path, "base": checkpoints["base"]}

@@ -21,6 +21,7 @@ def values(report, section="store"):
     return dict(report.filter(section=section).select("name", "value").rows())
 
 
+@pytest.mark.folder
 def test_it_tells_versions_machine_devices_environment_and_store(scored, monkeypatch):
     monkeypatch.setenv("LARK_STORE", "somewhere")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -64,6 +65,7 @@ def test_it_works_where_there_is_no_store(tmp_path):
     ],
     ids=["a catalog that is none", "no catalog", "a table that can't be opened", "no vectors"],
 )
+@pytest.mark.folder
 def test_it_works_where_the_store_is_broken(scored_copy, break_it):
     scored_copy.close()
     break_it(scored_copy.path)

@@ -87,6 +87,7 @@ class SketchWriter:
         What is being written is let go of first: a write that breaks off may still land, so it is never tried again
         here. The next ingest finds what is missing.
         """
+        self.db.location.locks.ensure()
         rows, vectors, failed = self._rows, self._vectors, self._failed
         self._rows, self._vectors, self._failed = [], [], []
         self._last_commit = time.monotonic()

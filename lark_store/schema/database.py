@@ -7,9 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sqlalchemy import event, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from lark_store.errors import NameTakenError, NameUnknownError, StoreError
+from lark_store.errors import NameTakenError, NameUnknownError, StoreBusyError, StoreError
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Named, Sketcher, Source, Study
 from lark_store.schema.names import check_name
 from lark_store.schema.vectors import VectorStore
@@ -79,10 +80,15 @@ class Database:
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Open a transaction on the catalog: committed at the end, rolled back on an error."""
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
-            if self.snapshot is not None:
-                event.listen(session, "before_flush", partial(read_only, self.snapshot.name))
-            yield session
+        try:
+            with Session(self.engine, expire_on_commit=False) as session, session.begin():
+                if self.snapshot is not None:
+                    event.listen(session, "before_flush", partial(read_only, self.snapshot.name))
+                yield session
+        except IntegrityError as error:  # what was looked up first is there since
+            raise StoreBusyError(
+                "another process changed the same in the catalog at the same time", "run the command again"
+            ) from error
 
 
 def find(session: Session, kind: type[N], name: str) -> N:

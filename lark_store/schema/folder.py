@@ -245,6 +245,9 @@ class FileLocks:
         self.folder.mkdir(exist_ok=True)
         return FileLock(self.folder / f"{name}.lock")
 
+    def ensure(self) -> None:
+        """Do nothing: the system takes no lock of a file away."""
+
     def _note(self, key: str) -> Path:
         return self.folder / f"{key}.json"
 

@@ -80,6 +80,9 @@ class Locks(Protocol):
     def lock(self, name: str) -> Lock:
         """Return the lock of this name, not taken yet."""
 
+    def ensure(self) -> None:
+        """Make sure that what this process holds is still its own; raises StoreBusyError."""
+
     def write(self, key: str, note: dict[str, Any]) -> None:
         """Put a note beside a lock."""
 

@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,7 @@ class CatalogServer:
 
     def engine(self) -> Engine:
         """Return an engine with a pool of connections."""
-        return create_engine(self.url, connect_args=_CONNECTION)
+        return create_engine(self.url, connect_args=_CONNECTION, pool_pre_ping=True)
 
     def open(self) -> Connection:
         """Open a connection of its own, each statement committed.
@@ -204,8 +204,8 @@ _KEY = "hashtextextended(current_schema() || '/' || :name, 0)"
 class ServerLock:
     """An advisory lock, held by a connection of its own."""
 
-    def __init__(self, catalog: CatalogServer, name: str) -> None:
-        self._catalog, self._name = catalog, name
+    def __init__(self, catalog: CatalogServer, name: str, held: set[ServerLock]) -> None:
+        self._catalog, self._name, self._held = catalog, name, held
         self._connection: Connection | None = None
 
     @property
@@ -224,12 +224,25 @@ class ServerLock:
                 time.sleep(_POLL_S)
             stack.pop_all()  # it stays open
         self._connection = connection
+        self._held.add(self)
 
     def release(self) -> None:
         """Let it go: it ends with its connection."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+            self._held.discard(self)
+
+    def ensure(self) -> None:
+        """Make sure that it is still held; raises StoreBusyError."""
+        try:
+            assert self._connection is not None
+            self._connection.scalar(text("SELECT 1"))
+        except DBAPIError as error:
+            raise StoreBusyError(
+                "the connection that held this work's lock is gone: was PostgreSQL restarted?",
+                "what was committed is kept; run the command again to go on",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -237,10 +250,21 @@ class ServerLocks:
     """Advisory locks of a catalog's database; the notes are rows of `work`."""
 
     catalog: CatalogServer
+    held: set[ServerLock] = field(default_factory=set)
 
     def lock(self, name: str) -> ServerLock:
         """Return an advisory lock, not taken yet."""
-        return ServerLock(self.catalog, name)
+        return ServerLock(self.catalog, name, self.held)
+
+    def ensure(self) -> None:
+        """Make sure that each lock that this process holds is still its own.
+
+        Raises
+        ------
+        StoreBusyError
+        """
+        for lock in list(self.held):
+            lock.ensure()
 
     def write(self, key: str, note: dict[str, Any]) -> None:
         """Write a note."""

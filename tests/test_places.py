@@ -1,0 +1,280 @@
+"""A catalog in PostgreSQL, vectors in S3 or another folder: made, opened, upgraded, moved, and what goes wrong there.
+
+That the store works there as in a folder, `pytest --place cluster` shows with the tests of the store themselves.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from cluster import BUCKET
+from conftest import copy_store, qa_rows, text_rows, write_jsonl
+from test_cli import PROGRAM, lark, run
+from test_migrations import FAILING, MIGRATION, NEXT, NOW, next_schema  # noqa: F401  # a fixture
+
+from lark_store import Store
+from lark_store.errors import NotAStoreError, OlderSchemaError, StoreBusyError, StoreError, StoreExistsError
+from lark_store.schema.catalog import Base
+from lark_store.schema.location import VERSION_TABLE, Location
+from lark_store.schema.locks import maintenance, working
+
+QUESTIONS = {
+    "scores": "select * exclude (score_run) from source_influence order by all",
+    "samples": "select * from samples order by all",
+    "sketches": "select checkpoint, source, variant, sample_id, loss, grad_norm from sketches order by all",
+    "runs": "select status, count(*) from ingest_runs group by all order by all",
+}
+
+
+def answers(store):
+    return {name: store.sql(question).rows() for name, question in QUESTIONS.items()}
+
+
+@pytest.fixture
+def place(server, tmp_path):
+    """The URL of a catalog that is not there yet, and where its vectors go."""
+    return server.place(tmp_path), server.vectors(tmp_path)
+
+
+@pytest.fixture
+def made(place):
+    """A fresh store in PostgreSQL and S3."""
+    with Store.create(place[0], vectors=place[1]) as store:
+        yield store
+
+
+@pytest.fixture
+def backup(scored_path, tmp_path):
+    """A backup of the scored store with a snapshot in it that has other answers; and both answers."""
+    with Store.open(copy_store(scored_path, tmp_path / "source")) as store:
+        store.snapshot_create("before")
+        then = answers(store)
+        store.sample_remove("songs", ["sea-1"])
+        store.attribute(["base", "epoch-1"], queries="test", sketcher="small")
+        return store.db_backup(tmp_path / "backup").path, answers(store), then
+
+
+# --- made and moved ------------------------------------------------------------------------------------------------
+
+
+def test_the_migrations_build_the_schema_of_the_models(made):
+    options = {"compare_type": True, "compare_server_default": True, "version_table": VERSION_TABLE}
+    with made._db.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, Base.metadata) == []
+
+
+@pytest.mark.parametrize("kind", ["postgres and s3", "postgres and a folder", "sqlite and s3", "sqlite and a folder"])
+def test_a_store_moves_with_its_snapshots_and_works_there(backup, place, tmp_path, kind):
+    source, now, then = backup
+    to = place[0] if "postgres" in kind else str(tmp_path / "there")
+    vectors = place[1] if "s3" in kind else str(tmp_path / "vectors")
+    Store.db_restore(source, to=to, vectors=vectors)
+    with Store.open(to) as store:
+        assert answers(store) == now
+        store.source_add("more", write_jsonl(tmp_path / "m.jsonl", text_rows(3, "more")), stage="pretrain")
+        assert store.ingest(["base"], ["more"], ["raw"], sketcher="small").units["n_sketched"].item() == 3
+        store.sample_remove("more", ["more-1"])
+        assert store.db_optimize(keep_versions_days=0)["table"][0] == "failures"
+        assert store.db_check().is_empty()
+        again = store.db_backup(tmp_path / "again").path
+        expected = answers(store)
+        with Store.open(to, snapshot="before") as old:
+            assert answers(old) == then
+    Store.db_restore(again, to=tmp_path / "back")
+    with Store.open(tmp_path / "back") as store:
+        assert answers(store) == expected
+        assert store.db_check().is_empty()
+    with Store.open(tmp_path / "back", snapshot="before") as old:
+        assert answers(old) == then
+
+
+def test_the_program_works_there_and_prints_no_password(server, tmp_path):
+    url, vectors = server.place(tmp_path).replace("postgres:@", "postgres:hunter2@"), server.vectors(tmp_path)
+    texts = write_jsonl(tmp_path / "texts.jsonl", qa_rows(3))
+    said = [
+        run(PROGRAM, "init", "--vectors", vectors, LARK_STORE=url),
+        run(PROGRAM, "source", "add", "train", str(texts), "--stage", "finetune", LARK_STORE=url),
+        run(PROGRAM, "show", "-f", "json", LARK_STORE=url),
+        run(PROGRAM, "doctor", LARK_STORE=url),
+        run(PROGRAM, "snapshot", "create", "one", LARK_STORE=url),
+        run(PROGRAM, "db", "check", LARK_STORE=url),
+    ]
+    assert [done.returncode for done in said] == [0] * len(said)
+    assert "made the store `postgresql://***@/postgres" in said[0].stderr or "postgresql://postgres@" in said[0].stderr
+    assert all("hunter2" not in done.stdout + done.stderr for done in said)
+    with Store.open(url) as store:
+        assert "hunter2" not in repr(store) + store.place
+        with pytest.raises(StoreError, match="has no folder"):
+            _ = store.path
+        with store._db.location.catalog.open() as connection:
+            for table in Base.metadata.tables:
+                assert "hunter2" not in str(connection.exec_driver_sql(f"SELECT * FROM {table}").all())
+
+
+def test_what_is_there_is_never_written_over(made, place, server, tmp_path):
+    with pytest.raises(StoreExistsError, match="there is a store at"):
+        Store.create(place[0], vectors=place[1] + "-2")
+    other = server.place(tmp_path / "other")
+    with pytest.raises(StoreExistsError, match=f"there is something at `s3://{BUCKET}"):
+        Store.create(other, vectors=place[1])
+    with psycopg.connect(other, autocommit=True) as connection:
+        connection.execute("CREATE TABLE source (theirs text)")
+    with pytest.raises(StoreExistsError, match="a table `source` of another program"):
+        Store.create(other, vectors=place[1] + "-2")
+    assert made.show().sources.is_empty()
+
+
+def test_a_store_that_fails_to_be_made_leaves_nothing(place, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lark_store.migrations.build", full)
+        with pytest.raises(StoreError, match="no space left"):
+            Store.create(place[0], vectors=place[1])
+    Store.create(place[0], vectors=place[1]).close()
+
+
+# --- upgrades ------------------------------------------------------------------------------------------------------
+
+
+def test_an_upgrade_keeps_the_tables_as_they_were_and_upgrades_the_snapshots(made, place, next_schema):  # noqa: F811
+    made.sketcher_add("small", k=256)
+    made.snapshot_create("a")
+    made.close()
+    next_schema(MIGRATION)
+    with pytest.raises(OlderSchemaError, match=f"has schema {NOW}; this lark-store needs {NEXT}"):
+        Store.open(place[0])
+    kept = Store.db_upgrade(place[0])
+    assert Store.db_upgrade(place[0]) is None
+    with psycopg.connect(place[0]) as connection:
+        tables = {name: f'"{kept.removeprefix("schema ")}".{name}' for name in ("sketcher", VERSION_TABLE)}
+        assert connection.execute(f"SELECT name FROM {tables['sketcher']} ORDER BY id").fetchall()[-1] == ("small",)
+        assert connection.execute(f"SELECT version_num FROM {tables[VERSION_TABLE]}").fetchall() == [(NOW,)]
+        assert connection.execute("SELECT note FROM source").fetchall() == []
+    with Location.of(place[0]).snapshots.catalog("a") as catalog:
+        assert catalog.schema() == NEXT
+
+
+@pytest.mark.usefixtures("made")
+def test_an_upgrade_that_fails_half_way_changes_nothing(place, next_schema):  # noqa: F811
+    def tables():
+        query = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = current_schema()"
+        with psycopg.connect(place[0]) as connection:
+            return connection.execute(query).fetchall()
+
+    before = tables()
+    next_schema(FAILING)
+    with pytest.raises(Exception, match="no_such_table"):
+        Store.db_upgrade(place[0])
+    assert tables() == before
+    assert Location.of(place[0]).catalog.schema() == NOW
+
+
+def test_what_is_no_store_is_said(server, tmp_path):
+    with pytest.raises(NotAStoreError, match="there is no lark-store at `postgresql://") as caught:
+        Store.open(server.place(tmp_path))
+    assert "--vectors" in caught.value.hint
+
+
+# --- locks ---------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from lark_store.schema.location import Location
+from lark_store.schema.locks import working
+with working(Location.of(sys.argv[1]), "unit", "ingesting songs", {"source": ["songs"]}):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_ends_with_its_process_and_the_note_that_is_left_is_mended(made, place):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, place[0]], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        location = made._db.location
+        with pytest.raises(StoreBusyError, match="another process is ingesting songs"), working(location, "unit", "x"):
+            pass
+        with pytest.raises(StoreBusyError, match="the store is in use: another process is ingesting songs"):
+            made.db_repair()
+        holder.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while made.db_check().is_empty() and time.monotonic() < deadline:  # the server finds out
+        time.sleep(0.1)
+    assert made.db_check().select("severity", "what").rows() == [("note", "lock")]
+    made.db_repair()
+    assert made.db_check().is_empty()
+
+
+def test_one_maintenance_at_a_time(made, place):
+    with maintenance(Location.of(place[0])), pytest.raises(StoreBusyError, match="another process is removing"):
+        made.db_optimize()
+
+
+def test_work_whose_lock_was_lost_writes_nothing_more(made, place, checkpoints, tmp_path, monkeypatch):
+    made.checkpoint_add("base", checkpoints["base"])
+    made.source_add("songs", write_jsonl(tmp_path / "songs.jsonl", text_rows(5)), stage="pretrain")
+    made.sketcher_add("small", k=256)
+    ensure = type(made._db.location.locks).ensure
+
+    def lose(locks):
+        with psycopg.connect(place[0], autocommit=True) as connection:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+        ensure(locks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made._db.location.locks), "ensure", lose)
+        with pytest.raises(StoreError, match=r"lock is gone|can't be reached"):
+            made.ingest(["base"], ["songs"], ["raw"], sketcher="small")
+    made.close()
+    with Store.open(place[0]) as store:
+        assert store.sql("select count(*) from sketches").item() == 0
+        assert store.ingest(["base"], ["songs"], ["raw"], sketcher="small").units["n_sketched"].item() == 5
+        assert store.db_check().is_empty()
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("store", "vectors", "fact"),
+    [
+        ("{url}", None, "it is not said where"),
+        ("{url}", "s3://nobody-has-this/x", "there is no such bucket"),
+        ("{url}", "s3://key:secret@lab/x", "says more than a bucket and a path"),
+        ("{url}", "ftp://lab/x", "vectors can't be at `ftp://lab/x`"),
+        ("postgresql://127.0.0.1:9/x", "s3://lab/x", "can't be reached"),
+        ("{database}&options=-csearch_path%3Dnowhere", "s3://lab/x", "has no such schema"),
+        ("postgresql:///x?password=secret", "s3://lab/x", "a password does not belong into a URL"),
+        ("mysql://lab/x", "s3://lab/x", "a store's catalog can't be at `mysql://lab/x`"),
+        ("s3://lab/x", None, "a store's catalog can't be at `s3://lab/x`"),
+        ("postgresql://[", "s3://lab/x", "is no URL of a database"),
+    ],
+)
+def test_a_wrong_place_is_said_and_nothing_is_made(server, tmp_path, store, vectors, fact):
+    url = server.place(tmp_path)
+    at = store.format(url=url, database=server.database)
+    done = lark("init" + (f" --vectors {vectors}" if vectors else ""), store=at)
+    assert done.code == 1
+    assert fact in done.err
+    assert "\n\nhint: " in done.err
+    assert "secret" not in done.err
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT * FROM pg_tables WHERE schemaname = current_schema()").fetchall() == []
+
+
+def test_a_bucket_that_does_not_answer_is_said(made, place):
+    made.close()
+    for words in (["show"], ["sql", "select * from samples"], ["db", "check"]):
+        done = run(PROGRAM, *words, LARK_STORE=place[0], AWS_ENDPOINT_URL="http://127.0.0.1:9")
+        assert done.returncode == 1
+        assert "error: the bucket of the vectors can't be used: the server does not answer\n\nhint: " in done.stderr
+        assert "Traceback" not in done.stderr

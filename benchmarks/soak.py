@@ -1,4 +1,4 @@
-"""An hour of work on one store: what grows that should not?
+"""Work on one store for an hour, and tell what grows that should not.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py OUT --minutes 60
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 HELD, SHARE, QUERIES = 512, 8, 16  # samples that are held, that come and go in a round, queries
 SKETCHER, CHECKPOINT = "tiny", "base"
 WARM = 0.2  # the share of the time that no figure is fitted to
-WORDS = "is the kidney affected by this disease a song about the sea and the night train to the old harbour".split()
+TEXT = "is the kidney affected by this disease a song about the sea and the night train to the old harbour"
+WORDS = TEXT.split()
 COLUMNS = ("minute", "round", "rss", "reader", "fds", "reader fds", "files", "MB", "catalog MB", "top", "top CPU")
 
 
@@ -84,7 +85,7 @@ class Soak:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = self.home / "model"
-        save_tokenizer(model, [" ".join(WORDS)], 300)
+        save_tokenizer(model, [TEXT], 300)
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = LlamaConfig(vocab_size=300, max_position_embeddings=128, tie_word_embeddings=True, **shape)
         LlamaForCausalLM(config).save_pretrained(model)
@@ -140,7 +141,7 @@ class Soak:
             other.show()
 
     def _visit(self) -> None:
-        """A source comes and goes, each time under another name."""
+        """Let a source come and go, each time under another name."""
         name = f"visitor-{self.round}"
         self._add(name, SHARE, "query")
         self._ingest(name)
@@ -148,7 +149,7 @@ class Soak:
         self.store.source_remove(name)
 
     def _snapshot(self) -> None:
-        """A snapshot is made, read and removed."""
+        """Make a snapshot, read it and remove it."""
         self.store.snapshot_create("now")
         with Store.open(self.store.path, snapshot="now") as then:
             then.sql("SELECT count(*) FROM influence")
@@ -189,7 +190,7 @@ def soak(home: Path, minutes: float) -> bool:
     run.work()  # both have something to read
     stop = home / "stop"
     command = [sys.executable, __file__, str(run.store.path), "--reader", str(stop)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:  # noqa: S603
         samples = list(watch(run, psutil.Process(reader.pid)))
         stop.touch()
         said, _ = reader.communicate(timeout=120)

@@ -14,7 +14,8 @@ from test_upkeep import everything
 
 from lark_store import Store
 from lark_store.errors import InputError, StoreBusyError
-from lark_store.schema import retry
+from lark_store.schema import retry, vectors
+from lark_store.schema.catalog import ScoreRun
 from lark_store.schema.vectors import VectorStore, sketch_rows, where
 from lark_store.upkeep import optimize as compaction
 
@@ -178,3 +179,66 @@ def test_status_tells_what_is_on_the_disk(scored_copy):
     samples = tables.row(by_predicate=pl.col("table") == "samples", named=True)
     assert samples["files"] == len(list((scored_copy.path / "vectors" / "samples.lance" / "data").iterdir()))
     assert samples["versions"] == len(scored_copy._db.vectors.table("samples").to_lance().versions())
+
+
+def test_runs_of_which_nothing_is_left_are_forgotten_and_their_numbers_are_not_used_again(scored_copy):
+    def runs(kind, **equal):
+        return set(scored_copy.sql(f"SELECT * FROM {kind}s").filter(**equal)[kind].to_list())
+
+    scored_copy.sample_remove("songs", ["sea-0"])
+    scored_copy.attribute(["base", "epoch-1"], queries="test", sketcher="small")
+    scored_copy.sample_remove("songs", [f"sea-{i}" for i in range(1, 5)])  # nothing of these ingests is left
+    before, answered = everything(scored_copy), runs("score_run", status="done")
+    superseded, emptied = runs("score_run", status="superseded"), runs("ingest_run", source="songs")
+    assert len(superseded) == 8
+    assert len(emptied) == 4
+    last = max(superseded | answered)
+    scored_copy.db_optimize()
+    assert runs("score_run", status="superseded") == superseded  # seven days have not passed
+    scored_copy.db_optimize(keep_versions_days=0)
+    assert runs("score_run") == answered | {last}
+    assert runs("ingest_run", source="songs") == {max(emptied)}  # the newest of all
+    kept = {name: rows for name, rows in everything(scored_copy).items() if name not in {"score_runs", "ingest_runs"}}
+    assert kept == {name: rows for name, rows in before.items() if name in kept}
+    assert scored_copy.db_check().is_empty()
+    done = scored_copy.attribute(["base"], queries="test", sketcher="small", hits=3)
+    assert done["score_run"].min() > last
+
+
+def test_a_superseded_run_that_still_has_rows_is_not_forgotten(scored_copy):
+    """A scoring that was killed before it cleared what it replaced: a repair, or the next removal, does that."""
+    with scored_copy._db.session() as session:
+        run = session.get_one(ScoreRun, 1)
+        run.status = "superseded"
+    scored_copy.db_optimize(keep_versions_days=0)
+    found = scored_copy.db_check()
+    assert found["what"].to_list() == ["orphan rows", "orphan rows"]
+    assert set(found["severity"]) == {"warning"}  # not `no score run has their number`
+    scored_copy.db_repair()
+    scored_copy.db_optimize(keep_versions_days=0)
+    assert 1 not in scored_copy.sql("SELECT score_run FROM score_runs")["score_run"].to_list()
+    assert scored_copy.db_check().is_empty()
+
+
+def test_what_an_open_store_keeps_in_memory_is_bounded_however_much_is_written(store, monkeypatch):
+    import lancedb
+
+    made, session = [], lancedb.Session
+    monkeypatch.setattr(vectors, "_CACHES", {"index_cache_size_bytes": 60_000, "metadata_cache_size_bytes": 60_000})
+    monkeypatch.setattr(lancedb, "Session", lambda **sizes: made.append(session(**sizes)) or made[0])
+    with Store.open(store.path) as other:
+        for i in range(60):
+            table = other._db.vectors.sketches("feedfacefeedface", k=256, dtype="float16")
+            other._db.vectors.append(table, wide(table, i * 4, 4))
+            table.count_rows(where(row_key=str(i)))
+    assert len(made) == 1
+    assert 0 < made[0].size_bytes <= 120_000
+
+
+def test_work_leaves_no_lock_file_of_its_name(scored_copy, tmp_path):
+    scored_copy.source_add("more", write_jsonl(tmp_path / "more.jsonl", text_rows(2)), stage="pretrain")
+    scored_copy.ingest(["base"], ["more"], ["raw"], sketcher="small")
+    scored_copy.attribute(["base"], queries="test", sketcher="small")
+    scored_copy.source_remove("more")
+    left = {path.name for path in (scored_copy.path / "locks").iterdir()}
+    assert left == {"gate.lock", "maintenance.lock"}

@@ -107,8 +107,10 @@ def _upgrade(catalog: Catalog, found: str) -> Path | str | None:
     try:
         _check(found, catalog.label)
     except OlderSchemaError:
-        backup = catalog.keep(found)
         with catalog.migrating() as connection:
+            if catalog.schema() != found:  # another process was first: the backup is its, of the old catalog
+                return None
+            backup = catalog.keep(found)
             build(connection)
         return backup
     return None

@@ -82,7 +82,7 @@ class Work:
     def release(self) -> None:
         """End; harmless where it was not begun."""
         if self._lock.is_locked:
-            self.location.locks.remove(self.key)
+            self.location.locks.remove(self.key, lock=True)  # else each name ever used would leave a file
             self._lock.release()
 
 
@@ -103,7 +103,6 @@ def scoring(location: Location) -> Iterator[None]:
     key = f"score-{uuid4().hex}"
     with working(location, key, "scoring"):
         yield
-    location.locks.remove(key, lock=True)  # no other process has this key
 
 
 @contextmanager
@@ -132,7 +131,7 @@ def removing(location: Location, kind: str, name: str) -> Iterator[None]:
         for key in location.locks.notes():
             work = _alive(location, key)
             if work is None:
-                location.locks.remove(key)  # what wrote it has ended, or was killed
+                location.locks.remove(key, lock=True)  # what wrote it has ended, or was killed
             elif work["touches"] is None or name in work["touches"].get(kind, []):
                 raise StoreBusyError(
                     f"{kind} `{name}` is in use: another process is {work['doing']}",

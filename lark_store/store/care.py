@@ -66,9 +66,10 @@ class Care(Part):
     def db_optimize(self, *, keep_versions_days: float = 7.0, on_progress: OnProgress | None = None) -> pl.DataFrame:
         """Make small files into large ones, bring the indices up to date, and let old versions of the tables go.
 
-        Versions older than `keep_versions_days` go, those of snapshots never. Others may read and write meanwhile; with
-        0 days a reader that began before may find its version gone, and has to ask again. Returns a row per table:
-        rows, files and bytes before and after, seconds.
+        Versions older than `keep_versions_days` go, those of snapshots never; so do, from the catalog, runs that ended
+        before that and of which nothing is left: superseded scores, ingests whose sketches were all removed. Others
+        may read and write meanwhile; with 0 days a reader that began before may find its version gone, and has to ask
+        again. Returns a row per table: rows, files and bytes before and after, seconds.
 
         Raises
         ------

@@ -178,7 +178,7 @@ def check_locks(at: Moment) -> Iterator[Finding]:
 
     def act(_db: Database) -> None:
         for key in keys:
-            at.location.locks.remove(key, lock=key.startswith("score-"))  # that key is no other process's
+            at.location.locks.remove(key, lock=True)
 
     keys = at.pause.leftovers
     if keys:

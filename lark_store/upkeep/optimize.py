@@ -17,6 +17,7 @@ from lark_store.schema.locks import maintenance
 from lark_store.schema.records import OnProgress, Progress
 from lark_store.schema.retry import retried
 from lark_store.schema.vectors import ROWS_PER_BATCH, SKETCH_PREFIX
+from lark_store.upkeep.history import forget_runs
 from lark_store.upkeep.status import files_in, n_files
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def optimize(db: Database, keep_versions_days: float, on_progress: OnProgress | 
             if on_progress:
                 on_progress(Progress("optimizing", number, len(names)))
             rows.append(_optimize(db, name, age))
+        forget_runs(db, age)
         if on_progress:
             on_progress(Progress("optimizing", len(names), len(names)))
     return pl.DataFrame(rows, schema=REPORT, orient="row")

@@ -19,6 +19,7 @@ All of it is done behind `locks.removing`: no ingest, scoring or adding that tou
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -176,18 +177,24 @@ def _groups(run: ScoreRun) -> set[_Group]:
 
 
 def _count_again(db: Database, source: str) -> None:
-    """Set the counts of a source's ingest runs to the rows that they have."""
+    """Set the counts of a source's ingest runs to the rows that they have; one scan, however many runs there were."""
     with db.session() as session:
         source_id = find(session, Source, source).id
-        runs = list(session.scalars(select(IngestRun).filter_by(source_id=source_id)))
-    counts = {}
-    for run in runs:
-        table, of_run = sketch_table(run.fingerprint), where(ingest_run=run.id)
-        n_sketched = db.vectors.table(table).count_rows(of_run) if db.vectors.has(table) else 0
-        counts[run.id] = (int(n_sketched), int(db.vectors.table("failures").count_rows(of_run)))
+        fingerprints = set(session.scalars(select(IngestRun.fingerprint).filter_by(source_id=source_id)))
+    tables = {sketch_table(fingerprint) for fingerprint in fingerprints}
+    n_sketched = _rows_of_runs(db, [name for name in tables if db.vectors.has(name)], source)
+    n_failed = _rows_of_runs(db, ["failures"], source)
     with db.session() as session:
-        for run in session.scalars(select(IngestRun).where(IngestRun.id.in_(counts))):
-            run.n_sketched, run.n_failed = counts[run.id]
+        for run in session.scalars(select(IngestRun).filter_by(source_id=source_id)):
+            run.n_sketched, run.n_failed = n_sketched[run.id], n_failed[run.id]
+
+
+def _rows_of_runs(db: Database, tables: list[str], source: str) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for table in tables:
+        for batch in db.vectors.scan(table, ["ingest_run"], where(source=source)):
+            counts.update(batch.column("ingest_run").to_pylist())
+    return counts
 
 
 # --- sources and checkpoints ---------------------------------------------------------------------------------------

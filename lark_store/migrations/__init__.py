@@ -174,9 +174,12 @@ def _upgrade(location: Location) -> Path | None:
     except OlderSchemaError:
         what = "catalog" if location.snapshot is None else f"snapshot-{location.snapshot}"
         backup = location.root / f"{what}-{found}.backup.sqlite"
-        with closing(sqlite3.connect(location.catalog)) as old, closing(sqlite3.connect(backup)) as copy:
-            old.backup(copy)
         with _migrating(location.catalog) as connection:
+            now = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608
+            if now != found:  # another process upgraded it meanwhile, and has its backup
+                return None
+            with closing(sqlite3.connect(location.catalog)) as old, closing(sqlite3.connect(backup)) as copy:
+                old.backup(copy)
             command.upgrade(_config(connection), "head")
         return backup
     return None

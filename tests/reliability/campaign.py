@@ -148,7 +148,7 @@ class Campaign:
             return  # as most people do: the next step meets the store as the kill left it
         if self.random.random() < 0.5:
             self._kill(REPAIR, self.random.uniform(0, _REPAIR_S))
-        self.runner.run(self.place, "db", "repair", codes=(1,) if left else (0,))
+        self.runner.run(self.place, "db", "repair")
         kill.repaired = True
         assert set(store.db_check()["what"]) == left
         assert self._lost(kill.step, store) == 0

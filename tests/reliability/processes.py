@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -40,6 +41,7 @@ class Process:
         self.code: int | None = None
         self.begun: float | None = None
         self.done: float | None = None
+        self.conflicts = 0
         pid = self._line(time.monotonic() + PATIENCE_S)
         assert pid is not None
         self._handle = os.pidfd_open(int(pid))
@@ -67,6 +69,8 @@ class Process:
             self.begun = self.begun or time.monotonic()
         elif line == "done":
             self.done = time.monotonic()
+        elif line == "conflict":
+            self.conflicts += 1
         elif line is not None:
             self.code = int(line)
             self._connection.close()
@@ -108,7 +112,7 @@ class Runner:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._socket = folder, folder / "s"
-        self._number = 0
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         script = Path(__file__).with_name("runner.py")
@@ -126,8 +130,7 @@ class Runner:
 
     def start(self, place: FolderPlace, *arguments: str) -> Process:
         """Start a command on the store at a place."""
-        self._number += 1
-        folder = self._folder / str(self._number)
+        folder = self._folder / str(next(self._numbers))
         folder.mkdir()
         return Process(self._socket, folder, place, list(arguments))
 

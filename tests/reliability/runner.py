@@ -6,7 +6,8 @@ which runs the real `main`, and whose work begins within tenths of a second.
     python runner.py SOCKET
 
 A connection is one command: a line of JSON in (arguments, environment, files for stdout and stderr); out come the
-process's id, `work` when it has the store open (or begins an upgrade), `done` when it lets go of it, and its status.
+process's id, `work` when it has the store open (or begins an upgrade), `conflict` when a commit met another, `done`
+when it lets go of the store, and its status.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -84,6 +86,7 @@ def _run(asked: dict[str, object], connection: socket.socket) -> None:
     os.environ.update(asked["env"])
     sys.argv = ["lark-store", *asked["arguments"]]
     _tell_of_work(connection)
+    _tell_of_conflicts(connection)
     from lark_store.cli import output
     from lark_store.cli.app import main
 
@@ -121,6 +124,19 @@ def _tell_of_work(connection: socket.socket) -> None:
         return made
 
     Store.open, Store.close, Store.db_upgrade = open_and_tell, close_and_tell, staticmethod(upgrade_and_tell)
+
+
+def _tell_of_conflicts(connection: socket.socket) -> None:
+    """Say `conflict` when a commit met another and the program waits before it tries again."""
+    from lark_store.schema import retry, vectors
+
+    class Clock:
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            connection.sendall(b"conflict\n")
+            time.sleep(seconds)
+
+    retry.time = vectors.time = Clock
 
 
 if __name__ == "__main__":

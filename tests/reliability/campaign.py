@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BATCH = 64  # rows that an ingest commits at once
 KINDS = {"add", "ingest", "score", "optimize", "index", "migrate"}
+_WORKS_AGAIN = {"optimize", "index", "migrate"}  # also where it was done just before
 _FOR_EACH = 1.3  # kills planned for each that is to land inside the work of one of these
 _REPAIR_S = 0.3
 _PROGRESS = re.compile(r"^(.+ · .+ · .+): (\d+)/(\d+)$", re.MULTILINE)
@@ -48,7 +49,8 @@ class Kill:
 
     def __str__(self) -> str:
         found = ", ".join(self.findings) or "nothing"
-        return f"{self.step.line[:60]}: killed {self.landed} after {self.delay:.3f} s; found {found}"
+        again = f", {self.rows_again} rows again" if self.rows_again else ""
+        return f"{self.step.line[:60]}: killed {self.landed} after {self.delay:.3f} s{again}; found {found}"
 
 
 def undisturbed(runner: Runner, place: FolderPlace, files: Path) -> dict[str, float]:
@@ -93,13 +95,15 @@ class Campaign:
         """Do each step, killed some times and then to its end; at the end the store is clean."""
         self.runner.run(self.place, "init")
         for name, step, kills in self.steps:
-            if step.older:
-                self.place.older(step.older)
+            self._make_older(step)
             for left in range(kills, 0, -1):
                 share = left if step.goes_on else 1  # the rest is shorter after each
-                if not self._kill(step, self.random.uniform(0, self.seconds[name] / share)):
+                if self._kill(name, step, self.random.uniform(0, self.seconds[name] / share)):
+                    continue
+                if step.kind not in _WORKS_AGAIN:
                     break
-            self._finish(step)
+                self._make_older(step)
+            self._finish(name, step)
         self.runner.run(self.place, "db", "repair")
         self.runner.run(self.place, "db", "optimize", "--keep-versions-days", "0")
         with Store.open(self.place.store) as store:
@@ -107,19 +111,31 @@ class Campaign:
             assert orphans(store) == []
             self.made = n_sketches(store) + N_REMOVED
 
-    def _finish(self, step: Step) -> None:
+    def _make_older(self, step: Step) -> None:
+        if step.older:
+            self.place.older(step.older)
+
+    def _learn(self, name: str, step: Step, process: Process) -> None:
+        """Take note of how long a step works now: a busy machine may be idle soon."""
+        if not step.goes_on and process.begun and process.done:
+            self.seconds[name] = (self.seconds[name] + process.done - process.begun) / 2
+
+    def _finish(self, name: str, step: Step) -> None:
         process = self.runner.run(self.place, *step.words, codes=(0, 1))
         assert process.code == 0 or step.was_done(process.err), process.err
+        if step.kind in _WORKS_AGAIN:
+            self._learn(name, step, process)
         self.computed += _computed(process)
         with Store.open(self.place.store) as store:
             assert self._lost(step, store) == 0
 
-    def _kill(self, step: Step, delay: float) -> bool:
+    def _kill(self, name: str, step: Step, delay: float) -> bool:
         """Start a step, kill it, and look at what is left; returns whether there is more of it to do."""
         process = self.runner.start(self.place, *step.words)
         process.wait_for_work()
         process.wait(delay)
         process.kill()
+        self._learn(name, step, process)
         kill = Kill(self.seed, step, delay, _landed(process))
         self.kills.append(kill)
         assert process.code in {0, -signal.SIGKILL} or step.was_done(process.err), process.err
@@ -129,7 +145,8 @@ class Campaign:
         except OlderSchemaError:  # it says what to do: `db upgrade`, the step itself
             assert step.kind == "migrate"
             kill.findings.append("note: older schema")
-        return kill.landed == "inside"
+            return True
+        return kill.landed == "inside" and step.kind != "migrate"
 
     def _look(self, kill: Kill, store: Store, process: Process) -> None:
         """Compare a store with what it held before the kill, check it, and by chance repair it or leave it so."""
@@ -147,7 +164,7 @@ class Campaign:
         if found.is_empty() or kill.step is REPAIR or self.random.random() < 0.5:
             return  # as most people do: the next step meets the store as the kill left it
         if self.random.random() < 0.5:
-            self._kill(REPAIR, self.random.uniform(0, _REPAIR_S))
+            self._kill("repair", REPAIR, self.random.uniform(0, self.seconds.setdefault("repair", _REPAIR_S)))
         self.runner.run(self.place, "db", "repair")
         kill.repaired = True
         assert set(store.db_check()["what"]) == left

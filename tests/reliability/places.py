@@ -40,9 +40,11 @@ class FolderPlace:
         return replace(self, root=folder)
 
     def older(self, version: str) -> None:
-        """Make the store, which has the newest schema, one of an older schema, with its snapshots."""
+        """Make the store one of an older schema, with its snapshots."""
         here = Location(Path(self.store))
         for place in (here, *(replace(here, snapshot=name) for name in here.snapshot_names())):
+            if migrations.version(place) != migrations.newest():
+                continue  # an upgrade that was killed did not come to it
             with closing(sqlite3.connect(place.catalog)) as catalog, catalog:
                 for revision, statements in BACK.items():
                     for statement in statements if revision > version else ():

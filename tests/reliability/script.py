@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import polars.selectors
 import polars.testing
 from conftest import qa_rows, save_checkpoint, text_rows, write_jsonl
 
@@ -135,8 +136,21 @@ def content(store: Store) -> dict[str, Any]:
     for view, (leave_out, order) in _COMPARED.items():
         found[view] = store.sql(f"SELECT * EXCLUDE ({leave_out}) FROM {view} ORDER BY {order}")
     for view in ("all", "influence", "dominance", "comparisons"):
-        found[f"metrics {view}"] = store.metrics(view=view, sketcher="small")
+        found[f"metrics {view}"] = in_order(store.metrics(view=view, sketcher="small"))
     return found
+
+
+def in_order(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Sort metrics; of two sources the one that was scored first comes first, here the first in the alphabet."""
+    if "metric" in metrics.columns:
+        turned = (pl.col("metric") == "difference") & (pl.col("source") > pl.col("against_source"))
+        pairs = [("source", "against_source", 1), ("against_source", "source", 1)]
+        pairs += [("value", "value", -1), ("low", "high", -1), ("high", "low", -1)]
+        metrics = metrics.with_columns(
+            pl.when(turned).then(pl.col(other) if sign > 0 else -pl.col(other)).otherwise(pl.col(name)).alias(name)
+            for name, other, sign in pairs
+        )
+    return metrics.sort(polars.selectors.string())
 
 
 # The views of a store, without what is another in every run; in an order that no rounding of a score changes.

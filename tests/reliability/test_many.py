@@ -1,4 +1,7 @@
-"""Many at once: four ingest the same work, one scores, one optimizes, two read; and four upgrade one older store."""
+"""Many at once: four ingest the same work, one scores, one optimizes, two read; and four upgrade one older store.
+
+`LARK_CROWD=5 LARK_UPGRADES=10 pytest tests/reliability/test_many.py -s` does so for longer and prints the counts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-SOURCES = ["finetune", "kidney", "sea", "harbour"]
+CROWD = int(os.environ.get("LARK_CROWD", "1"))
+SOURCES = ["finetune", *(f"text-{number}" for number in range(1, 4 * CROWD))]
 ROWS = 72  # of a source: more than one commit
 QUERIES = 10
 INGEST = ["ingest", "-c", "base", "--sketcher", "small", "--batch-tokens", "1", "--variant", "raw"]
@@ -101,9 +105,9 @@ class Crowd:
     def ingest(self, number: int) -> None:
         """Ingest everything, beginning with another source than others, until all is there."""
         chance = random.Random(number)  # noqa: S311  no secret
-        order = SOURCES[number:] + SOURCES[:number]
+        order = SOURCES[number * CROWD :] + SOURCES[: number * CROWD]
         words = [word for name in order for word in ("-s", name)]
-        while self.run("ingest", *INGEST, *words, busy=r"another process is ingesting base · \w+ · raw") is None:
+        while self.run("ingest", *INGEST, *words, busy=r"another process is ingesting base · [\w-]+ · raw") is None:
             time.sleep(chance.uniform(0.02, 0.2))
 
     def until_over(self, once: Callable[[], None]) -> None:

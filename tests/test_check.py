@@ -523,6 +523,15 @@ def test_a_table_that_can_not_be_opened_is_said(scored_copy):
 
 
 @pytest.mark.folder
+@pytest.mark.parametrize("name", ["influence", "samples"])
+def test_who_asks_a_table_that_is_gone_is_sent_to_the_check(scored_copy, name):
+    drop_folder(scored_copy, name)
+    asked = lark(f"sql 'SELECT count(*) FROM {name}'", store=scored_copy.path)
+    assert asked.code == 1
+    assert asked.err.startswith(f"error: the table `{name}` of the store is gone\n\nhint: `lark-store db check` says")
+
+
+@pytest.mark.folder
 def test_by_a_damaged_catalog_nothing_is_mended(scored_copy):
     catalog(scored_copy, "PRAGMA foreign_keys = OFF", "UPDATE ingest_run SET source_id = 77 WHERE id = 1")
     report = scored_copy.db_check()

@@ -229,7 +229,16 @@ class VectorStore:
     def table(self, name: str) -> Any:
         """Open a table at its newest version, or at the snapshot's: then nothing can be written to it."""
         if self.versions is None:
-            return self.connection.open_table(name)
+            connection = self.connection
+            try:
+                return connection.open_table(name)
+            except ValueError as error:
+                if "not found" not in str(error):
+                    raise
+                raise StoreError(
+                    f"the table `{name}` of the store is gone",
+                    "`lark-store db check` says what is wrong, and what mends it",
+                ) from error
         if name not in self.versions:
             raise ValueError(f"the snapshot has no table {name}")
         try:

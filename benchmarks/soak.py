@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 HELD, SHARE, QUERIES = 512, 8, 16  # samples that are held, that come and go in a round, queries
 SKETCHER, CHECKPOINT = "tiny", "base"
-WARM = 0.5  # the share of the time that no line is fitted to: Lance fills its caches meanwhile
+WARM = 0.2  # the share of the time that no line is fitted to
 TEXT = "is the kidney affected by this disease a song about the sea and the night train to the old harbour"
 WORDS = TEXT.split()
 COLUMNS = ("minute", "round", "rss", "reader", "fds", "reader fds", "files", "MB", "catalog MB", "top", "top CPU")

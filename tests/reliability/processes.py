@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from places import Place
 
 PROGRAM = Path(sys.executable).with_name("lark-store")
-_START_S = 120.0
-PATIENCE_S = 180.0
+_START_S = 600.0  # of a machine that is very busy
+PATIENCE_S = 600.0
 
 
 class Process:

@@ -167,7 +167,7 @@ _COMPARED = {
 
 
 def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """Return in what two contents differ: bytes are compared as bytes, figures made of sums to six digits."""
+    """Return in what two contents differ: bytes are compared as bytes, figures made of sums to five digits."""
     assert left.keys() == right.keys()
     found = []
     for name, expected in left.items():

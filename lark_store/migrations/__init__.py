@@ -20,7 +20,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, NullPool, create_engine, event, text
 
 from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError
-from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location, is_file
+from lark_store.schema.database import APPLICATION_ID, BUSY_TIMEOUT_S, Location, is_file, to_read
 from lark_store.schema.faults import fault_of
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def version(location: Location) -> str:
     except OSError as error:
         raise missing from error
     try:
-        with closing(sqlite3.connect(f"{location.catalog.resolve().as_uri()}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(to_read(location.catalog), uri=True)) as db:
             if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
                 raise missing
             size = db.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[0]

@@ -51,6 +51,12 @@ def is_folder(path: Path) -> bool:
     return exists(path) and path.is_dir()
 
 
+def to_read(catalog: Path) -> str:
+    """Return the URI by which SQLite reads a catalog: read-only, unless a killed upgrade left what is to be undone."""
+    mode = "rw" if is_file(catalog.with_name(f"{catalog.name}-journal")) else "ro"
+    return f"{catalog.resolve().as_uri()}?mode={mode}"
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a store's parts are: a folder that holds the catalog file, the vector tables and the locks.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lark_store.schema.database import is_file
+from lark_store.schema.database import is_file, to_read
 from lark_store.schema.retry import retried
 from lark_store.schema.vectors import INDICES, SKETCH_PREFIX, TABLES, where
 from lark_store.upkeep.findings import Finding, Mend, shown
@@ -33,7 +33,7 @@ def check_catalog(location: Location) -> Iterator[Finding]:
             yield Finding("error", "snapshot", place, 1, "its catalog is missing; remove the snapshot")
             continue
         try:
-            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            with closing(sqlite3.connect(to_read(path), uri=True)) as db:
                 said = [row[0] for row in db.execute("PRAGMA quick_check")]
                 broken = len(db.execute("PRAGMA foreign_key_check").fetchall())
         except sqlite3.Error as error:

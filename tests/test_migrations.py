@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -192,6 +194,33 @@ def test_an_upgrade_that_would_break_references_changes_nothing(path, catalog, n
     with pytest.raises(StoreError, match="would break 1 references"):
         Store.db_upgrade(path)
     assert catalog_dump(catalog) == before
+
+
+HALF_WAY = """
+import os, signal, sqlite3, sys
+catalog = sqlite3.connect(sys.argv[1], isolation_level=None)
+catalog.execute("PRAGMA cache_size = 1")
+catalog.execute("BEGIN IMMEDIATE")
+numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION SELECT i + 1 FROM n LIMIT 9999) SELECT i FROM n"
+catalog.execute(f"CREATE TABLE half_way AS {numbers}")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_snapshot_whose_upgrade_was_killed_is_read_and_upgraded(path, next_schema):
+    with Store.open(path) as opened:
+        opened.snapshot_create("then")
+    copy = path / "snapshots" / "then.sqlite"
+    subprocess.run([sys.executable, "-c", HALF_WAY, copy], check=False)
+    assert copy.with_name("then.sqlite-journal").stat().st_size
+    half_way = copy.read_bytes(), copy.with_name("then.sqlite-journal").read_bytes()
+    with Store.open(path) as opened:
+        assert opened.db_check().rows() == []
+    copy.write_bytes(half_way[0])
+    copy.with_name("then.sqlite-journal").write_bytes(half_way[1])
+    next_schema(MIGRATION)
+    assert Store.db_upgrade(path) is not None
+    assert execute(copy, f"SELECT version_num FROM {VERSION_TABLE}") == [(NEXT,)]
 
 
 def is_no_store(path):

@@ -145,7 +145,9 @@ class CatalogFile:
         return str(found[0])
 
     def _reader(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True)
+        """Open it read-only, unless a killed upgrade left a journal: what that holds is to be undone."""
+        mode = "rw" if is_file(self.path.with_name(f"{self.path.name}-journal")) else "ro"
+        return sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True)
 
     def _is_writable(self) -> bool:
         return all(os.access(path, os.R_OK | os.W_OK) for path in (self.path, self.path.parent))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BATCH = 64  # rows that an ingest commits at once
 KINDS = {"add", "ingest", "score", "optimize", "index", "migrate"}
 _WORKS_AGAIN = {"optimize", "index", "migrate"}  # also where it was done just before
-_FOR_EACH = 1.3  # kills planned for each that is to land inside the work of one of these
+_FOR_EACH = 2  # kills planned for each that is to land inside the work of one of these
 _REPAIR_S = 0.3
 _PROGRESS = re.compile(r"^(.+ · .+ · .+): (\d+)/(\d+)$", re.MULTILINE)
 REPAIR = Step("repair", "db repair", 0)

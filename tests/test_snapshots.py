@@ -124,6 +124,7 @@ WRITES = {
     "variant_add": lambda store: store.variant_add("v", template="raw"),
     "sketcher_add": lambda store: store.sketcher_add("k"),
     "study_keep": lambda store: store.study_keep("s", recipe={}, environment={}, hashes={}),
+    "correction_fit": lambda store: store.correction_fit("base", samples=1),
     "ingest": lambda store: store.ingest(["base"], ["finetune"], ["raw"], sketcher="small"),
     "attribute": lambda store: store.attribute(["base"], queries="test", sketcher="small"),
     "sketcher_import": lambda store: store.sketcher_import(

@@ -27,12 +27,15 @@ SCORED += ["query_variant", "score_run"]
 CHECKPOINT = ["model", "path", "revision", "weights_sha256", "tokenizer_sha256", "epoch", "step", "learning_rate"]
 SKETCH = ["row_key", "sample_id", "ingest_run", "n_tokens", "n_loss_tokens", "loss", "grad_norm"]
 SELF = ["self_influence", "learning_rate", "tracin"]
+CORRECTED = ["correction", "positions", "damping", "min_ndim"]
+FITTED = ["samples_sha256", "recipe", "created_at"]
 COLUMNS = {
     "checkpoints": [*NAMED, *CHECKPOINT],
     "checkpoint_metrics": ["checkpoint", "name", "value"],
     "sources": [*NAMED, "stage", "domain", "uri", "licence", "columns"],
     "variants": [*NAMED, "template", "template_text", "targets", "max_length", "sha256"],
-    "sketchers": [*NAMED, "k", "seed", "map_version", "dtype", "parameters", "exclude", "correction", "positions"],
+    "sketchers": [*NAMED, "k", "seed", "map_version", "dtype", "parameters", "exclude", *CORRECTED],
+    "corrections": ["checkpoint", "kind", "origin", "sha256", "n_bytes", "sources", "n_samples", *FITTED],
     "studies": [*NAMED, "recipe", "environment", "hashes", "finished_at"],
     "samples": ["source", "sample_id", "prompt", "response", "text", "label", "meta", "content_sha256"],
     "sketches": ["sketcher", "checkpoint", "source", "variant", *SKETCH],
@@ -55,7 +58,7 @@ COLUMNS = {
 # What the scored store holds: 2 checkpoints × (6 fine-tuning samples + 4 queries + 2 variants of 5 + 5 samples).
 SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 2, "samples": 20, "sketches": 60}
 SIZES |= {"self_influence": 60, "checkpoint_metrics": 2, "ingest_runs": 12, "failures": 0, "score_runs": 10}
-SIZES |= {"studies": 0, "influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
+SIZES |= {"studies": 0, "corrections": 0, "influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lark_store.cli import ask, care, doors, manage, sql, study, trust, work
+from lark_store.cli import ask, care, corrections, doors, manage, sql, study, trust, work
 from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
@@ -57,6 +57,7 @@ def _root(
 
 
 manage.register(app)
+corrections.register(app)
 work.register(app)
 ask.register(app)
 sql.register(app)

@@ -179,15 +179,50 @@ def sketcher_add(
         str | None, typer.Option(metavar="REGEX", help="Sketch the parameters whose names match (default: all).")
     ] = None,
     exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="But not those that match this.")] = None,
+    correction: Annotated[
+        str,
+        typer.Option(
+            help="`none`, `adam` (Adam's geometry, V^(−1/4)), `adam2` (V^(−1/2)), `tensor` (each parameter to norm 1)."
+        ),
+    ] = "none",
+    damping: Annotated[
+        float | None, typer.Option(help="What is added to the second moments V, times their mean (default: 0.1).")
+    ] = None,
+    min_ndim: Annotated[
+        int | None, typer.Option(help="Leave out parameters of fewer dimensions: 2 leaves out norms and biases.")
+    ] = None,
+    mask_template: Annotated[
+        bool, typer.Option("--mask-template", help="Leave out what the template's positions, and the first, say.")
+    ] = False,
     store: StoreOption = None,
 ) -> None:
     r"""Add a sketcher: what of a gradient is sketched, and how.
 
     Example: `lark-store sketcher add last-layers --parameters 'model\.layers\.2[4-9]\.'`
+
+    Example: `lark-store sketcher add adam --correction adam --min-ndim 2 --mask-template`
     """
     with open_store(store) as opened:
-        info = opened.sketcher_add(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
-    say(f"sketcher `{info.name}`: k = {info.k}, seed {info.seed}, {info.dtype}")
+        info = opened.sketcher_add(
+            name,
+            k=k,
+            seed=seed,
+            dtype=dtype,
+            parameters=parameters,
+            exclude=exclude,
+            correction=correction,
+            damping=damping,
+            min_ndim=min_ndim,
+            mask_template=mask_template,
+        )
+    how = [f"k = {info.k}", f"seed {info.seed}", info.dtype]
+    if info.correction != "none":
+        how.append(f"correction {info.correction}" + (f" (damping {info.damping:g})" if info.damping else ""))
+    if info.min_ndim:
+        how.append(f"parameters of {info.min_ndim} dimensions and more")
+    if info.positions == "content":
+        how.append("template masked")
+    say(f"sketcher `{info.name}`: {', '.join(how)}")
 
 
 def sketcher_show(

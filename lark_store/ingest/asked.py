@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
+from lark_store.ingest.batched import hook_path
 from lark_store.ingest.checkpoints import verify
-from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, pick_device
+from lark_store.ingest.factors import corrector_for
+from lark_store.ingest.gradients import Sketch, pick_device
 from lark_store.ingest.models import context_length, load_model, load_tokenizer
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.readers import READERS, read_rows
-from lark_store.ingest.sketchers import fingerprint, oporp_of, placements_of
+from lark_store.ingest.sketchers import chosen_of, fingerprint, is_masked, oporp_of, placements_of
 from lark_store.ingest.sources import Sample, make_sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher
@@ -88,11 +90,9 @@ def sketch_new(
     folder = verify(at).folder
     model = load_model(folder, on, precision)
     placements = placements_of(by, model)
-    path = HookPath(
-        model,
-        choose_parameters(model, by.parameters, by.exclude),
-        GradientSketcher(oporp_of(by), placements, on),
-    )
+    corrector, _ = corrector_for(db, by, at, placements, on)
+    taker = GradientSketcher(oporp_of(by), placements, on, corrector)
+    path = hook_path(model, chosen_of(by, model), taker, masked=is_masked(by))
     try:
         tokens = Renderer(form, load_tokenizer(folder), context_length(model)).render(sample)
         (made,) = path.sketch([tokens])

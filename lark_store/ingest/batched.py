@@ -8,10 +8,12 @@ Shape letters: B samples, T tokens, K bins.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lark_store.errors import CheckpointError
+from lark_store.ingest.corrections import NORM_1
 from lark_store.ingest.gradients import (
     FAULTS,
     HookPath,
@@ -24,6 +26,7 @@ from lark_store.ingest.gradients import (
 )
 from lark_store.ingest.layers import Capture, rule_for
 from lark_store.ingest.losses import Batch, sample_losses
+from lark_store.ingest.masked import MaskedHookPath
 from lark_store.ingest.variants import Tokens, UnusableSampleError
 
 if TYPE_CHECKING:
@@ -37,14 +40,6 @@ if TYPE_CHECKING:
 
 # Cosine of the batched sketch and the hooks' below which the batched path is not trusted: half precision, float32.
 _SAME = (0.999, 0.9999)
-
-
-class Correction(Protocol):
-    """Changes a layer's input and output gradient before they are multiplied (optimizer geometry, masked positions)."""
-
-    def __call__(self, name: str, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what takes the place of input and output gradient of the layer `name`, in the same shapes."""
-        ...
 
 
 class UnknownLayerError(Exception):
@@ -68,14 +63,15 @@ class _Tap(torch.autograd.Function):
 
 
 class BatchPath:
-    """Sketches several samples in one backward.
+    """Sketches several samples in one backward; `masked`: at the positions of their content.
 
-    `correction` is applied to a layer's input and output gradient before they are multiplied.
+    What is masked is left out of a layer's input and output gradient before they are multiplied, and what corrects the
+    gradient is applied to them.
 
     Raises
     ------
     UnknownLayerError
-        A parameter to sketch belongs to a layer that no rule knows.
+        A parameter to sketch belongs to a layer that no rule knows, or the correction takes its gradient whole.
     """
 
     def __init__(
@@ -85,9 +81,11 @@ class BatchPath:
         sketcher: GradientSketcher,
         *,
         pad_left: bool = False,
-        correction: Correction | None = None,
+        masked: bool = False,
     ) -> None:
-        self.model, self.sketcher, self.pad_left, self.correction = model, sketcher, pad_left, correction
+        if sketcher.corrector.norm_1:
+            raise UnknownLayerError(NORM_1)
+        self.model, self.sketcher, self.pad_left, self.masked = model, sketcher, pad_left, masked
         self.largest: int | None = None  # until memory runs out
         self.met: set[str] = set()  # the parameters that had a gradient so far
         self.trusted = False  # once compared with the hooks: a layer met in another shape then fails its sample alone
@@ -117,9 +115,7 @@ class BatchPath:
 
             def take(x: torch.Tensor, delta: torch.Tensor) -> None:
                 self.met.update(names.values())
-                if self.correction is not None:
-                    x, delta = self.correction(name, x, delta)
-                capture = Capture(layer, _per_sample(name, x, batch), _per_sample(name, delta, batch))
+                capture = Capture(layer, self._cut(name, x, batch), self._cut(name, delta, batch))
                 with torch.no_grad():
                     rule(capture, names, self.sketcher, self._out)
 
@@ -127,6 +123,16 @@ class BatchPath:
             return _Tap.apply(start, given[0].detach(), self._anchor, take)  # type: ignore[no-untyped-call]
 
         return on_forward
+
+    def _cut(self, name: str, values: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+        """Cut a layer's input or output gradient into samples, of each its content alone where that is asked for."""
+        of, parts = _per_sample(name, values, batch)
+        if not self.masked:
+            return parts
+        if of is None:
+            raise UnknownLayerError(f"the positions of layer `{name}` can't be told, to mask the template")
+        rows = batch.content_targets if of == "targets" else batch.content
+        return [part[kept] for part, kept in zip(parts, rows, strict=True)]
 
     def sketch(self, samples: Sequence[Tokens]) -> list[Sketch | UnusableSampleError]:
         """Return one sketch per sample, or the reason why there is none; a batch that fails is tried in halves."""
@@ -185,63 +191,104 @@ def _layers(model: torch.nn.Module, chosen: Chosen) -> dict[str, tuple[torch.nn.
     return found
 
 
-def _per_sample(name: str, values: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+def _per_sample(name: str, values: torch.Tensor, batch: Batch) -> tuple[str | None, list[torch.Tensor]]:
     """Cut a layer's input or output gradient into samples: from (1, N, …), (B, T, …), (B·T, …) or (B, …, T, …).
 
-    Padding is cut off where it is at hand, to save work: the gradient there is zero.
+    Padding is cut off where it is at hand, to save work: the gradient there is zero. Also returns what a part's first
+    dimension is: `targets`, `tokens` or not known.
     """
     n = len(batch.samples)
     if values.shape[:2] == (1, sum(batch.n_targets)):
-        return list(torch.split(values[0], batch.n_targets))
+        return "targets", list(torch.split(values[0], batch.n_targets))
     if values.shape[0] == n * batch.width:
         values = torch.unflatten(values, 0, (n, batch.width))
     if values.dim() <= 3 and values.shape[:2] == (n, batch.width):  # of 4 dimensions the second may be heads
-        return [values[b, batch.span(b)] for b in range(n)]
+        return "tokens", [values[b, batch.span(b)] for b in range(n)]
     if values.shape[0] != n:
         raise UnknownLayerError(f"layer `{name}` mixes samples: it is given {tuple(values.shape)}")
-    return list(values)
+    return None, list(values)
 
 
-def make_path(model: Any, chosen: Chosen, sketcher: GradientSketcher) -> tuple[SketchPath, str | None]:
+def hook_path(model: Any, chosen: Chosen, sketcher: GradientSketcher, *, masked: bool) -> HookPath:
+    """Return the path that takes one sample at a time; `masked`: at the positions of its content."""
+    return (MaskedHookPath if masked else HookPath)(model, chosen, sketcher)
+
+
+def make_path(
+    model: Any, chosen: Chosen, sketcher: GradientSketcher, *, masked: bool = False
+) -> tuple[SketchPath, str | None]:
     """Return the batched path if it knows every layer and agrees with autograd, else the hooks and the reason why.
 
     Two short made-up samples of different lengths are sketched in one batch and by the hooks; a parameter that is used
     outside its layer, or a model that mixes the samples of a batch, shows there.
+
+    Raises
+    ------
+    CheckpointError
+        Masked, and the hooks can't tell the positions of a layer, or do not see all of a parameter's gradient.
     """
     try:
-        path = BatchPath(model, chosen, sketcher)
+        path = BatchPath(model, chosen, sketcher, masked=masked)
     except UnknownLayerError as error:
-        return HookPath(model, chosen, sketcher), str(error)
-    reason = _disagreement(path, model, chosen, sketcher)
-    if reason is None:
-        return path, None
-    path.close()
-    return HookPath(model, chosen, sketcher), reason
+        reason: str | None = str(error)
+    else:
+        reason = _disagreement(path, model, chosen, sketcher)
+        if reason is None:
+            return path, None
+        path.close()
+    hooks = hook_path(model, chosen, sketcher, masked=masked)
+    wrong = _compared(hooks, lambda: HookPath(model, chosen, sketcher), _made_up(model)) if masked else None
+    if wrong:
+        hooks.close()
+        raise CheckpointError(
+            f"the template can't be masked in this model: {wrong}", "use a sketcher without `--mask-template`"
+        )
+    return hooks, reason
+
+
+def _made_up(model: Any, *, masked: bool = False) -> list[Tokens]:
+    vocabulary = len(model.get_input_embeddings().weight)
+    return [
+        Tokens(
+            [(i * 7919 + n) % vocabulary for i in range(n)],
+            [i > n // 3 for i in range(n)],
+            "text",
+            is_content=[i % 3 > 0 for i in range(n)] if masked else (),
+        )
+        for n in (5, 9)
+    ]
 
 
 def _disagreement(path: BatchPath, model: Any, chosen: Chosen, sketcher: GradientSketcher) -> str | None:
-    """Say what parts the batched path from autograd's own parameter gradients, None if nothing does."""
-    vocabulary = len(model.get_input_embeddings().weight)
-    samples = [
-        Tokens([(i * 7919 + n) % vocabulary for i in range(n)], [i > n // 3 for i in range(n)], "text") for n in (5, 9)
-    ]
+    """Say what parts the batched path from autograd's own parameter gradients, None if nothing does.
+
+    A masked one is compared where nothing is masked, then with the hooks that mask.
+    """
+    reason = _compared(path, lambda: HookPath(model, chosen, sketcher), _made_up(model))
+    if reason is None and path.masked:
+        made_up = _made_up(model, masked=True)
+        reason = _compared(path, lambda: MaskedHookPath(model, chosen, sketcher), made_up)
+    return reason
+
+
+def _compared(path: BatchPath | HookPath, reference: Callable[[], HookPath], samples: list[Tokens]) -> str | None:
+    """Say what parts a path from the hooks that `reference` makes, None if nothing does."""
     try:
-        batched = path.sketch(samples)
+        made = path.sketch(samples)
     except UnknownLayerError as error:
         return str(error)
-    path.largest, path.trusted = None, True
-    hooks = HookPath(model, chosen, sketcher)
+    if isinstance(path, BatchPath):
+        path.largest, path.trusted = None, True
+    hooks = reference()
     expected = hooks.sketch(samples)
     hooks.close()
-    unseen = sorted(hooks.met - path.met)
-    if unseen:
-        return f"`{unseen[0]}` is used outside its layer"
-    least = _SAME[next(model.parameters()).dtype == torch.float32]
-    for ours, theirs in zip(batched, expected, strict=True):
+    least = _SAME[next(hooks.model.parameters()).dtype == torch.float32]
+    for ours, theirs in zip(made, expected, strict=True):
         if isinstance(theirs, Sketch):
             if not isinstance(ours, Sketch):
-                return f"it fails in a batch and not alone: {ours}"
+                return f"{ours}" if isinstance(path, HookPath) else f"it fails in a batch and not alone: {ours}"
             cosine = float(torch.nn.functional.cosine_similarity(ours.vector, theirs.vector, dim=0))
             if cosine < least or abs(ours.grad_norm / theirs.grad_norm - 1) > 50 * (1 - least):
                 return f"its layers' gradients do not make up the model's (cosine {cosine:.4f})"
-    return None
+    unseen = sorted(hooks.met - path.met)
+    return f"`{unseen[0]}` is used outside its layer" if unseen else None

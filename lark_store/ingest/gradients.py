@@ -20,7 +20,7 @@ from lark_store.ingest.variants import UnusableSampleError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lark_store.ingest.oporp import GradientSketcher
+    from lark_store.ingest.corrections import Corrector
     from lark_store.ingest.variants import Tokens
 
 Chosen = list[tuple[str, torch.nn.Parameter]]  # the parameters to sketch, by name
@@ -52,6 +52,28 @@ class SketchPath(Protocol):
         ...
 
 
+class Taker(Protocol):
+    """What takes gradients, parameter by parameter: `lark_store.ingest.oporp.GradientSketcher` makes sketches of them.
+
+    `corrector` changes them before.
+    """
+
+    device: torch.device
+    corrector: Corrector
+
+    def new(self) -> torch.Tensor:
+        """Return what one sample's gradient is summed in."""
+        ...
+
+    def add(self, name: str, gradient_SN: torch.Tensor, out: torch.Tensor) -> None:
+        """Take a parameter's whole gradient, (1, P)."""
+        ...
+
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        """Return what was made, (1, K); its norm is that of the gradient."""
+        ...
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of this name; `auto` takes CUDA, then MPS, then the CPU.
 
@@ -71,10 +93,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def choose_parameters(model: torch.nn.Module, include: str | None, exclude: str | None) -> Chosen:
+def choose_parameters(
+    model: torch.nn.Module, include: str | None, exclude: str | None, min_ndim: int | None = None
+) -> Chosen:
     """Return the parameters to sketch, each once (tied weights count once), in the model's order.
 
-    Of a model with adapters these are the adapters' own, unless an expression asks for others.
+    Of a model with adapters these are the adapters' own, unless an expression asks for others. `min_ndim` leaves out
+    those of fewer dimensions: with 2, norms and biases.
 
     Raises
     ------
@@ -88,6 +113,7 @@ def choose_parameters(model: torch.nn.Module, include: str | None, exclude: str 
         for name, p in everything
         if (wanted.search(name) if wanted else trained is None or name in trained)
         and not (unwanted and unwanted.search(name))
+        and p.dim() >= (min_ndim or 0)
     ]
     if not chosen:
         sample = ", ".join(f"`{name}`" for name, _ in everything[:: max(1, len(everything) // 4)])
@@ -110,14 +136,17 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
 class HookPath:
     """Sketches one sample at a time through a hook on each parameter: right for any model."""
 
-    def __init__(self, model: Any, chosen: Chosen, sketcher: GradientSketcher) -> None:
+    def __init__(self, model: Any, chosen: Chosen, sketcher: Taker) -> None:
         self.model = model
         self.sketcher = sketcher
         self.largest: int | None = 1
         self.met: set[str] = set()  # the parameters that had a gradient so far
         self._out = sketcher.new()
-        self._hooks = []
+        self._hooks: list[Any] = []
         model.requires_grad_(False)
+        self._watch(chosen)
+
+    def _watch(self, chosen: Chosen) -> None:
         for name, parameter in chosen:
             parameter.requires_grad_(True)
             hook = parameter.register_post_accumulate_grad_hook(self._sink(name))  # type: ignore[no-untyped-call]
@@ -128,7 +157,7 @@ class HookPath:
             gradient, parameter.grad = parameter.grad, None  # let go of first: nothing adds up if the next line fails
             assert gradient is not None
             self.met.add(name)
-            self.sketcher.add(name, gradient.view(1, -1), self._out)
+            self.sketcher.add(name, self.sketcher.corrector.whole(name, gradient).view(1, -1), self._out)
 
         return take
 
@@ -146,8 +175,7 @@ class HookPath:
         self._out.zero_()
         try:
             check_tokens(self.model, tokens)
-            (loss,) = sample_losses(self.model, Batch([tokens], self.sketcher.device))
-            loss.backward()
+            loss = self._backward(Batch([tokens], self.sketcher.device))
         except UnusableSampleError as error:
             return error
         except FAULTS as error:
@@ -155,7 +183,13 @@ class HookPath:
                 raise
             self.model.zero_grad(set_to_none=True)
             return failure(tokens, error)
-        return finish(self.sketcher.finish(self._out)[0], float(loss.detach()))
+        return finish(self.sketcher.finish(self._out)[0], loss)
+
+    def _backward(self, batch: Batch) -> float:
+        """Go forward and back; returns the loss of the one sample."""
+        (loss,) = sample_losses(self.model, batch)
+        loss.backward()
+        return float(loss.detach())
 
 
 def recompute_activations(model: Any) -> None:

@@ -82,7 +82,8 @@ def _add_products(
     out: torch.Tensor,
 ) -> None:
     """Add each sample's leftᵀ · right, (L, R), some rows at a time, so that no whole gradient is ever held."""
-    left_TL, right_TR = ([each.flatten(0, -2) for each in some] for some in (lefts, rights))
+    left_TL = [sketcher.corrector.left(name, each.flatten(0, -2)) for each in lefts]
+    right_TR = [sketcher.corrector.right(name, each.flatten(0, -2)) for each in rights]
     n, k = len(left_TL), sketcher.oporp.k
     n_left, n_right = left_TL[0].shape[1], right_TR[0].shape[1]
     whole = k // math.gcd(k, n_right)  # so many rows end where a chunk ends
@@ -108,7 +109,8 @@ def _stacked(left_TL: Sequence[torch.Tensor], right_TR: Sequence[torch.Tensor]) 
 
 
 def _add_sums(name: str, terms: Sequence[torch.Tensor], sketcher: GradientSketcher, out: torch.Tensor) -> None:
-    sketcher.add(name, torch.stack([each.flatten(0, -2).sum(dim=0, dtype=torch.float32) for each in terms]), out)
+    sums_BH = torch.stack([each.flatten(0, -2).sum(dim=0, dtype=torch.float32) for each in terms])
+    sketcher.add(name, sketcher.corrector.vector(name, sums_BH), out)
 
 
 def _embedding(layer: nn.Embedding) -> Rule | None:
@@ -124,6 +126,7 @@ def _embedding(layer: nn.Embedding) -> Rule | None:
             kept_TH = delta_TH.float() * factor
             if layer.padding_idx is not None:
                 kept_TH = kept_TH.masked_fill((index_T == layer.padding_idx)[:, None], 0)  # as torch does
+            kept_TH = sketcher.corrector.rows(names["weight"], index_T, kept_TH)
             sketcher.add_rows(names["weight"], index_T, kept_TH, out, s)
 
     return add
@@ -144,8 +147,8 @@ def _factor(layer: nn.Embedding) -> float | None:
 
 
 def _scale(capture: Capture, names: Names, sketcher: GradientSketcher, out: torch.Tensor) -> None:
-    for name, sums in _scale_gradients(capture, names).items():
-        sketcher.add(names[name], sums, out)
+    for name, sums_BH in _scale_gradients(capture, names).items():
+        sketcher.add(names[name], sketcher.corrector.vector(names[name], sums_BH), out)
 
 
 def _scale_gradients(capture: Capture, names: Sequence[str] | Names) -> dict[str, torch.Tensor]:

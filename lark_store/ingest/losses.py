@@ -80,6 +80,25 @@ class Batch:
         sample_N, position_N = torch.tensor(found, device=self.device).T
         return sample_N, position_N
 
+    @cached_property
+    def content(self) -> list[torch.Tensor]:
+        """Each sample's positions that are content, in its own tokens."""
+        found = [
+            [t for t, is_content in enumerate(s.is_content) if is_content] if s.is_content else range(len(s.input_ids))
+            for s in self.samples
+        ]
+        return [torch.tensor(list(each), dtype=torch.long, device=self.device) for each in found]
+
+    @cached_property
+    def content_targets(self) -> list[torch.Tensor]:
+        """Each sample's targets, by their number, that a position of content predicts."""
+        found = []
+        for sample in self.samples:
+            predictors = [t - 1 for t, is_target in enumerate(sample.is_target) if is_target]
+            kept = [n for n, t in enumerate(predictors) if not sample.is_content or sample.is_content[t]]
+            found.append(torch.tensor(kept, dtype=torch.long, device=self.device))
+        return found
+
     def labels(self, logits_NV: torch.Tensor) -> torch.Tensor:
         """Return the label of each target, (N,): its own token or, under the rule `predicted`, the most likely one."""
         own = [i for s in self.samples for i, is_target in zip(s.input_ids, s.is_target, strict=True) if is_target]

@@ -27,6 +27,7 @@ from functools import cached_property
 import torch
 
 from lark_store.errors import InputError
+from lark_store.ingest.corrections import Corrector
 from lark_store.ingest.kernels import kernel_for
 
 MAP_VERSION = 1
@@ -164,11 +165,15 @@ def place(shapes: list[tuple[str, tuple[int, ...]]], k: int) -> list[Placement]:
 class GradientSketcher:
     """Adds gradients, parameter by parameter and for several samples at once, into sketches.
 
-    Gradients come as (S, P), as stretches of them that start at a chunk, or as single rows of an embedding.
+    Gradients come as (S, P), as stretches of them that start at a chunk, or as single rows of an embedding. Those who
+    make them ask `corrector` first, which changes nothing by default.
     """
 
-    def __init__(self, oporp: Oporp, placements: list[Placement], device: torch.device) -> None:
+    def __init__(
+        self, oporp: Oporp, placements: list[Placement], device: torch.device, corrector: Corrector | None = None
+    ) -> None:
         self.oporp = oporp
+        self.corrector = corrector or Corrector()
         self.device = device
         self.placements = {p.name: p for p in placements}
         self.kernel = kernel_for(oporp, device)

@@ -18,11 +18,12 @@ import torch
 
 from lark_store.ingest.batched import make_path
 from lark_store.ingest.batches import batches, budget
-from lark_store.ingest.gradients import choose_parameters, pick_device, recompute_activations
+from lark_store.ingest.corrections import stand_in
+from lark_store.ingest.gradients import pick_device, recompute_activations
 from lark_store.ingest.models import load_tokenizer, meta_model, resolve_dtype, unweighted_model
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.run import fill, prepare, read_samples
-from lark_store.ingest.sketchers import oporp_of, placements_of, sketch_bytes
+from lark_store.ingest.sketchers import chosen_of, is_masked, oporp_of, placements_of, sketch_bytes
 from lark_store.ingest.variants import Renderer, Tokens
 from lark_store.schema.records import PlanReport, Progress
 
@@ -131,10 +132,11 @@ class _Probe:
         model = unweighted_model(self.work.folder, dtype, self.device)
         if self.request.gradient_checkpointing:
             recompute_activations(model)
-        chosen = choose_parameters(model, self.sketcher.parameters, self.sketcher.exclude)
-        sketcher = GradientSketcher(oporp_of(self.sketcher), placements, self.device)
+        chosen = chosen_of(self.sketcher, model)
+        corrector = stand_in(self.sketcher.correction, placements, self.device)
+        sketcher = GradientSketcher(oporp_of(self.sketcher), placements, self.device, corrector)
         with PeakMemory(self.device) as peak:
-            self._path, _ = make_path(model, chosen, sketcher)
+            self._path, _ = make_path(model, chosen, sketcher, masked=is_masked(self.sketcher))
             ordered = self.batches(tokens)
             self.seconds_per_token = self._time([ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})])
         kind = type(self._path).__name__

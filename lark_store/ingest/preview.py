@@ -9,9 +9,8 @@ from sqlalchemy import select
 
 from lark_store.errors import InputError, NameUnknownError
 from lark_store.ingest.checkpoints import verify
-from lark_store.ingest.gradients import choose_parameters
 from lark_store.ingest.models import context_length, load_tokenizer, meta_model
-from lark_store.ingest.sketchers import check_ours
+from lark_store.ingest.sketchers import check_ours, chosen_of
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, UnusableSampleError, show
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher, Source
@@ -62,7 +61,7 @@ def taken(db: Database, sketcher: str, checkpoint: str) -> pl.DataFrame:
     with db.session() as session:
         row, of = check_ours(find(session, Sketcher, sketcher)), find(session, Checkpoint, checkpoint)
     model = meta_model(verify(of).folder)
-    chosen = {name for name, _ in choose_parameters(model, row.parameters, row.exclude)}
+    chosen = {name for name, _ in chosen_of(row, model)}
     rows = [(name, list(p.shape), p.numel(), name in chosen) for name, p in model.named_parameters()]
     kinds: dict[str, Any] = {
         "parameter": pl.String,

@@ -8,23 +8,32 @@ by the next ingest of the same recipe; what is in the table already is never ske
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from sqlalchemy import select
 
 from lark_store.errors import CheckpointError, InputError
-from lark_store.ingest import ledger
-from lark_store.ingest.batched import make_path
+from lark_store.ingest import factors, ledger, moments
+from lark_store.ingest.batched import hook_path, make_path
 from lark_store.ingest.batches import WINDOW, batches, budget, windows
 from lark_store.ingest.checkpoints import verify
-from lark_store.ingest.gradients import HookPath, choose_parameters, pick_device, recompute_activations
+from lark_store.ingest.gradients import pick_device, recompute_activations
 from lark_store.ingest.models import context_length, load_model, load_tokenizer, meta_model
 from lark_store.ingest.oporp import GradientSketcher
 from lark_store.ingest.ranks import Ranks, joined
-from lark_store.ingest.sketchers import check_ours, fingerprint, oporp_of, placements_of, sketch_bytes
+from lark_store.ingest.sketchers import (
+    check_ours,
+    chosen_of,
+    fingerprint,
+    is_masked,
+    oporp_of,
+    placements_of,
+    sketch_bytes,
+)
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.ingest.writer import UNIT_KEYS, SketchWriter
@@ -39,9 +48,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lark_store.ingest.corrections import Corrector
     from lark_store.ingest.gradients import SketchPath
     from lark_store.ingest.oporp import Placement
     from lark_store.schema.catalog import IngestRun
+    from lark_store.schema.records import CorrectionInfo
 
 _COUNTS = ("n_samples", "n_existing", "n_sketched", "n_failed", "run")
 _UNITS = (
@@ -177,6 +188,7 @@ class _Worker:
         self.tokenizer: Any = None
         self.path: SketchPath | None = None
         self.dtype = ""
+        self.factors_sha256: str | None = None
 
     def run(self) -> list[dict[str, Any]]:
         """Do each unit; returns one row of the report each."""
@@ -219,7 +231,7 @@ class _Worker:
         model = load_model(self.plan.folder, self.device, self.request.precision)
         kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
         self.dtype = kinds.pop() if len(kinds) == 1 else "auto"  # adapters in float32 on a base in half precision
-        chosen = choose_parameters(model, self.sketcher.parameters, self.sketcher.exclude)
+        chosen = chosen_of(self.sketcher, model)
         planned = [(p.name, p.shape) for p in self.plan.placements]
         if [(name, tuple(p.shape)) for name, p in chosen] != planned:
             raise CheckpointError(
@@ -228,15 +240,37 @@ class _Worker:
             )
         if self.request.gradient_checkpointing:
             recompute_activations(model)
-        sketcher = GradientSketcher(oporp_of(self.sketcher), self.plan.placements, self.device)
-        self.path, mine = make_path(model, chosen, sketcher)
+        sketcher = GradientSketcher(oporp_of(self.sketcher), self.plan.placements, self.device, self._corrector(model))
+        masked = is_masked(self.sketcher)
+        self.path, mine = make_path(model, chosen, sketcher, masked=masked)
         reasons = [why for why in self.ranks.gather(mine) if why]
         reason = self.ranks.once(lambda: next(iter(reasons), None))
         if reason and not mine:
             self.path.close()
-            self.path = HookPath(model, chosen, sketcher)
+            self.path = hook_path(model, chosen, sketcher, masked=masked)
         if reason:
             self.notes.append(f"checkpoint `{self.plan.checkpoint.name}` is sketched one sample at a time: {reason}")
+
+    def _corrector(self, model: Any) -> Corrector:
+        """Return what corrects this checkpoint's gradients, fitted now where it is missing."""
+        checkpoint, unit = self.plan.checkpoint, self.plan.units[0]
+        if factors.needs_factors(self.sketcher):
+            made = self.ranks.once(lambda: self._fit(model, unit))
+            if made:
+                self.notes.append(
+                    f"the second moments of checkpoint `{checkpoint.name}` were missing, and were fitted to "
+                    f"{made.n_samples} samples of {made.sources}, as `{unit.variant.name}`"
+                )
+        made_of = (self.db, self.sketcher, checkpoint, self.plan.placements, self.device)
+        corrector, self.factors_sha256 = factors.corrector_for(*made_of)
+        return corrector
+
+    def _fit(self, model: Any, unit: Unit) -> CorrectionInfo | None:
+        wanted = moments.Wanted(unit.checkpoint.name, variant=unit.variant.name, precision=self.request.precision)
+        with self.db.session() as session:
+            if session.scalar(select(Source.id).filter_by(stage="finetune")) is None:
+                wanted = replace(wanted, sources=tuple(self.request.sources))
+        return moments.fit_missing(self.db, wanted, model, self.tokenizer, self.device, self.on_progress)
 
     def _unload(self) -> None:
         """Free the model before the next is loaded: its hooks and parameters refer to each other."""
@@ -269,7 +303,9 @@ class _Worker:
     def _begin(self, unit: Unit, renderer: Renderer) -> IngestRun:
         still_there(self.db, unit.checkpoint, unit.source, unit.variant)  # it may have been removed before the lock
         drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here
-        return ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
+        run = ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
+        factors.check_same(self.db, unit.checkpoint, self.factors_sha256)
+        return run
 
     def _ids(self, unit: Unit) -> ledger.Ids:
         return {
@@ -282,7 +318,7 @@ class _Worker:
 
     def _how(self, renderer: Renderer) -> dict[str, Any]:
         """Say how sketches are made: runs that agree on this, and on the unit, can go on from one another."""
-        recipe = {
+        recipe: dict[str, Any] = {
             "weights_sha256": self.plan.checkpoint.weights_sha256,
             "tokenizer_sha256": self.plan.checkpoint.tokenizer_sha256,
             "template_sha256": renderer.sha256,
@@ -299,6 +335,8 @@ class _Worker:
             "path": type(self.path).__name__,
             "limit": self.request.limit,
         }
+        if self.factors_sha256 is not None:
+            recipe[factors.RECIPE_KEY] = self.factors_sha256
         return {"recipe": recipe, "versions": ledger.versions(), "device": ledger.device_name(self.device)}
 
     def _sketch_all(self, unit: Unit, renderer: Renderer, writer: SketchWriter) -> None:

@@ -1,12 +1,23 @@
-"""What of a gradient is sketched, and how: the sketcher's row, and the fingerprint that it gets with a model."""
+"""What of a gradient is sketched, and how: the sketcher's row, and the fingerprint that it gets with a model.
+
+What a fingerprint must tell apart, and what not. Two sketches can be compared if the map, the parameters' layout and
+the kind of correction are the same; these, with the damping and the positions, are in it. The factors of a correction,
+which belong to one checkpoint, are not: with them in it, each checkpoint would have a table of its own, and neither
+`tracin` (a sum over checkpoints of what is compared within each) nor a dot product across two checkpoints could be
+asked for. Both stay true without: the map is the same, so sketches of D₁g₁ and D₂g₂ estimate g₁ᵀ D₁ D₂ g₂, a dot
+product in a geometry between the two. What must not happen is that samples and queries at *one* checkpoint are
+corrected by different factors. So a checkpoint has one set of factors of a kind (unique in the catalog, known by the
+hash of its content); each ingest run has that hash in its recipe; and a set that a run was made with is never replaced.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
+from lark_store.ingest.corrections import ALL, CONTENT, CORRECTIONS, DEFAULT_DAMPING, POWERS
 from lark_store.ingest.gradients import choose_parameters, compile_pattern
 from lark_store.ingest.oporp import MAP_VERSION, Oporp, check_k, place
 from lark_store.schema.catalog import Sketcher
@@ -14,6 +25,7 @@ from lark_store.schema.catalog import Sketcher
 if TYPE_CHECKING:
     import torch
 
+    from lark_store.ingest.gradients import Chosen
     from lark_store.ingest.oporp import Placement
 
 IMPORTED = "imported"  # the `correction` and `positions` of a sketcher whose sketches were made elsewhere
@@ -27,13 +39,17 @@ def make_sketcher(
     dtype: str = "float16",
     parameters: str | None = None,
     exclude: str | None = None,
+    correction: str = "none",
+    damping: float | None = None,
+    min_ndim: int | None = None,
+    mask_template: bool = False,
 ) -> Sketcher:
     """Build a sketcher; the defaults are the paper's.
 
     Raises
     ------
     InputError
-        k, the storage type or an expression is unusable.
+        k, the storage type, an expression, the correction or its damping is unusable.
     """
     if dtype not in {"float16", "float32"}:
         raise InputError(f"sketches can't be stored as `{dtype}`", "`float16` or `float32`")
@@ -41,6 +57,10 @@ def make_sketcher(
         raise InputError(f"seed {seed} is not from 0 to 2^31 − 1", "the paper's sketcher has seed 0")
     compile_pattern(parameters)
     compile_pattern(exclude)
+    if correction not in CORRECTIONS:
+        raise InputError(f"`{correction}` is no correction", f"one of {', '.join(f'`{c}`' for c in CORRECTIONS)}")
+    if min_ndim is not None and not 0 <= min_ndim <= 2:
+        raise InputError(f"{min_ndim} dimensions are none to begin at", "`--min-ndim 2` takes matrices alone")
     return Sketcher(
         name=name,
         k=check_k(k),
@@ -49,9 +69,23 @@ def make_sketcher(
         dtype=dtype,
         parameters=parameters,
         exclude=exclude,
-        correction="none",
-        positions="all",
+        correction=correction,
+        positions=CONTENT if mask_template else ALL,
+        damping=_damping(correction, damping),
+        min_ndim=min_ndim or None,
     )
+
+
+def _damping(correction: str, damping: float | None) -> float | None:
+    if correction not in POWERS:
+        if damping is None:
+            return None
+        raise InputError(f"the correction `{correction}` has no damping", "leave `--damping` out")
+    if damping is None:
+        return DEFAULT_DAMPING
+    if 0 < damping < float("inf"):
+        return damping
+    raise InputError(f"a damping of {damping} is not above 0", f"the default is {DEFAULT_DAMPING}")
 
 
 def make_imported(name: str, k: int, dtype: str) -> Sketcher:
@@ -87,9 +121,19 @@ def oporp_of(sketcher: Sketcher) -> Oporp:
     return Oporp(sketcher.k, sketcher.seed)
 
 
+def chosen_of(sketcher: Sketcher, model: torch.nn.Module) -> Chosen:
+    """Return the parameters that a sketcher takes of a model."""
+    return choose_parameters(model, sketcher.parameters, sketcher.exclude, sketcher.min_ndim)
+
+
+def is_masked(sketcher: Sketcher) -> bool:
+    """Tell whether a sketcher leaves out what stands at the template's positions."""
+    return sketcher.positions == CONTENT
+
+
 def placements_of(sketcher: Sketcher, model: torch.nn.Module) -> list[Placement]:
     """Return what a sketcher takes of a model, laid out."""
-    chosen = choose_parameters(model, sketcher.parameters, sketcher.exclude)
+    chosen = chosen_of(sketcher, model)
     return place([(name, tuple(p.shape)) for name, p in chosen], sketcher.k)
 
 
@@ -100,7 +144,7 @@ def sketch_bytes(sketcher: Sketcher) -> int:
 
 def fingerprint(sketcher: Sketcher, placements: list[Placement]) -> str:
     """Return what tells comparable sketches: the map, what is sketched, and the parameters' layout."""
-    identity = {
+    identity: dict[str, Any] = {
         "name": sketcher.name,  # a table holds one sketcher's sketches
         "k": sketcher.k,
         "seed": sketcher.seed,
@@ -110,4 +154,6 @@ def fingerprint(sketcher: Sketcher, placements: list[Placement]) -> str:
         "positions": sketcher.positions,
         "layout": [(p.name, p.shape, p.first_chunk) for p in placements],
     }
+    if sketcher.damping is not None:
+        identity["damping"] = sketcher.damping
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

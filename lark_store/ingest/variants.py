@@ -26,6 +26,8 @@ from lark_store.schema.paths import is_file
 from lark_store.schema.records import RenderedSample
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jinja2 import Template
 
     from lark_store.ingest.sources import Sample
@@ -97,12 +99,17 @@ def _compile(text: str) -> Template:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A rendered sample: `input_ids` (T,), which of them are targets (T,), by which rule, and how many were cut."""
+    """A rendered sample: `input_ids` (T,), which of them are targets (T,), by which rule, and how many were cut.
+
+    `is_content` (T,) are the tokens that carry characters of the sample itself, not of the template alone, but for the
+    first token, which stands for no context at all; empty: all are.
+    """
 
     input_ids: list[int]
     is_target: list[bool]
     rule: str
     n_cut: int = 0
+    is_content: Sequence[bool] = ()
 
     @property
     def n_targets(self) -> int:
@@ -205,7 +212,10 @@ class Renderer:
         is_target[:1] = [False]
         if not any(is_target):
             raise UnusableSampleError(f"no target token under the rule `{self.variant.targets}`")
-        return Tokens([ids[i] for i in keep], is_target, rule, len(ids) - len(keep))
+        content = [any(each) for each in zip(*map(covers, spans), strict=True)] or [False] * len(ids)
+        is_content = [content[i] for i in keep]
+        is_content[:1] = [False]
+        return Tokens([ids[i] for i in keep], is_target, rule, len(ids) - len(keep), is_content)
 
     def attempt(self, sample: Sample) -> Tokens | UnusableSampleError:
         """Render, or return the reason why not."""

@@ -13,11 +13,21 @@ import polars as pl
 from sqlalchemy import select
 
 from lark_store.errors import CheckpointError, InputError
+from lark_store.ingest.batched import hook_path
 from lark_store.ingest.checkpoints import verify as verify_files
-from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, pick_device
+from lark_store.ingest.factors import RECIPE_KEY, corrector_for
+from lark_store.ingest.gradients import Sketch, pick_device
 from lark_store.ingest.models import context_length, load_model, load_tokenizer
 from lark_store.ingest.oporp import GradientSketcher
-from lark_store.ingest.sketchers import IMPORTED, check_ours, fingerprint, oporp_of, placements_of
+from lark_store.ingest.sketchers import (
+    IMPORTED,
+    check_ours,
+    chosen_of,
+    fingerprint,
+    is_masked,
+    oporp_of,
+    placements_of,
+)
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, UnusableSampleError
 from lark_store.schema.catalog import Checkpoint, IngestRun, Sketcher
@@ -123,8 +133,15 @@ class _Again:
                 f"checkpoint `{run.checkpoint.name}` has other parameters than when it was ingested",
                 "has the transformers library changed? the SQL view `ingest_runs` has its version in `versions`",
             )
-        chosen = choose_parameters(model, run.sketcher.parameters, run.sketcher.exclude)
-        self.path = HookPath(model, chosen, GradientSketcher(oporp_of(run.sketcher), placements, device))
+        chosen = chosen_of(run.sketcher, model)
+        corrector, sha256 = corrector_for(db, run.sketcher, run.checkpoint, placements, device)
+        if sha256 != run.recipe.get(RECIPE_KEY):
+            raise CheckpointError(
+                f"the factors of checkpoint `{run.checkpoint.name}` are not those of ingest run {run.id}",
+                "restore them from a backup, or remove the checkpoint and ingest again",
+            )
+        sketcher = GradientSketcher(oporp_of(run.sketcher), placements, device, corrector)
+        self.path = hook_path(model, chosen, sketcher, masked=is_masked(run.sketcher))
         self.tokenizer, self.context = load_tokenizer(folder), context_length(model)
 
     def compare(self, run: IngestRun, sample_id: str) -> dict[str, Any]:

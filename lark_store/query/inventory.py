@@ -22,7 +22,9 @@ _FRAMES = {
         FROM _source s LEFT JOIN (SELECT source, count(*) AS n FROM samples GROUP BY ALL) x ON x.source = s.name
         ORDER BY s.id""",
     "variants": "SELECT name, template, targets, max_length FROM _variant ORDER BY id",
-    "sketchers": "SELECT name, k, seed, dtype, parameters, exclude FROM _sketcher ORDER BY id",
+    "sketchers": """
+        SELECT name, k, seed, dtype, parameters, exclude, correction, damping, min_ndim, positions
+        FROM _sketcher ORDER BY id""",
     "sketches": """
         WITH failed AS (
             SELECT checkpoint, source, variant, ingest_run, count(*) AS n FROM failures GROUP BY ALL

@@ -10,7 +10,7 @@ import datetime as dt
 import json
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import REAL, CheckConstraint, Double, ForeignKey, MetaData, Text, TypeDecorator
+from sqlalchemy import REAL, CheckConstraint, Double, ForeignKey, MetaData, Text, TypeDecorator, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 if TYPE_CHECKING:
@@ -196,6 +196,32 @@ class Sketcher(Named):
     exclude: Mapped[str | None]
     correction: Mapped[str]
     positions: Mapped[str]
+    damping: Mapped[float | None]
+    min_ndim: Mapped[int | None]
+
+
+class Correction(Base):
+    """The factors by which gradients at one checkpoint are corrected; `sha256` is that of their file's content.
+
+    A checkpoint has one set of a kind, so that all sketches made there by one sketcher can be compared.
+    """
+
+    __tablename__ = "correction"
+    __table_args__ = (UniqueConstraint("checkpoint_id", "kind"), STRICT)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"))
+    kind: Mapped[str]
+    origin: Mapped[str]
+    sha256: Mapped[str]
+    n_bytes: Mapped[int]
+    sources: Mapped[str | None]
+    n_samples: Mapped[int | None]
+    samples_sha256: Mapped[str | None]
+    recipe: Mapped[dict[str, Any]]
+    created_at: Mapped[dt.datetime] = mapped_column(default=now)
+
+    checkpoint: Mapped[Checkpoint] = relationship()
 
 
 class Run:

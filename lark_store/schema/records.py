@@ -69,6 +69,25 @@ class SketcherInfo:
     parameters: str | None
     exclude: str | None
     map_version: int
+    correction: str
+    positions: str
+    damping: float | None
+    min_ndim: int | None
+
+
+@dataclass(frozen=True)
+class CorrectionInfo:
+    """The factors of a correction, as they are in the store; `is_new`: they were not there before."""
+
+    checkpoint: str
+    kind: str
+    origin: str
+    sha256: str
+    n_bytes: int
+    sources: str | None
+    n_samples: int | None
+    created_at: dt.datetime
+    is_new: bool
 
 
 @dataclass(frozen=True)

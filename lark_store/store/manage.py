@@ -141,11 +141,20 @@ class Manage(Part):
         dtype: str = "float16",
         parameters: str | None = None,
         exclude: str | None = None,
+        correction: str = "none",
+        damping: float | None = None,
+        min_ndim: int | None = None,
+        mask_template: bool = False,
     ) -> SketcherInfo:
         r"""Add a sketcher: OPORP with `k` bins (a power of two, 256 to 1,048,576), stored as float16 or float32.
 
         `parameters` is a regular expression searched for in the names of a model's parameters (default: all are
-        sketched), `exclude` one that takes some out again.
+        sketched), `exclude` one that takes some out again; `min_ndim=2` takes matrices alone, no norms and biases.
+
+        `correction` is `none` (the paper's), `adam` (each gradient in the geometry of Adam's step: multiplied by
+        V^(−1/4), V the second moments at the checkpoint, factored into rows and columns), `adam2` (V^(−1/2)) or
+        `tensor` (each parameter's gradient scaled to norm 1). `damping` times its mean is added to V (default: 0.1).
+        `mask_template` leaves out what the positions of the template and the first position say.
 
         Raises
         ------
@@ -153,9 +162,21 @@ class Manage(Part):
         """
         from lark_store.ingest.sketchers import make_sketcher
 
-        wanted = make_sketcher(name, k=k, seed=seed, dtype=dtype, parameters=parameters, exclude=exclude)
+        wanted = make_sketcher(
+            name,
+            k=k,
+            seed=seed,
+            dtype=dtype,
+            parameters=parameters,
+            exclude=exclude,
+            correction=correction,
+            damping=damping,
+            min_ndim=min_ndim,
+            mask_template=mask_template,
+        )
+        same = ("k", "seed", "dtype", "parameters", "exclude", "correction", "damping", "min_ndim", "positions")
         with self._writable.session() as session:
-            row = add_named(session, wanted, ("k", "seed", "dtype", "parameters", "exclude", "correction"))
+            row = add_named(session, wanted, same)
         return _info(SketcherInfo, row)
 
     def sketcher_show(self, name: str, *, checkpoint: str) -> pl.DataFrame:

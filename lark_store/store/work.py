@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lark_store.schema.locks import scoring
@@ -12,11 +13,45 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from lark_store.schema.records import IngestReport, OnProgress, PlanReport
+    from lark_store.schema.records import CorrectionInfo, IngestReport, OnProgress, PlanReport
 
 
 class Work(Part):
     """The methods that compute."""
+
+    def correction_fit(
+        self,
+        checkpoint: str,
+        *,
+        kind: str = "adam",
+        sources: Sequence[str] = (),
+        variant: str = "chatml",
+        samples: int = 500,
+        seed: int = 0,
+        from_optimizer: str | Path | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        on_progress: OnProgress | None = None,
+    ) -> CorrectionInfo:
+        """Fit the factors that sketchers with the correction `adam` or `adam2` need at a checkpoint.
+
+        They are the second moments of gradients, as means over each matrix's rows and columns: of `samples` samples
+        drawn from the sources (default: all of stage `finetune`) with this `seed`, rendered in a variant; or those of
+        the optimizer that the Trainer saved, `from_optimizer` a file `optimizer.pt` or its folder.
+
+        Fitting in the same way again is harmless. Others take their place only while no sketch was made with them. A
+        fit that is killed has written nothing and begins again; `ingest` fits what is missing by itself.
+
+        Raises
+        ------
+        NameUnknownError, InputError, CheckpointError, CheckpointChangedError, StoreBusyError
+        """
+        from lark_store.ingest.moments import Wanted, fit, fit_from_optimizer
+
+        if from_optimizer is not None:
+            return fit_from_optimizer(self._writable, checkpoint, kind, Path(from_optimizer))
+        how = (checkpoint, kind, tuple(sources), variant, samples, seed, device, precision)
+        return fit(self._writable, Wanted(*how), on_progress)
 
     def ingest(
         self,
@@ -40,8 +75,10 @@ class Work(Part):
         Samples of like length go through the model together, at most `batch_tokens` tokens with their padding (default:
         1,024 on a CPU, 8,192 on CUDA); a batch that does not fit into memory is halved. `gradient_checkpointing` takes
         less memory and more time. A model with layers that can't be batched goes one sample at a time,
-        and the report's `notes` say so. Under `torchrun` the samples are shared out among the processes, all of which
-        must call it.
+        and the report's `notes` say so. A sketcher whose correction has factors gets them fitted where the checkpoint
+        has none, to 500 samples of the sources of stage `finetune` (without one: of those given).
+
+        Under `torchrun` the samples are shared out among the processes, all of which must call it.
 
         Raises
         ------

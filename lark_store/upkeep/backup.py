@@ -28,6 +28,7 @@ from sqlalchemy import insert
 
 from lark_store.errors import InputError, StoreError, StoreExistsError
 from lark_store.schema.catalog import SnapshotCopy, now
+from lark_store.schema.corrections import factor_files
 from lark_store.schema.faults import fault_of
 from lark_store.schema.hashes import file_hash
 from lark_store.schema.location import Location
@@ -80,6 +81,8 @@ def backup(db: Database, target: Path, schema: str, on_progress: OnProgress | No
                     on_progress(Progress(f"copying {table}", len(hashes), total))
                 below = f"{_VECTORS}{table}.lance/{name}"
                 hashes[below] = _fetch(db.vectors, f"{table}.lance/{name}", draft / below)
+        for name in factor_files(db.vectors):
+            hashes[f"{_VECTORS}{name}"] = _fetch(db.vectors, name, draft / f"{_VECTORS}{name}")
         place = Location.of(draft)
         _tag_again(place)
         n_rows = _counted(VectorStore(place.vectors), tables)

@@ -8,8 +8,9 @@ that was killed is there to be run again, and does what is left. Before it, in t
 2. Sketches, failures and influence rows, a commit per table. A reader sees a table before or after its commit. A sample
    between the two has no sketch, as one that was not ingested yet: the truth, should the removal end here. Then
    the next ingest would sketch it again (and take up what is left of superseded ingest runs).
-3. The counts of ingest runs that stay; or the catalog's rows of those that go. Rows of runs are deleted only when
-   no vector row has their number, since SQLite gives the number of a deleted row to the next.
+3. The counts of ingest runs that stay; or the files of a checkpoint's corrections, and the catalog's rows of runs
+   that go. Rows of runs are deleted only when no vector row has their number, since SQLite gives the number of a
+   deleted row to the next.
 
 Of a searched group that lost a sample the maximum, mean and ranks are others, and a query set that lost a query has
 another count: the score runs of both are superseded, and the next `attribute` scores them again.
@@ -26,7 +27,8 @@ import polars as pl
 from sqlalchemy import and_, delete, func, or_, select
 
 from lark_store.errors import InputError, NameUnknownError
-from lark_store.schema.catalog import Checkpoint, CheckpointMetric, IngestRun, ScoreRun, Source
+from lark_store.schema.catalog import Checkpoint, CheckpointMetric, Correction, IngestRun, ScoreRun, Source
+from lark_store.schema.corrections import discard
 from lark_store.schema.database import Database, find
 from lark_store.schema.locks import removing
 from lark_store.schema.retry import retried
@@ -229,7 +231,16 @@ def _remove(sweep: _Sweep, kind: type[Source | Checkpoint], name: str) -> None:
     sweep.delete_scores([run.id for run in score_runs])
     if isinstance(found, Source):
         sweep.delete("sample", "samples", of_name)
+    elif not sweep.dry_run:
+        _discard_corrections(sweep, found)
     _remove_rows(sweep, found)
+
+
+def _discard_corrections(sweep: _Sweep, checkpoint: Checkpoint) -> None:
+    with sweep.db.session() as session:
+        rows = list(session.scalars(select(Correction).filter_by(checkpoint_id=checkpoint.id)))
+    for row in rows:
+        discard(sweep.db, row.sha256, row.id)
 
 
 def _runs_of(found: Source | Checkpoint) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
@@ -251,6 +262,7 @@ def _remove_rows(sweep: _Sweep, found: Source | Checkpoint) -> None:
     ]
     if isinstance(found, Checkpoint):
         doomed.insert(2, ("metric", CheckpointMetric, CheckpointMetric.checkpoint_id == found.id))
+        doomed.insert(2, ("correction", Correction, Correction.checkpoint_id == found.id))
     with sweep.db.session() as session:
         for label, table, condition in doomed:
             n = session.scalar(select(func.count()).select_from(table).where(condition)) or 0

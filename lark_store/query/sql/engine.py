@@ -20,6 +20,7 @@ from lark_store.schema.catalog import (
     Base,
     Checkpoint,
     CheckpointMetric,
+    Correction,
     FormatVariant,
     IngestRun,
     Json,
@@ -54,6 +55,7 @@ _CATALOG: dict[str, type[Base]] = {
     "_ingest_run": IngestRun,
     "_score_run": ScoreRun,
     "_study": Study,
+    "_correction": Correction,
 }
 
 

@@ -134,11 +134,31 @@ VIEWS = {
             dtype="type of the stored bins: float16 or float32",
             parameters="pattern of the names of what is sketched; null: all",
             exclude="pattern of those that are left out",
-            correction="none: the plain gradient",
-            positions="which target tokens count",
+            correction="none, tensor, adam or adam2; imported",
+            positions="all, or content: the template is masked",
         )
+        | _double(damping="added to the second moments, times their mean")
+        | _whole(min_ndim="dimensions that a parameter must have; null: any")
         | _ADDED,
         "SELECT * EXCLUDE (id) FROM _sketcher",
+    ),
+    "corrections": View(
+        "The factors that correct gradients at a checkpoint",
+        _text(
+            checkpoint="name of the checkpoint",
+            kind="adam: second moments, of adam and adam2",
+            origin="gradients or optimizer",
+            sha256="sha256 of their file",
+        )
+        | _whole(n_bytes="size of their file")
+        | _text(sources="names of the sources of the samples")
+        | _whole(n_samples="samples that they were fitted to")
+        | _text(samples_sha256="sha256 of the samples' ids and contents", recipe="how it was done, JSON")
+        | _columns(_TIME, created_at="when they were fitted, UTC"),
+        """
+        SELECT c.name AS checkpoint, x.kind, x.origin, x.sha256, x.n_bytes, x.sources, x.n_samples, x.samples_sha256,
+               x.recipe, x.created_at
+        FROM _correction x JOIN _checkpoint c ON c.id = x.checkpoint_id""",
     ),
     "samples": View(
         "A sample; queries are those of sources of stage query",

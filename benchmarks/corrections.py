@@ -1,0 +1,257 @@
+"""What corrected sketches cost, and how well their scores agree with a real step of Adam.
+
+    python benchmarks/corrections.py cost MODEL_FOLDER
+    python benchmarks/corrections.py step MODEL_FOLDER FACTS_FOLDER      # as benchmarks/facts.py writes it
+
+`cost` sketches the same made-up tokens in each way in turn, round by round, and gives medians and ratios; every fifth
+token is taken for the template's. `step`: V, the mean squared gradient of the statements that are fine-tuned on, is
+measured whole. For each candidate statement one step of AdamW without decay is made from the model's weights, with V
+as the optimizer's second moment and the statement's gradient as its first; the truth is how much the loss of each
+query falls. Scores are of sketches at k = 65,536, as lark-store makes them; each query's rank correlation (Spearman)
+with its truth over the candidates is averaged over the queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ingest import K, in_turn, seconds, table, tokens
+from rivals import pack, plain_floor
+
+from lark_store.ingest.batched import make_path
+from lark_store.ingest.corrections import DEFAULT_DAMPING, Corrector, Moments, corrector_of, stand_in
+from lark_store.ingest.factors import packed
+from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters
+from lark_store.ingest.losses import Batch, sample_losses
+from lark_store.ingest.models import load_model, load_tokenizer
+from lark_store.ingest.moments import MomentSums
+from lark_store.ingest.oporp import GradientSketcher, Oporp, place
+from lark_store.ingest.sources import Sample
+from lark_store.ingest.variants import Renderer, Tokens, make_variant
+
+CPU = torch.device("cpu")
+BETA_2, EPSILON = 0.999, 1e-8
+WAYS: dict[str, tuple[str, int, bool]] = {  # kind, least dimensions, template masked
+    "none: the paper's": ("none", 0, False),
+    "none, matrices alone": ("none", 2, False),
+    "none, matrices alone, template masked": ("none", 2, True),
+    "adam, all parameters": ("adam", 0, False),
+    "adam, matrices alone": ("adam", 2, False),
+    "adam, matrices alone, template masked": ("adam", 2, True),
+    "adam2, matrices alone": ("adam2", 2, False),
+    "tensor (hooks, batch 1)": ("tensor", 0, False),
+}
+
+
+def path_for(model: Any, way: tuple[str, int, bool], corrector: Corrector | None = None) -> Any:
+    """Return the path that an ingest takes."""
+    kind, least, masked = way
+    chosen = choose_parameters(model, None, None, least)
+    placements = place([(name, tuple(p.shape)) for name, p in chosen], K)
+    sketcher = GradientSketcher(Oporp(K, 0), placements, CPU, corrector or stand_in(kind, placements, CPU))
+    return make_path(model, chosen, sketcher, masked=masked)[0]
+
+
+# --- what it costs -------------------------------------------------------------------------------------------------
+
+
+def cost(model: Any, options: argparse.Namespace) -> None:
+    """Time each way on the same batches."""
+    made = tokens(options.samples, options.length, len(model.get_input_embeddings().weight))
+    content = [i > 0 and i % 5 > 0 for i in range(options.length)]
+    samples = [Tokens(t.input_ids, t.is_target, t.rule, is_content=content) for t in made]
+    batches = pack(samples, options.batch_tokens)
+
+    def sketched(way: tuple[str, int, bool]) -> float:
+        path = path_for(model, way)
+        spent = seconds(lambda: [path.sketch(batch) for batch in batches], CPU)
+        path.close()
+        return spent / len(samples)
+
+    def fitting() -> float:
+        chosen = choose_parameters(model, None, None)
+        sums = MomentSums(chosen, CPU)
+        path = HookPath(model, chosen, sums)
+        spent = seconds(lambda: [(path.sketch([one]), sums.commit(keep=True)) for one in samples[:4]], CPU)
+        path.close()
+        return spent / 4
+
+    ways: dict[str, Any] = {"plain forward and backward, batched": lambda: plain_floor(model, batches).whole}
+    ways |= {name: (lambda w=way: sketched(w)) for name, way in WAYS.items()}
+    ways["correction fit, a sample"] = fitting
+    found = in_turn(ways, options.rounds)
+    ours = statistics.median(found["none: the paper's"])
+    rows: list[list[Any]] = []
+    for name, each in found.items():
+        middle = statistics.median(each)
+        ratios = [mine / base for mine, base in zip(each, found["none: the paper's"], strict=True)]
+        rows.append([name, middle, f"{min(each):.3g} – {max(each):.3g}", middle / ours, statistics.median(ratios)])
+    title = f"{options.length} tokens, {options.samples} samples, {options.rounds} rounds"
+    table(title, ["way", "s/sample, median", "range", "over none", "median of the rounds' ratios"], rows)
+    for least, what in ((0, "all parameters"), (2, "matrices alone")):
+        chosen = choose_parameters(model, None, None, least)
+        size = len(packed({name: Moments.of(torch.ones(p.shape)) for name, p in chosen}))
+        print(f"factors of {what}: {size:,} bytes ({size / 2**20:.2f} MiB)")
+
+
+# --- a real step ---------------------------------------------------------------------------------------------------
+
+
+def rendered(folder: Path, name: str, renderer: Renderer) -> dict[str, Tokens]:
+    """Render a file of rows as text, the loss on all tokens or on the response."""
+    made = {}
+    for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        parts = {part: row.get(part) for part in ("prompt", "response", "text")}
+        made[row["id"]] = renderer.render(Sample(row["id"], **parts))
+    return made
+
+
+def gradient(model: Any, sample: Tokens) -> dict[str, torch.Tensor]:
+    """Return a sample's whole gradient."""
+    model.requires_grad_(True)
+    (loss,) = sample_losses(model, Batch([sample], CPU))
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
+    return found
+
+
+@torch.no_grad()
+def losses(model: Any, samples: list[Tokens]) -> torch.Tensor:
+    """Return each sample's loss."""
+    return sample_losses(model, Batch(samples, CPU)).double()
+
+
+@torch.no_grad()
+def step(model: Any, grads: dict[str, torch.Tensor], v: dict[str, torch.Tensor], rate: float) -> None:
+    """Make one step of Adam: the first moment is the gradient, the second V, moved on by it."""
+    for name, p in model.named_parameters():
+        second = (v[name] * BETA_2).addcmul_(grads[name], grads[name], value=1 - BETA_2)
+        p.sub_(grads[name] / second.sqrt_().add_(EPSILON), alpha=rate)
+
+
+def truth(model: Any, some: list[Tokens], queries: list[Tokens], v: dict[str, torch.Tensor], rate: float) -> Any:
+    """Return how much a step on each candidate lowers each query's loss, (queries, candidates)."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before, made = losses(model, queries), []
+    for n, candidate in enumerate(some):
+        step(model, gradient(model, candidate), v, rate)
+        made.append(before - losses(model, queries))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(start[name])
+        if n % 20 == 0:
+            print(f"  step {n} of {len(some)}", flush=True)
+    return torch.stack(made, dim=1)
+
+
+def spearman(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float, float]:
+    """Return the mean over rows of the rank correlation, and a 95% bootstrap interval over rows."""
+    ranks = [x.argsort(dim=1).argsort(dim=1).double() for x in (left, right)]
+    a, b = (r - r.mean(dim=1, keepdim=True) for r in ranks)
+    each = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
+    picks = torch.randint(0, len(each), (9999, len(each)), generator=torch.Generator().manual_seed(0))
+    low, high = torch.quantile(each[picks].mean(dim=1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(each.mean()), low, high
+
+
+def sketches(model: Any, way: tuple[str, int, bool], corrector: Corrector | None, some: list[Tokens]) -> torch.Tensor:
+    """Return sketches with their own norms, (N, K)."""
+    path = path_for(model, way, corrector)
+    made: list[Any] = []
+    for start in range(0, len(some), 16):
+        made += path.sketch(some[start : start + 16])
+    path.close()
+    return torch.stack([s.vector / K**0.5 * s.grad_norm for s in made if isinstance(s, Sketch)])
+
+
+def literal(v: dict[str, Moments], power: float) -> Corrector:
+    """Return the correction R^(−p) C^(−p) without Adafactor's mean: one number per matrix is another."""
+    whole = corrector_of(v, "adam" if power == 0.25 else "adam2", DEFAULT_DAMPING, CPU)
+    scales = {}
+    for name, scale in whole.scales.items():
+        mean = float(v[name].rows.mean()) * (1 + DEFAULT_DAMPING)
+        scales[name] = type(scale)(scale.left / mean**power, scale.right)
+    return Corrector(scales)
+
+
+def one_step(model: Any, options: argparse.Namespace) -> None:
+    """Compare scores with a real step."""
+    tokenizer = load_tokenizer(options.model)
+    text = Renderer(make_variant("text", "raw", "text", 128), tokenizer)
+    answer = Renderer(make_variant("answer", "raw", "response", 128), tokenizer)
+    trained = rendered(options.facts, "finetune", text)
+    others = list(rendered(options.facts, "others", text).values())
+    asked = list(rendered(options.facts, "queries", answer).items())[: options.queries]
+    queries = [tokens_ for _, tokens_ in asked]
+    own = [f"{name}-{i}" for name, _ in asked for i in range(2)]
+    rest = [sample for name, sample in trained.items() if name not in own]
+    candidates = [trained[name] for name in own] + rest[: options.candidates // 4] + others
+    candidates = candidates[: options.candidates]
+    print(f"{len(queries)} queries, {len(candidates)} candidates, rate {options.rate}", flush=True)
+    started = time.perf_counter()
+    v: dict[str, torch.Tensor] = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    fitted = list(trained.values())[: options.fitted]
+    for sample in fitted:
+        for name, g in gradient(model, sample).items():
+            v[name].addcmul_(g, g, value=1 / len(fitted))
+    print(f"V of {len(fitted)} statements: {time.perf_counter() - started:.0f} s", flush=True)
+    real = truth(model, candidates, queries, v, options.rate)
+    print(f"steps done: {time.perf_counter() - started:.0f} s", flush=True)
+    moments = {name: Moments.of(each) for name, each in v.items()}
+    matrices = {name: each for name, each in moments.items() if each.columns is not None}
+    del v
+    rows = []
+    ways: dict[str, tuple[tuple[str, int, bool], Corrector | None]] = {
+        "none: the paper's": (("none", 0, False), None),
+        "none, matrices alone": (("none", 2, False), None),
+        "adam, matrices alone": (("adam", 2, False), corrector_of(matrices, "adam", DEFAULT_DAMPING, CPU)),
+        "adam, all parameters": (("adam", 0, False), corrector_of(moments, "adam", DEFAULT_DAMPING, CPU)),
+        "adam2, matrices alone": (("adam2", 2, False), corrector_of(matrices, "adam2", DEFAULT_DAMPING, CPU)),
+        "adam, matrices, without Adafactor's mean": (("adam", 2, False), literal(matrices, 0.25)),
+    }
+    for name, (way, corrector) in ways.items():
+        found = sketches(model, way, corrector, [*queries, *candidates])
+        q, z = found[: len(queries)].double(), found[len(queries) :].double()
+        dot = q @ z.T
+        cosine = dot / q.norm(dim=1, keepdim=True) / z.norm(dim=1)
+        cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (spearman(s, real) for s in (cosine, dot))]
+        rows.append([name, *cells])
+        print(f"  {name}: cosine {cells[0]}, dot {cells[1]}; {time.perf_counter() - started:.0f} s", flush=True)
+    table("Agreement with one step of Adam", ["sketched as", "cosine: Spearman [95%]", "dot: Spearman [95%]"], rows)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cost", "step"])
+    parser.add_argument("model", type=Path, help="a folder made by save_pretrained")
+    parser.add_argument("facts", type=Path, nargs="?")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--queries", type=int, default=24)
+    parser.add_argument("--candidates", type=int, default=120)
+    parser.add_argument("--fitted", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=2e-5)
+    options = parser.parse_args()
+    model = load_model(options.model, CPU, "float32")
+    model.requires_grad_(False)
+    print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    if options.what == "cost":
+        cost(model, options)
+    else:
+        one_step(model, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -136,6 +136,7 @@ def lose_a_version(store):
 
 def leave_locks(store):
     locks = store.path / "locks"
+    locks.mkdir(exist_ok=True)
     (locks / "ingest-dead.json").write_text(json.dumps({"doing": "ingesting", "touches": None}))
     (locks / "score-0123.lock").touch()
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 # What takes a revision back, newest first. What that revision added is lost.
 BACK = {
+    "0005": [
+        "DROP TABLE correction",
+        "ALTER TABLE sketcher DROP COLUMN damping",
+        "ALTER TABLE sketcher DROP COLUMN min_ndim",
+    ],
     "0004": ["DROP TABLE work", "DROP TABLE snapshot", "ALTER TABLE store_meta DROP COLUMN vectors"],
     "0003": ["DROP TABLE study"],
     "0002": ["DROP TABLE search_index"],

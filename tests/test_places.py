@@ -201,11 +201,13 @@ def test_a_lock_ends_with_its_process_and_the_note_that_is_left_is_mended(made, 
     with subprocess.Popen([sys.executable, "-c", HOLDER, place[0]], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         location = made._db.location
-        with pytest.raises(StoreBusyError, match="another process is ingesting songs"), working(location, "unit", "x"):
-            pass
-        with pytest.raises(StoreBusyError, match="the store is in use: another process is ingesting songs"):
-            made.db_repair()
-        holder.send_signal(signal.SIGKILL)
+        try:
+            with pytest.raises(StoreBusyError, match="is ingesting it"), working(location, "unit", "ingesting it"):
+                pass
+            with pytest.raises(StoreBusyError, match="the store is in use: another process is ingesting songs"):
+                made.db_repair()
+        finally:
+            holder.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 30
     while made.db_check().is_empty() and time.monotonic() < deadline:  # the server finds out
         time.sleep(0.1)
@@ -256,7 +258,8 @@ def test_work_whose_lock_was_lost_writes_nothing_more(made, place, checkpoints, 
         ("postgresql:///x?password=secret", "s3://lab/x", "a password does not belong into a URL"),
         ("mysql://lab/x", "s3://lab/x", "a store's catalog can't be at `mysql://lab/x`"),
         ("s3://lab/x", None, "a store's catalog can't be at `s3://lab/x`"),
-        ("postgresql://[", "s3://lab/x", "is no URL of a database"),
+        ("postgresql://host:port/x", "s3://lab/x", "is no URL of a database"),
+        ("postgresql://me:se@cret@host/x", "s3://lab/x", "has more than one `@`"),
     ],
 )
 def test_a_wrong_place_is_said_and_nothing_is_made(server, tmp_path, store, vectors, fact):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -376,10 +375,11 @@ def test_an_ingest_that_runs_is_seen_by_a_removal(store):
 
 
 def test_the_note_of_a_killed_ingest_does_not_hold_a_removal_up(scored_copy):
-    note = scored_copy.path / "locks" / "ingest-dead.json"
-    note.write_text(json.dumps({"doing": "ingesting", "touches": None}))
+    locks = scored_copy._db.location.locks
+    locks.lock("ingest-dead")
+    locks.write("ingest-dead", {"doing": "ingesting", "touches": None})
     scored_copy.source_remove("songs")
-    assert not note.exists()
+    assert locks.notes() == []
 
 
 def test_no_work_begins_while_something_is_removed(scored_copy, monkeypatch, texts):

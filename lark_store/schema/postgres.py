@@ -52,8 +52,10 @@ def in_postgres(place: str) -> Location:
     """
     try:
         url = make_url(place)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise StoreError(f"`{place}` is no URL of a database", "`postgresql://user@host/database`") from error
+    if "@" in (url.host or ""):  # else a part of the password would be looked up, and printed, as a host
+        raise StoreError(f"`{place}` has more than one `@`", "in a password `@` is written `%40`; best set PGPASSWORD")
     if {"password", "passfile", "sslpassword"} & url.query.keys():
         raise StoreError("a password does not belong into a URL's parameters", "set PGPASSWORD, or use `~/.pgpass`")
     if find_spec("psycopg") is None:

@@ -1,11 +1,13 @@
 # make install   set up .venv with everything (also done by the others)
 # make demo      the whole job on a real model and real text
-# make test      lint and all tests, two processes (WORKERS=…); make lint: ruff, mypy, import-linter
+# make test      lint, all tests, and those of CLUSTER again with PostgreSQL and S3; two processes (WORKERS=…)
+# make lint      ruff, mypy, import-linter
 # make docs      write docs/reference/cli.md from the commands themselves, the views of sql.md from their columns
 
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
+CLUSTER ?= tests/test_upkeep.py tests/test_recovery.py tests/test_attribute_incremental.py
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
@@ -26,6 +28,7 @@ demo: install
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --place cluster $(CLUSTER)
 
 lint: install
 	$(BIN)/ruff format --check .

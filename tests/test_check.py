@@ -334,7 +334,8 @@ def replace_one(store):
 
 IN_A_FOLDER = (
     *("the samples' table is gone", "a data file that is gone", "what killed processes left", "a snapshot's catalog"),
-    "a version that a snapshot needs",
+    *("a version that a snapshot needs", "a table of failures that is gone", "a table of scores that is gone"),
+    *("a table of sketches that is gone", "an index file that is gone", "a snapshot that was cut off"),
 )
 
 

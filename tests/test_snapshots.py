@@ -188,6 +188,7 @@ def test_names_of_snapshots(scored_copy):
 
 
 @pytest.mark.parametrize("step", ["copy", "_tag", "keep"])
+@pytest.mark.folder
 def test_a_snapshot_cut_off_is_none_and_can_be_made_or_removed(scored_copy, monkeypatch, step):
     def cut(*_):
         raise KeyboardInterrupt
@@ -212,6 +213,7 @@ def test_a_snapshot_cut_off_is_none_and_can_be_made_or_removed(scored_copy, monk
         assert count(then, "samples", "source = 'songs'") == 4
 
 
+@pytest.mark.folder
 def test_no_run_is_committed_while_a_snapshot_is_made(scored_copy, monkeypatch):
     tag = snapshots._tag
     seen = []
@@ -229,6 +231,7 @@ def test_no_run_is_committed_while_a_snapshot_is_made(scored_copy, monkeypatch):
     scored_copy.sketcher_add("writes-again", k=256)
 
 
+@pytest.mark.folder
 def test_a_catalog_that_is_written_to_all_the_time_is_busy(scored_copy, monkeypatch):
     monkeypatch.setattr(location, "BUSY_TIMEOUT_S", 0)
     with closing(sqlite3.connect(scored_copy.path / "catalog.sqlite", isolation_level=None)) as other:
@@ -239,6 +242,7 @@ def test_a_catalog_that_is_written_to_all_the_time_is_busy(scored_copy, monkeypa
     scored_copy.snapshot_create("a")
 
 
+@pytest.mark.folder
 def test_an_upgrade_upgrades_the_snapshots_too(scored_copy, next_schema):  # noqa: F811
     before = scored_copy.sql("select * from source_influence order by all")
     scored_copy.snapshot_create("a")

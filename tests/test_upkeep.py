@@ -357,7 +357,7 @@ def test_nothing_is_removed_while_scores_are_made(scored_copy):
     scored_copy.attribute(["base"], queries="test", sketcher="small", hits=7, on_progress=try_to_remove)
     assert seen
     scored_copy.sample_remove("songs", ["sea-1"])
-    assert list((scored_copy.path / "locks").glob("*.json")) == []
+    assert scored_copy._db.location.locks.notes() == []
 
 
 def test_an_ingest_that_runs_is_seen_by_a_removal(store):

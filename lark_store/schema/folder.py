@@ -204,11 +204,6 @@ class CatalogFile:
             return None
         return found[0] if found else None
 
-    def point(self, vectors: str | None) -> None:
-        """Say where the vectors are, in a catalog that nobody uses yet."""
-        with closing(sqlite3.connect(self.path)) as db, db:
-            db.execute("UPDATE store_meta SET vectors = ?", [vectors])
-
     def faults(self) -> list[tuple[int, str]]:
         """Return what SQLite finds wrong."""
         if not is_file(self.path):

@@ -264,11 +264,10 @@ class FileLocks:
         """Return the keys of all notes."""
         return sorted(path.name.removesuffix(".json") for path in self.folder.glob("*.json"))
 
-    def remove(self, key: str, *, lock: bool = False) -> None:
-        """Remove a note, with `lock` the lock's file too."""
+    def remove(self, key: str) -> None:
+        """Remove a note and the lock's file."""
         self._note(key).unlink(missing_ok=True)
-        if lock:
-            (self.folder / f"{key}.lock").unlink(missing_ok=True)
+        (self.folder / f"{key}.lock").unlink(missing_ok=True)
 
     def unnoted(self) -> list[str]:
         """Return the locks of scorings, each of a key of its own, that have no note."""

@@ -92,8 +92,8 @@ class Locks(Protocol):
     def notes(self) -> list[str]:
         """Return the names of the locks that have a note."""
 
-    def remove(self, key: str, *, lock: bool = False) -> None:
-        """Remove a note if it is there, with `lock` what the lock itself left too."""
+    def remove(self, key: str) -> None:
+        """Remove a note if it is there, and what the lock itself left."""
 
     def unnoted(self) -> list[str]:
         """Return locks made for one process alone that have no note; it may have been killed."""

@@ -82,7 +82,7 @@ class Work:
     def release(self) -> None:
         """End; harmless where it was not begun."""
         if self._lock.is_locked:
-            self.location.locks.remove(self.key, lock=True)  # else each name ever used would leave a file
+            self.location.locks.remove(self.key)  # else each name ever used would leave a file
             self._lock.release()
 
 
@@ -131,7 +131,7 @@ def removing(location: Location, kind: str, name: str) -> Iterator[None]:
         for key in location.locks.notes():
             work = _alive(location, key)
             if work is None:
-                location.locks.remove(key, lock=True)  # what wrote it has ended, or was killed
+                location.locks.remove(key)  # what wrote it has ended, or was killed
             elif work["touches"] is None or name in work["touches"].get(kind, []):
                 raise StoreBusyError(
                     f"{kind} `{name}` is in use: another process is {work['doing']}",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL, Connection, Engine
 
 _POLL_S = 0.05
-_CONNECTION = {  # a server that is gone is found out in a minute, also where no packet says so
+_CONNECTION = {  # a server that is gone is found out by us in a minute, also where no packet says so
     "application_name": "lark-store",
     "connect_timeout": "10",
     "keepalives_idle": "20",
@@ -200,6 +200,11 @@ class CatalogServer:
 
 # --- locks ---------------------------------------------------------------------------------------------------------
 
+# A process whose machine is gone is found out by the server in a minute, not in the system's two hours.
+_KEEPALIVES = text(
+    "SELECT set_config('tcp_keepalives_idle', '20', false), set_config('tcp_keepalives_interval', '10', false), "
+    "set_config('tcp_keepalives_count', '4', false)"
+)
 _KEY = "hashtextextended(current_schema() || '/' || :name, 0)"
 
 
@@ -220,6 +225,7 @@ class ServerLock:
         deadline = time.monotonic() + timeout
         with ExitStack() as stack:
             connection = stack.enter_context(self._catalog.open())
+            connection.execute(_KEEPALIVES)
             while not connection.scalar(text(f"SELECT pg_try_advisory_lock({_KEY})"), {"name": self._name}):
                 if time.monotonic() >= deadline:
                     raise Timeout(self._name)
@@ -285,8 +291,8 @@ class ServerLocks:
         with self.catalog.open() as connection:
             return list(connection.scalars(select(WorkNote.key).order_by(WorkNote.key)))
 
-    def remove(self, key: str, *, lock: bool = False) -> None:  # noqa: ARG002  # a lock leaves nothing here
-        """Remove a note."""
+    def remove(self, key: str) -> None:
+        """Remove a note; a lock leaves nothing."""
         with self.catalog.transaction() as connection:
             connection.execute(delete(WorkNote).where(WorkNote.key == key))
 

@@ -8,7 +8,6 @@ import uuid
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
@@ -19,9 +18,6 @@ from lark_store.schema.location import VERSION_TABLE, Location
 from lark_store.schema.paths import exists, is_file
 from lark_store.schema.vectors import VectorStore
 from lark_store.store.part import DEFAULT_SKETCHER
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 def make(location: Location, vectors: str | None) -> None:
@@ -56,7 +52,7 @@ def vacant(location: Location, vectors: str | None) -> None:
     if location.root is not None:
         if exists(location.root):
             is_store = is_file(location.root / "catalog.sqlite")
-            raise _taken(location, ["a store" if is_store else "something"])
+            raise _taken(location, "a store" if is_store else "something")
         return
     if vectors is None:
         raise StoreError(
@@ -68,14 +64,13 @@ def vacant(location: Location, vectors: str | None) -> None:
     assert isinstance(location.catalog, CatalogServer)
     there = location.catalog.tables()
     if {VERSION_TABLE, StoreMeta.__tablename__} <= there:
-        raise _taken(location, ["a store"])
+        raise _taken(location, "a store")
     clash = sorted(there & {*Base.metadata.tables, VERSION_TABLE})
     if clash:
-        raise _taken(location, [f"a table `{name}` of another program" for name in clash[:1]])
+        raise _taken(location, f"a table `{clash[0]}` of another program")
 
 
-def _taken(location: Location, what: Iterable[str]) -> StoreExistsError:
-    said = ", ".join(what)
+def _taken(location: Location, said: str) -> StoreExistsError:
     hint = "name another path with `--store PATH`" if location.root else "give the store a schema of its own"
     return StoreExistsError(
         f"there is {said} at `{location.label}` already", "use it as it is" if said == "a store" else hint

@@ -178,7 +178,7 @@ def check_locks(at: Moment) -> Iterator[Finding]:
 
     def act(_db: Database) -> None:
         for key in keys:
-            at.location.locks.remove(key, lock=True)
+            at.location.locks.remove(key)
 
     keys = at.pause.leftovers
     if keys:

@@ -198,6 +198,7 @@ class Sketcher(Named):
     positions: Mapped[str]
     damping: Mapped[float | None]
     min_ndim: Mapped[int | None]
+    power: Mapped[float | None]
 
 
 class Correction(Base):
@@ -276,6 +277,7 @@ class ScoreRun(Run, Base):
     variant_id: Mapped[int] = mapped_column(ForeignKey("format_variant.id"))
     n_queries: Mapped[int] = mapped_column(default=0)
     n_samples: Mapped[int] = mapped_column(default=0)
+    over_checkpoints: Mapped[str | None]
 
     sketcher: Mapped[Sketcher] = relationship()
     checkpoint: Mapped[Checkpoint] = relationship(foreign_keys=[checkpoint_id])
@@ -314,3 +316,32 @@ class Study(Named):
     environment: Mapped[dict[str, Any]]
     hashes: Mapped[dict[str, Any]]
     finished_at: Mapped[dt.datetime | None]
+
+
+class Evaluation(Named):
+    """How true some methods' scores were found to be, by one kind of evaluation."""
+
+    __tablename__ = "evaluation"
+    __table_args__ = STRICT
+
+    kind: Mapped[str]
+    recipe: Mapped[dict[str, Any]]
+    environment: Mapped[dict[str, Any]]
+    finished_at: Mapped[dt.datetime | None]
+
+
+class EvaluationScore(Base):
+    """One figure of an evaluation: a method's value by one measure, of one query in one trial where there are such."""
+
+    __tablename__ = "evaluation_score"
+    __table_args__ = STRICT
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    evaluation_id: Mapped[int] = mapped_column(ForeignKey("evaluation.id", ondelete="CASCADE"), index=True)
+    method: Mapped[str]
+    measure: Mapped[str]
+    query_id: Mapped[str | None]
+    trial: Mapped[int | None]
+    value: Mapped[float]
+
+    evaluation: Mapped[Evaluation] = relationship()

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 # What takes a revision back, newest first. What that revision added is lost.
 BACK = {
+    "0006": [
+        "DROP TABLE evaluation_score",
+        "DROP TABLE evaluation",
+        "ALTER TABLE sketcher DROP COLUMN power",
+        "ALTER TABLE score_run DROP COLUMN over_checkpoints",
+    ],
     "0005": [
         "DROP TABLE correction",
         "ALTER TABLE sketcher DROP COLUMN damping",

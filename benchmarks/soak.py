@@ -5,8 +5,10 @@
 One process adds, ingests, scores, asks, removes and optimizes, over and over; another asks all the while. The store
 holds as much at the end of a round as at its start, so whatever rises is a leak: memory, open files, files and bytes of
 the store, the time of an answer. The model is a tiny random Llama: the gradients cost next to nothing, and what is
-measured is the store. OUT must not exist; the table is printed and is in OUT/soak.json too. The exit status is 1 if
-`db check` finds something at the end or the reader met an error.
+measured is the store. Lance may keep --caches MiB of what it has read of a table's versions, twice: a store's own limit
+is 32, which an hour of this does not fill, and what is still filling looks like a leak. OUT must not exist; the table
+is printed and is in OUT/soak.json too. The exit status is 1 if `db check` finds something at the end or the reader met
+an error.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from stores import save_tokenizer
 
 from lark_store import Store
 from lark_store.errors import LarkStoreError
+from lark_store.schema import vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -189,7 +192,8 @@ def soak(home: Path, minutes: float) -> bool:
     run = Soak(home, minutes)
     run.work()  # both have something to read
     stop = home / "stop"
-    command = [sys.executable, __file__, str(run.store.path), "--reader", str(stop)]
+    caches = str(vectors.CACHES["index_cache_size_bytes"] >> 20)
+    command = [sys.executable, __file__, str(run.store.path), "--reader", str(stop), "--caches", caches]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:  # noqa: S603
         samples = list(watch(run, psutil.Process(reader.pid)))
         stop.touch()
@@ -250,8 +254,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--caches", type=int, default=4)
     parser.add_argument("--reader", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    vectors.CACHES.update(dict.fromkeys(vectors.CACHES, options.caches << 20))
     if options.reader:
         read(options.out, options.reader)
         return

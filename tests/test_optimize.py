@@ -224,7 +224,7 @@ def test_what_an_open_store_keeps_in_memory_is_bounded_however_much_is_written(s
     import lancedb
 
     made, session = [], lancedb.Session
-    monkeypatch.setattr(vectors, "_CACHES", {"index_cache_size_bytes": 60_000, "metadata_cache_size_bytes": 60_000})
+    monkeypatch.setattr(vectors, "CACHES", {"index_cache_size_bytes": 60_000, "metadata_cache_size_bytes": 60_000})
     monkeypatch.setattr(lancedb, "Session", lambda **sizes: made.append(session(**sizes)) or made[0])
     with Store.open(store.path) as other:
         for i in range(60):

@@ -27,7 +27,7 @@ ROWS_PER_TEXT_BATCH = 4096
 _INDEX_ATTEMPTS = 5
 # What an open store may keep of indices and of versions' metadata. Lance's own limits are 6 GiB and 1 GiB: a process
 # that writes all day would fill them with versions that nobody reads any more.
-_CACHES = {"index_cache_size_bytes": 32 << 20, "metadata_cache_size_bytes": 32 << 20}
+CACHES = {"index_cache_size_bytes": 32 << 20, "metadata_cache_size_bytes": 32 << 20}
 
 
 def _field(name: str, kind: pa.DataType, *, null: bool = False) -> pa.Field:
@@ -205,7 +205,7 @@ class VectorStore:
         if self._connection is None:
             import lancedb
 
-            self._connection = lancedb.connect(self.uri, session=lancedb.Session(**_CACHES))
+            self._connection = lancedb.connect(self.uri, session=lancedb.Session(**CACHES))
         return self._connection
 
     @cached_property

@@ -500,6 +500,29 @@ def test_a_backup_has_the_factors(adam, tmp_path):
         assert restored.verify(sketcher="adam")["ok"].all()
 
 
+def upload(store, name, content, tmp_path):
+    """Put a file among the factors."""
+    (tmp_path / "factors").write_bytes(content)
+    store._db.vectors.files.upload_file(str(tmp_path / "factors"), name)
+
+
+def test_a_check_looks_at_the_factors_too(adam, tmp_path):
+    made = adam.correction_fit("base")
+    assert adam.db_check().is_empty()
+    whole = content(adam)
+    upload(adam, name_of(made), whole[:-1] + b"!", tmp_path)
+    assert adam.db_check().select("severity", "what", "where").rows() == [("error", "damaged file", "checkpoint base")]
+    adam._db.vectors.files.delete_file(name_of(made))
+    assert adam.db_check().select("severity", "what", "where").rows() == [("error", "missing file", "checkpoint base")]
+    adam.correction_fit("base")
+    upload(adam, "corrections/0123456789abcdef.safetensors", whole, tmp_path)
+    (row,) = adam.db_check().rows(named=True)
+    assert (row["severity"], row["what"], row["repair"]) == ("warning", "unverified file", "remove them")
+    adam.db_repair()
+    assert files(adam) == [name_of(made)]
+    assert adam.db_check().is_empty()
+
+
 def test_a_fit_holds_off_the_removal_of_its_checkpoint(adam):
     from lark_store.errors import StoreBusyError
 

@@ -19,7 +19,7 @@ from sqlalchemy import select
 from lark_store.errors import CheckpointError, InputError, StoreError
 from lark_store.ingest.corrections import POWERS, SECOND_MOMENTS, Corrector, Moments, corrector_of
 from lark_store.schema.catalog import Checkpoint, Correction, IngestRun, now
-from lark_store.schema.corrections import discard, file_name
+from lark_store.schema.corrections import content_of, discard, factor_files, file_name, is_what_was_written
 from lark_store.schema.database import find
 from lark_store.schema.faults import fault_of
 
@@ -55,11 +55,8 @@ def _row(session: Session, checkpoint: Checkpoint, kind: str) -> Correction | No
 
 def is_whole(db: Database, row: Correction) -> bool:
     """Tell whether the file of a row is there, and what was written."""
-    try:
-        read(db, row)
-    except StoreError:
-        return False
-    return True
+    there = file_name(row.sha256) in factor_files(db.vectors)
+    return there and is_what_was_written(db.vectors, row.sha256)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -98,14 +95,11 @@ def read(db: Database, row: Correction) -> dict[str, Moments]:
         The file is gone, or is not what was written.
     """
     hint = f"fit them again with `lark-store correction fit --checkpoint {row.checkpoint.name}`, or restore a backup"
-    with tempfile.TemporaryDirectory(prefix="lark-") as folder:
-        copy = Path(folder) / "factors.safetensors"
-        try:
-            db.vectors.files.download_file(file_name(row.sha256), str(copy))
-            content = copy.read_bytes()
-        except OSError as error:
-            known = fault_of(error)
-            raise known or StoreError(f"the factors `{file_name(row.sha256)}` can't be read: {error}", hint) from error
+    try:
+        content = content_of(db.vectors, row.sha256)
+    except OSError as error:
+        known = fault_of(error)
+        raise known or StoreError(f"the factors `{file_name(row.sha256)}` can't be read: {error}", hint) from error
     if hashlib.sha256(content).hexdigest() != row.sha256:
         raise StoreError(f"the factors `{file_name(row.sha256)}` are not what was written", hint)
     try:

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DatabaseError
 from lark_store.errors import StoreBusyError
 from lark_store.schema.locks import maintenance, paused
 from lark_store.schema.records import Progress
+from lark_store.upkeep.check_corrections import check_corrections
 from lark_store.upkeep.check_files import (
     check_catalog,
     check_checkpoints,
@@ -75,6 +76,7 @@ def look(at: Moment, *, deep: bool, on_progress: OnProgress | None = None) -> li
 
     tell("files")
     found = [*check_files(at), *check_snapshots(at), *check_locks(at), *check_checkpoints(at)]
+    found += check_corrections(at, deep=deep)
     tell("samples")
     samples = None
     if "samples" in at.vectors.table_names():

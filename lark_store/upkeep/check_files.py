@@ -97,7 +97,9 @@ def _check_files(at: Moment, wanted: _Wanted) -> Iterator[Finding]:
             detail = f"a {kind} of `{wanted.table}` is gone; restore it from a backup"
             yield Finding("error", "missing file", owner, n, detail)
     if files.orphans and at.nobody:
-        detail = f"files that no version has, as a killed process leaves them: {shown(files.orphans)}"
+        detail = (
+            f"files that no version has, as a killed process or a lost conflict leaves them: {shown(files.orphans)}"
+        )
         mend = _removal(wanted.table, files.orphans)
         yield Finding("warning", "unverified file", wanted.table, len(files.orphans), detail, mend)
 

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from sqlalchemy import select
 
-from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, ScoreRun, Sketcher, Source
+from lark_store.schema.catalog import Checkpoint, Correction, FormatVariant, IngestRun, ScoreRun, Sketcher, Source
 from lark_store.schema.vectors import SKETCH_PREFIX, VectorStore, where
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Moment:
     checkpoints: list[Checkpoint]
     ingest_runs: dict[int, IngestRun]
     score_runs: dict[int, ScoreRun]
+    corrections: list[Correction]
     counts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     unread: set[str] = field(default_factory=set)
 
@@ -89,8 +90,10 @@ def take(db: Database, pause: Pause) -> Moment:
         with db.session() as session:
             rows: dict[type, list[Any]] = {
                 kind: list(session.scalars(select(kind).order_by(kind.id)))
-                for kind in (Checkpoint, Source, FormatVariant, Sketcher, IngestRun, ScoreRun)
+                for kind in (Checkpoint, Source, FormatVariant, Sketcher, IngestRun, ScoreRun, Correction)
             }
+            for row in rows[Correction]:
+                _ = row.checkpoint  # read while the session is open
         for name in sorted(db.vectors.table_names()):
             try:
                 versions[name] = int(db.vectors.connection.open_table(name).version)
@@ -106,6 +109,7 @@ def take(db: Database, pause: Pause) -> Moment:
         checkpoints=rows[Checkpoint],
         ingest_runs={row.id: row for row in rows[IngestRun]},
         score_runs={row.id: row for row in rows[ScoreRun]},
+        corrections=rows[Correction],
     )
 
 

@@ -22,7 +22,8 @@ from lark_store import Store
 from lark_store.errors import CheckpointError, InputError, NameTakenError, NameUnknownError, StoreError
 from lark_store.ingest import factors
 from lark_store.ingest.corrections import Moments
-from lark_store.ingest.moments import _Work
+from lark_store.ingest.fits import _Work
+from lark_store.ingest.moments import moments_in, tensors_of
 from lark_store.ingest.sketchers import fingerprint, make_sketcher, placements_of
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer
@@ -55,7 +56,7 @@ def content(store):
 def row_of(store, name="base"):
     with store._db.session() as session:
         checkpoint = find(session, Checkpoint, name)
-    return factors.stored(store._db, checkpoint)
+    return factors.stored(store._db, checkpoint, "adam")
 
 
 def tokens_of(store, checkpoints, source, variant="chatml", n=None):
@@ -104,7 +105,7 @@ GOLDEN = "c1893e01ca02951cd0b524692c5cd3fecf7d26dea71c484b68b6a5fd2f412439"
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        ({"correction": "kfac"}, "`kfac` is no correction"),
+        ({"correction": "lissa"}, "`lissa` is no correction"),
         ({"damping": 0.1}, "the correction `none` has no damping"),
         ({"correction": "tensor", "damping": 0.1}, "the correction `tensor` has no damping"),
         ({"correction": "adam", "damping": 0.0}, "a damping of 0.0 is not above 0"),
@@ -187,7 +188,7 @@ def test_a_sample_that_fails_counts_not_and_none_is_an_error(adam):
 @pytest.mark.parametrize(
     ("arguments", "error", "fact"),
     [
-        ({"kind": "kfac"}, InputError, "nothing is fitted for a correction `kfac`"),
+        ({"kind": "lissa"}, InputError, "nothing is fitted for a correction `lissa`"),
         ({"kind": "tensor"}, InputError, "nothing is fitted for a correction `tensor`"),
         ({"samples": 0}, InputError, "0 samples are none to fit to"),
         ({"sources": ["song"]}, NameUnknownError, "no source `song`"),
@@ -415,7 +416,7 @@ def test_factors_that_are_lost_are_an_error_and_the_same_fit_brings_them_back(ad
         vectors.upload_file(str(tmp_path / "changed"), name)
     with pytest.raises(StoreError, match=r"corrections/.* (can't be read|are not what was written)") as caught:
         adam.ingest(["base"], ["test"], ["chatml"], sketcher="adam")
-    assert "lark-store correction fit --checkpoint base" in caught.value.hint
+    assert "lark-store correction fit --kind adam --checkpoint base" in caught.value.hint
     assert adam.correction_fit("base").n_samples == 6
     assert content(adam) == before
     assert adam.ingest(["base"], ["test"], ["chatml"], sketcher="adam").n_failed == 0
@@ -425,7 +426,7 @@ def test_factors_that_are_lost_are_an_error_and_the_same_fit_brings_them_back(ad
 def test_factors_that_do_not_fit_are_refused(adam, harm):
     adam.correction_fit("base")
     row, name = row_of(adam), "model.layers.1.mlp.down_proj.weight"
-    moments = factors.read(adam._db, row)
+    moments = moments_in(factors.read(adam._db, row))
     if harm == "lack":
         del moments[name]
     else:
@@ -433,7 +434,7 @@ def test_factors_that_do_not_fit_are_refused(adam, harm):
     facts = {"kind": "adam", "origin": "gradients", "recipe": row.recipe}
     with adam._db.session() as session:
         checkpoint = find(session, Checkpoint, "base")
-    factors.keep(adam._db, moments, factors.Correction(**facts), checkpoint)
+    factors.keep(adam._db, tensors_of(moments), factors.Correction(**facts), checkpoint)
     with pytest.raises(CheckpointError, match=f"{harm} `{name}`"):
         adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
     adam.sketcher_add("attention", k=K, correction="adam", parameters="self_attn")

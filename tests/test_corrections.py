@@ -12,7 +12,8 @@ from test_batched import LLAMA_LIKE, Whole, cosines, model_of, ragged
 from test_gradients import CPU, exact_gradient, sample
 
 from lark_store.ingest.batched import BatchPath, UnknownLayerError, make_path
-from lark_store.ingest.corrections import Corrector, Moments, corrector_of, stand_in
+from lark_store.ingest.corrections import Corrector, Moments, corrector_of
+from lark_store.ingest.curvature import stand_in
 from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters, recompute_activations
 from lark_store.ingest.masked import MaskedHookPath
 from lark_store.ingest.moments import MomentSums
@@ -355,6 +356,6 @@ def test_the_stand_in_of_a_plan_has_the_shapes_of_the_real_one():
     chosen = choose_parameters(model, None, None)
     placements = place([(n, tuple(p.shape)) for n, p in chosen], 256)
     for kind in ("none", "adam", "adam2", "tensor"):
-        path, _ = path_of("hooks", model, stand_in(kind, placements, CPU))
+        path, _ = path_of("hooks", model, stand_in(kind, placements, CPU, model))
         assert isinstance(path.sketch(ragged("text")[:1])[0], Sketch)
         path.close()

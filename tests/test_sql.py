@@ -27,7 +27,7 @@ SCORED += ["query_variant", "score_run"]
 CHECKPOINT = ["model", "path", "revision", "weights_sha256", "tokenizer_sha256", "epoch", "step", "learning_rate"]
 SKETCH = ["row_key", "sample_id", "ingest_run", "n_tokens", "n_loss_tokens", "loss", "grad_norm"]
 SELF = ["self_influence", "learning_rate", "tracin"]
-CORRECTED = ["correction", "positions", "damping", "min_ndim"]
+CORRECTED = ["correction", "positions", "damping", "min_ndim", "power"]
 FITTED = ["samples_sha256", "recipe", "created_at"]
 COLUMNS = {
     "checkpoints": [*NAMED, *CHECKPOINT],

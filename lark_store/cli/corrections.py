@@ -12,7 +12,7 @@ from lark_store.cli.output import ProgressBar, say
 
 def correction_fit(
     checkpoint: CheckpointOption,
-    kind: Annotated[str, typer.Option(help="`adam`: the second moments that `adam` and `adam2` need.")] = "adam",
+    kind: Annotated[str, typer.Option(help="`adam` (which `adam2` uses too), `kfac` or `ekfac`.")] = "adam",
     source: Annotated[
         list[str] | None,
         typer.Option(
@@ -21,7 +21,7 @@ def correction_fit(
     ] = None,
     variant: Annotated[str, typer.Option(metavar="NAME", help="The samples' format variant.")] = "chatml",
     samples: Annotated[int, typer.Option(help="How many samples, drawn at random, the same each time.")] = 500,
-    seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the draw, and of the labels.")] = 0,
     from_optimizer: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Take the second moments of this `optimizer.pt`, or of the one in a folder."),
@@ -30,13 +30,17 @@ def correction_fit(
     precision: PrecisionOption = "auto",
     store: StoreOption = None,
 ) -> None:
-    """Fit the second moments of the gradients at a checkpoint, which the corrections `adam` and `adam2` need.
+    """Fit what sketchers with a correction need at a checkpoint.
 
-    Each matrix's are kept as means of its rows and columns. `ingest` fits them by itself where they are missing; fit
-    them before to choose the samples, or to take those of the optimizer that the Trainer saved. Fitting in the same way
-    again is harmless; a fit that is stopped begins again.
+    `adam`: the second moments of the gradients, as means of each matrix's rows and columns. `kfac`, `ekfac`: the
+    curvature of each linear layer, with labels that the model draws itself; `ekfac` takes two passes over the samples.
+    `ingest` fits what is missing by itself; fit it before to choose the samples, or to take the second moments of the
+    optimizer that the Trainer saved. Fitting in the same way again is harmless; a fit that is stopped, even by
+    `kill -9`, goes on where it was about a minute before.
 
     Example: `lark-store correction fit --checkpoint epoch-2 --source finetune`
+
+    Example: `lark-store correction fit --checkpoint base --kind ekfac --source pubmed --samples 500`
 
     Example: `lark-store correction fit --checkpoint epoch-2 --from-optimizer ckpt/checkpoint-500/optimizer.pt`
     """

@@ -83,6 +83,20 @@ def checkpoint_add(
     say(f"checkpoint `{info.name}`: {info.model}, weights {info.weights_sha256[:12]}")
 
 
+def checkpoint_distance(
+    name: Annotated[str, typer.Argument(help="The checkpoint.")],
+    origin: Annotated[str, typer.Argument(help="The one it was trained from.")],
+    store: StoreOption = None,
+) -> None:
+    """Print how far a checkpoint's weights are from another's: ‖θ − θ₀‖ / ‖θ₀‖.
+
+    It is measured once and kept as a metric of the checkpoint. `top` and `attribute` print it where samples and queries
+    are at different checkpoints.
+    """
+    with open_store(store) as opened:
+        typer.echo(f"{opened.checkpoint_distance(name, origin):.6g}")
+
+
 def source_add(
     name: Annotated[str, typer.Argument(help="What to call it, for example `pubmed`.")],
     path: Annotated[
@@ -182,11 +196,16 @@ def sketcher_add(
     correction: Annotated[
         str,
         typer.Option(
-            help="`none`, `adam` (Adam's geometry, V^(−1/4)), `adam2` (V^(−1/2)), `tensor` (each parameter to norm 1)."
+            help="`none`, `adam` (Adam's geometry, V^(−1/4)), `adam2` (V^(−1/2)), `tensor` (each parameter to norm 1), "
+            "`kfac` or `ekfac` (the curvature G, linear layers alone)."
         ),
     ] = "none",
     damping: Annotated[
-        float | None, typer.Option(help="What is added to the second moments V, times their mean (default: 0.1).")
+        float | None, typer.Option(help="What is added to V or G, times its mean (default: 0.1).")
+    ] = None,
+    power: Annotated[
+        float | None,
+        typer.Option(help="Of (G + λ)⁻¹: `0.5` (default), or `1` for samples and queries at different checkpoints."),
     ] = None,
     min_ndim: Annotated[
         int | None, typer.Option(help="Leave out parameters of fewer dimensions: 2 leaves out norms and biases.")
@@ -201,6 +220,8 @@ def sketcher_add(
     Example: `lark-store sketcher add last-layers --parameters 'model\.layers\.2[4-9]\.'`
 
     Example: `lark-store sketcher add adam --correction adam --min-ndim 2 --mask-template`
+
+    Example: `lark-store sketcher add ekfac-1 --correction ekfac --power 1`
     """
     with open_store(store) as opened:
         info = opened.sketcher_add(
@@ -212,12 +233,14 @@ def sketcher_add(
             exclude=exclude,
             correction=correction,
             damping=damping,
+            power=power,
             min_ndim=min_ndim,
             mask_template=mask_template,
         )
     how = [f"k = {info.k}", f"seed {info.seed}", info.dtype]
     if info.correction != "none":
-        how.append(f"correction {info.correction}" + (f" (damping {info.damping:g})" if info.damping else ""))
+        of = [f"{what} {value:g}" for what, value in (("damping", info.damping), ("power", info.power)) if value]
+        how.append(f"correction {info.correction}" + (f" ({', '.join(of)})" if of else ""))
     if info.min_ndim:
         how.append(f"parameters of {info.min_ndim} dimensions and more")
     if info.positions == "content":
@@ -243,7 +266,7 @@ def sketcher_show(
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
     groups: list[tuple[str, str, list[Callable[..., None]]]] = [
-        ("checkpoint", "Models at one moment of their training.", [checkpoint_add]),
+        ("checkpoint", "Models at one moment of their training.", [checkpoint_add, checkpoint_distance]),
         ("source", "Sets of samples: fine-tuning data, pretraining text, queries.", [source_add]),
         ("variant", "How samples become text and targets.", [variant_add, variant_show]),
         ("sketcher", "What of a gradient is sketched.", [sketcher_add, sketcher_show, sketcher_import]),

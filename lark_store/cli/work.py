@@ -27,6 +27,7 @@ from lark_store.cli.options import (
     open_store,
 )
 from lark_store.cli.output import ProgressBar, emit, emit_frames, is_first_rank, say
+from lark_store.store.distance import distance_note
 
 if TYPE_CHECKING:
     from lark_store.schema.records import IngestReport, PlanReport
@@ -219,7 +220,10 @@ def attribute(
             device=device,
             on_progress=bar,
         )
+        note = distance_note(opened.checkpoint_distance, query_checkpoint or checkpoint[0], checkpoint)
     emit(report, form)
+    if note:
+        say(note)
 
 
 def register(app: typer.Typer) -> None:

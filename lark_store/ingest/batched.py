@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lark_store.errors import CheckpointError
-from lark_store.ingest.corrections import NORM_1
 from lark_store.ingest.gradients import (
     FAULTS,
     HookPath,
@@ -46,11 +45,12 @@ class UnknownLayerError(Exception):
     """The batched path can't do this model; the message says why."""
 
 
-class _Tap(torch.autograd.Function):
+class Tap(torch.autograd.Function):
     """Passes a layer's output on and, on the way back, hands its gradient and the layer's input to a taker."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, _anchor: torch.Tensor, take: Taker) -> torch.Tensor:
+        """Return y; the anchor, which needs a gradient, makes sure that there will be a way back."""
         ctx.save_for_backward(x)
         ctx.take = take
         ctx.mark_dirty(y)
@@ -58,6 +58,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        """Hand x and y's gradient over."""
         ctx.take(ctx.saved_tensors[0], delta)
         return (delta if ctx.needs_input_grad[0] else None), None, None, None
 
@@ -83,8 +84,8 @@ class BatchPath:
         pad_left: bool = False,
         masked: bool = False,
     ) -> None:
-        if sketcher.corrector.norm_1:
-            raise UnknownLayerError(NORM_1)
+        if sketcher.corrector.whole_only:
+            raise UnknownLayerError(sketcher.corrector.whole_only)
         self.model, self.sketcher, self.pad_left, self.masked = model, sketcher, pad_left, masked
         self.largest: int | None = None  # until memory runs out
         self.met: set[str] = set()  # the parameters that had a gradient so far
@@ -120,7 +121,7 @@ class BatchPath:
                     rule(capture, names, self.sketcher, self._out)
 
             start = y.detach() if y.is_leaf else y  # where the graph starts, transformers may have asked for gradients
-            return _Tap.apply(start, given[0].detach(), self._anchor, take)  # type: ignore[no-untyped-call]
+            return Tap.apply(start, given[0].detach(), self._anchor, take)  # type: ignore[no-untyped-call]
 
         return on_forward
 

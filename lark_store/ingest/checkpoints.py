@@ -142,6 +142,13 @@ def _model_files(folder: Path, named: str) -> list[Path]:
     return weights
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that a whole model in a folder is loaded from: one, or the shards that its index names."""
+    if (folder / _WHOLE).is_file() or not (folder / _INDEX).is_file():
+        return [folder / _WHOLE] if (folder / _WHOLE).is_file() else sorted(folder.glob(_WEIGHTS))
+    return [folder / name for name in sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a file of a checkpoint that holds one JSON object."""
     try:

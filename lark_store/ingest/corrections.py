@@ -10,6 +10,7 @@ layer's weight gradient is a product leftᵀ · right of its input and output gr
 - `adam`: V^(−1/4) on the gradient, the geometry of Adam's step
 - `adam2`: V^(−1/2), which whitens each coordinate
 - `tensor`: each parameter's gradient scaled to norm 1; it takes the gradient whole, one sample at a time
+- `kfac` and `ekfac`: the model's curvature, in `lark_store.ingest.curvature`
 
 A vector (a norm's weight, a bias) has no rows and columns: its V is kept number by number. Of a stack of matrices (the
 experts of a mixture) each is factored by itself, as Adafactor does.
@@ -27,11 +28,12 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lark_store.ingest.oporp import Placement
-
-CORRECTIONS = ("none", "tensor", "adam", "adam2")
+CORRECTIONS = ("none", "tensor", "adam", "adam2", "kfac", "ekfac")
 POWERS = {"adam": 0.25, "adam2": 0.5}  # of 1 / V
-SECOND_MOMENTS = "adam"  # the kind of the factors that `adam` and `adam2` share
+SECOND_MOMENTS, KFAC, EKFAC = "adam", "kfac", "ekfac"  # the kinds of factors
+FACTORS = {"adam": SECOND_MOMENTS, "adam2": SECOND_MOMENTS, "kfac": KFAC, "ekfac": EKFAC}  # what a correction needs
+CURVATURES = (KFAC, EKFAC)
+IN_WORDS = {SECOND_MOMENTS: "second moments", KFAC: "K-FAC factors", EKFAC: "EK-FAC factors"}
 DEFAULT_DAMPING = 0.1
 ALL, CONTENT = "all", "content"  # a sketcher's `positions`
 NORM_1 = "a tensor's gradient that is scaled to norm 1 must be there whole"
@@ -111,6 +113,7 @@ class Corrector:
     def __init__(self, scales: Mapping[str, Scale] | None = None, *, norm_1: bool = False) -> None:
         self.scales = scales or {}
         self.norm_1 = norm_1
+        self.whole_only = NORM_1 if norm_1 else None  # why a gradient can't be corrected by its factors
 
     def whole(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Return a parameter's whole gradient, of one sample."""
@@ -153,11 +156,3 @@ def corrector_of(moments: Mapping[str, Moments], kind: str, damping: float, devi
     n = sum(each.rows.numel() for each in moments.values())
     floor = sum(float(each.rows.sum()) for each in moments.values()) / max(1, n) or 1.0
     return Corrector({name: each.scale(POWERS[kind], damping, floor).to(device) for name, each in moments.items()})
-
-
-def stand_in(kind: str, placements: list[Placement], device: torch.device) -> Corrector:
-    """Return a corrector that costs what one of this kind does, to measure time and memory before there are factors."""
-    if kind not in POWERS:
-        return Corrector(norm_1=kind == "tensor")
-    moments = {p.name: Moments.of(torch.ones(p.shape)) for p in placements}
-    return corrector_of(moments, kind, DEFAULT_DAMPING, device)

@@ -1,30 +1,33 @@
 """The factors of corrections in the store: a safetensors file beside the vectors, and a row in the catalog.
 
 A file is named by the hash of its content and never changes. The row is written after it, so a fit that is killed
-leaves at most a file that no row names, and the next fit begins again.
+leaves at most a file that no row names, and the next fit writes it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 
 from lark_store.errors import CheckpointError, InputError, StoreError
-from lark_store.ingest.corrections import POWERS, SECOND_MOMENTS, Corrector, Moments, corrector_of
+from lark_store.ingest.corrections import FACTORS, IN_WORDS, SECOND_MOMENTS, Corrector, Moments, corrector_of
+from lark_store.ingest.curvature import DEFAULT_POWER, Kronecker, curvature_corrector
+from lark_store.ingest.fisher import kronecker_of
+from lark_store.ingest.moments import moments_in
 from lark_store.schema.catalog import Checkpoint, Correction, IngestRun, now
-from lark_store.schema.corrections import content_of, discard, factor_files, file_name, is_what_was_written
+from lark_store.schema.corrections import discard, factor_files, fetched, file_name, is_what_was_written
 from lark_store.schema.database import find
 from lark_store.schema.faults import fault_of
+from lark_store.schema.hashes import file_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy.orm import Session
 
@@ -32,17 +35,18 @@ if TYPE_CHECKING:
     from lark_store.schema.catalog import Sketcher
     from lark_store.schema.database import Database
 
+T = TypeVar("T")
+F = TypeVar("F", Moments, Kronecker)
 RECIPE_KEY = "correction_sha256"  # of an ingest run's recipe
-_ROWS, _COLUMNS = "rows", "columns"
 
 
-def needs_factors(sketcher: Sketcher) -> bool:
-    """Tell whether a sketcher's correction has factors that are fitted at each checkpoint."""
-    return sketcher.correction in POWERS
+def kind_for(sketcher: Sketcher) -> str | None:
+    """Return the kind of the factors that a sketcher's correction needs at each checkpoint, None if it needs none."""
+    return FACTORS.get(sketcher.correction)
 
 
-def stored(db: Database, checkpoint: Checkpoint, kind: str = SECOND_MOMENTS) -> Correction | None:
-    """Return the row of a checkpoint's factors, None if none were fitted."""
+def stored(db: Database, checkpoint: Checkpoint, kind: str) -> Correction | None:
+    """Return the row of a checkpoint's factors of a kind, None if none were fitted."""
     with db.session() as session:
         row = _row(session, checkpoint, kind)
         _ = row and row.checkpoint
@@ -74,46 +78,64 @@ def corrector_for(
     StoreError, CheckpointError
         Their file is gone or damaged; they do not fit the checkpoint.
     """
-    if not needs_factors(sketcher):
+    kind = kind_for(sketcher)
+    if kind is None:
         return Corrector(norm_1=sketcher.correction == "tensor"), None
-    row = stored(db, checkpoint)
+    row = stored(db, checkpoint, kind)
     if row is None:
         raise InputError(
-            f"sketcher `{sketcher.name}` needs the second moments of checkpoint `{checkpoint.name}`",
-            f"`lark-store ingest` fits them, or `lark-store correction fit --checkpoint {checkpoint.name}`",
+            f"sketcher `{sketcher.name}` needs the {IN_WORDS[kind]} of checkpoint `{checkpoint.name}`",
+            "`lark-store ingest` fits them, or "
+            f"`lark-store correction fit --kind {kind} --checkpoint {checkpoint.name}`",
         )
-    moments = _fitting(read(db, row), row, checkpoint, placements)
-    return corrector_of(moments, sketcher.correction, sketcher.damping or 0.0, device), row.sha256
+    damping, tensors = sketcher.damping or 0.0, read(db, row)
+    if kind == SECOND_MOMENTS:
+        moments = _fitting(_understood(moments_in, tensors, row), row, checkpoint, placements)
+        return corrector_of(moments, sketcher.correction, damping, device), row.sha256
+    curvature = _fitting(_understood(_curvature_in, tensors, row), row, checkpoint, placements)
+    return curvature_corrector(curvature, damping, sketcher.power or DEFAULT_POWER, device), row.sha256
 
 
-def read(db: Database, row: Correction) -> dict[str, Moments]:
-    """Return the second moments that a row names, by parameter.
+def _curvature_in(tensors: dict[str, torch.Tensor]) -> dict[str, Kronecker]:
+    return {name: kronecker_of(tensors, name) for name in {key.rpartition("/")[0] for key in tensors}}
+
+
+def read(db: Database, row: Correction) -> dict[str, torch.Tensor]:
+    """Return the factors that a row names: tensors, called by a parameter and a part of its factors.
 
     Raises
     ------
     StoreError
         The file is gone, or is not what was written.
     """
-    hint = f"fit them again with `lark-store correction fit --checkpoint {row.checkpoint.name}`, or restore a backup"
     try:
-        content = content_of(db.vectors, row.sha256)
+        with fetched(db.vectors, row.sha256) as copy:
+            if file_hash(copy) != row.sha256:
+                raise _damaged(row, "are not what was written")
+            return load_file(copy)  # mapped: what is never looked at takes no memory
     except OSError as error:
         known = fault_of(error)
-        raise known or StoreError(f"the factors `{file_name(row.sha256)}` can't be read: {error}", hint) from error
-    if hashlib.sha256(content).hexdigest() != row.sha256:
-        raise StoreError(f"the factors `{file_name(row.sha256)}` are not what was written", hint)
+        raise known or _damaged(row, f"can't be read: {error}") from error
+    except SafetensorError as error:
+        raise _damaged(row, f"can't be understood: {error}") from error
+
+
+def _damaged(row: Correction, fact: str) -> StoreError:
+    again = f"lark-store correction fit --kind {row.kind} --checkpoint {row.checkpoint.name}"
+    return StoreError(
+        f"the factors `{file_name(row.sha256)}` {fact}", f"fit them again with `{again}`, or restore a backup"
+    )
+
+
+def _understood(parse: Callable[[dict[str, torch.Tensor]], T], tensors: dict[str, torch.Tensor], row: Correction) -> T:
     try:
-        tensors = load(content)
-        names = {key.rpartition("/")[0] for key in tensors}
-        return {name: Moments(tensors[f"{name}/{_ROWS}"], tensors.get(f"{name}/{_COLUMNS}")).wide() for name in names}
-    except (SafetensorError, KeyError) as error:
-        raise StoreError(f"the factors `{file_name(row.sha256)}` can't be understood: {error}", hint) from error
+        return parse(tensors)
+    except KeyError as error:
+        raise _damaged(row, f"can't be understood: {error}") from error
 
 
-def _fitting(
-    moments: dict[str, Moments], row: Correction, checkpoint: Checkpoint, placements: list[Placement]
-) -> dict[str, Moments]:
-    """Return the second moments of what is sketched, if all are there and belong to this checkpoint."""
+def _fitting(found: dict[str, F], row: Correction, checkpoint: Checkpoint, placements: list[Placement]) -> dict[str, F]:
+    """Return the factors of what is sketched, if all are there and belong to this checkpoint."""
     hint = "another sketcher may take fewer parameters, with `--parameters`, `--exclude` or `--min-ndim 2`"
     if row.recipe["weights_sha256"] != checkpoint.weights_sha256:
         raise CheckpointError(
@@ -121,30 +143,20 @@ def _fitting(
             "fit them again with `lark-store correction fit`",
         )
     for placement in placements:
-        found = moments.get(placement.name)
-        if found is None or not found.fits(placement.shape):
-            what = "lack" if found is None else "have another shape for"
+        each = found.get(placement.name)
+        if each is None or not each.fits(placement.shape):
+            what = "lack" if each is None else "have another shape for"
             raise CheckpointError(
                 f"the factors that were fitted at checkpoint `{checkpoint.name}` {what} `{placement.name}`", hint
             )
-    return {placement.name: moments[placement.name] for placement in placements}
+    return {placement.name: found[placement.name] for placement in placements}
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def packed(moments: Mapping[str, Moments]) -> bytes:
-    """Return second moments as the content of a file, float32, the same for the same numbers."""
-    tensors = {}
-    for name, each in moments.items():
-        tensors[f"{name}/{_ROWS}"] = each.rows.float().contiguous()
-        if each.columns is not None:
-            tensors[f"{name}/{_COLUMNS}"] = each.columns.float().contiguous()
-    return bytes(save(tensors))
-
-
-def keep(db: Database, moments: Mapping[str, Moments], wanted: Correction, checkpoint: Checkpoint) -> Correction:
-    """Write factors and their row, in the place of others that no sketch was made with.
+def keep(db: Database, tensors: Mapping[str, torch.Tensor], wanted: Correction, checkpoint: Checkpoint) -> Correction:
+    """Write factors, in float32, and their row, in the place of others that no sketch was made with.
 
     Raises
     ------
@@ -153,15 +165,14 @@ def keep(db: Database, moments: Mapping[str, Moments], wanted: Correction, check
     StoreError
         There is a number among them that is none.
     """
-    if not all(bool(torch.isfinite(each.rows).all()) for each in moments.values()):
-        raise StoreError("the second moments are not finite", "are the weights of the checkpoint finite?")
-    content = packed(moments)
-    wanted.sha256, wanted.n_bytes = hashlib.sha256(content).hexdigest(), len(content)
-    with db.session() as session:
-        _replaced(session, checkpoint, wanted)
+    if not all(bool(torch.isfinite(each).all()) for each in tensors.values()):
+        raise StoreError(f"the {IN_WORDS[wanted.kind]} are not finite", "are the weights of the checkpoint finite?")
     with tempfile.TemporaryDirectory(prefix="lark-") as folder:
         draft = Path(folder) / "factors.safetensors"
-        draft.write_bytes(content)
+        save_file({name: each.float().contiguous() for name, each in tensors.items()}, draft)
+        wanted.sha256, wanted.n_bytes = file_hash(draft), draft.stat().st_size
+        with db.session() as session:
+            _replaced(session, checkpoint, wanted)
         db.vectors.files.upload_file(str(draft), file_name(wanted.sha256))
     with db.session() as session:
         find(session, Checkpoint, checkpoint.name)
@@ -217,8 +228,11 @@ def check_same(db: Database, checkpoint: Checkpoint, sha256: str | None) -> None
     ------
     StoreError
     """
-    row = None if sha256 is None else stored(db, checkpoint)
-    if sha256 is not None and (row is None or row.sha256 != sha256):
+    if sha256 is None:
+        return
+    with db.session() as session:
+        row = session.scalar(select(Correction).filter_by(checkpoint_id=checkpoint.id, sha256=sha256))
+    if row is None:
         raise StoreError(
             f"the factors of checkpoint `{checkpoint.name}` were replaced by another process", "run the command again"
         )

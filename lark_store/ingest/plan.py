@@ -18,7 +18,7 @@ import torch
 
 from lark_store.ingest.batched import make_path
 from lark_store.ingest.batches import batches, budget
-from lark_store.ingest.corrections import stand_in
+from lark_store.ingest.curvature import stand_in
 from lark_store.ingest.gradients import pick_device, recompute_activations
 from lark_store.ingest.models import load_tokenizer, meta_model, resolve_dtype, unweighted_model
 from lark_store.ingest.oporp import GradientSketcher
@@ -133,9 +133,9 @@ class _Probe:
         if self.request.gradient_checkpointing:
             recompute_activations(model)
         chosen = chosen_of(self.sketcher, model)
-        corrector = stand_in(self.sketcher.correction, placements, self.device)
-        sketcher = GradientSketcher(oporp_of(self.sketcher), placements, self.device, corrector)
         with PeakMemory(self.device) as peak:
+            corrector = stand_in(self.sketcher.correction, placements, self.device, model)
+            sketcher = GradientSketcher(oporp_of(self.sketcher), placements, self.device, corrector)
             self._path, _ = make_path(model, chosen, sketcher, masked=is_masked(self.sketcher))
             ordered = self.batches(tokens)
             self.seconds_per_token = self._time([ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})])

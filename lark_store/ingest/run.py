@@ -17,10 +17,11 @@ import polars as pl
 from sqlalchemy import select
 
 from lark_store.errors import CheckpointError, InputError
-from lark_store.ingest import factors, ledger, moments
+from lark_store.ingest import factors, fits, ledger
 from lark_store.ingest.batched import hook_path, make_path
 from lark_store.ingest.batches import WINDOW, batches, budget, windows
 from lark_store.ingest.checkpoints import verify
+from lark_store.ingest.corrections import IN_WORDS
 from lark_store.ingest.gradients import pick_device, recompute_activations
 from lark_store.ingest.models import context_length, load_model, load_tokenizer, meta_model
 from lark_store.ingest.oporp import GradientSketcher
@@ -254,11 +255,11 @@ class _Worker:
     def _corrector(self, model: Any) -> Corrector:
         """Return what corrects this checkpoint's gradients, fitted now where it is missing."""
         checkpoint, unit = self.plan.checkpoint, self.plan.units[0]
-        if factors.needs_factors(self.sketcher):
+        if factors.kind_for(self.sketcher):
             made = self.ranks.once(lambda: self._fit(model, unit))
             if made:
                 self.notes.append(
-                    f"the second moments of checkpoint `{checkpoint.name}` were missing, and were fitted to "
+                    f"the {IN_WORDS[made.kind]} of checkpoint `{checkpoint.name}` were missing, and were fitted to "
                     f"{made.n_samples} samples of {made.sources}, as `{unit.variant.name}`"
                 )
         made_of = (self.db, self.sketcher, checkpoint, self.plan.placements, self.device)
@@ -266,11 +267,12 @@ class _Worker:
         return corrector
 
     def _fit(self, model: Any, unit: Unit) -> CorrectionInfo | None:
-        wanted = moments.Wanted(unit.checkpoint.name, variant=unit.variant.name, precision=self.request.precision)
+        kind, precision = self.sketcher.correction, self.request.precision
+        wanted = fits.Wanted(unit.checkpoint.name, kind, variant=unit.variant.name, precision=precision)
         with self.db.session() as session:
             if session.scalar(select(Source.id).filter_by(stage="finetune")) is None:
                 wanted = replace(wanted, sources=tuple(self.request.sources))
-        return moments.fit_missing(self.db, wanted, model, self.tokenizer, self.device, self.on_progress)
+        return fits.fit_missing(self.db, wanted, model, self.tokenizer, self.device, self.on_progress)
 
     def _unload(self) -> None:
         """Free the model before the next is loaded: its hooks and parameters refer to each other."""

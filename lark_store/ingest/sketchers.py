@@ -17,7 +17,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
-from lark_store.ingest.corrections import ALL, CONTENT, CORRECTIONS, DEFAULT_DAMPING, POWERS
+from lark_store.ingest.corrections import ALL, CONTENT, CORRECTIONS, CURVATURES, DEFAULT_DAMPING, FACTORS
+from lark_store.ingest.curvature import DEFAULT_POWER, linear_weights
 from lark_store.ingest.gradients import choose_parameters, compile_pattern
 from lark_store.ingest.oporp import MAP_VERSION, Oporp, check_k, place
 from lark_store.schema.catalog import Sketcher
@@ -41,6 +42,7 @@ def make_sketcher(
     exclude: str | None = None,
     correction: str = "none",
     damping: float | None = None,
+    power: float | None = None,
     min_ndim: int | None = None,
     mask_template: bool = False,
 ) -> Sketcher:
@@ -49,7 +51,7 @@ def make_sketcher(
     Raises
     ------
     InputError
-        k, the storage type, an expression, the correction or its damping is unusable.
+        k, the storage type, an expression, the correction, its damping or its power is unusable.
     """
     if dtype not in {"float16", "float32"}:
         raise InputError(f"sketches can't be stored as `{dtype}`", "`float16` or `float32`")
@@ -72,12 +74,13 @@ def make_sketcher(
         correction=correction,
         positions=CONTENT if mask_template else ALL,
         damping=_damping(correction, damping),
+        power=_power(correction, power),
         min_ndim=min_ndim or None,
     )
 
 
 def _damping(correction: str, damping: float | None) -> float | None:
-    if correction not in POWERS:
+    if correction not in FACTORS:
         if damping is None:
             return None
         raise InputError(f"the correction `{correction}` has no damping", "leave `--damping` out")
@@ -86,6 +89,18 @@ def _damping(correction: str, damping: float | None) -> float | None:
     if 0 < damping < float("inf"):
         return damping
     raise InputError(f"a damping of {damping} is not above 0", f"the default is {DEFAULT_DAMPING}")
+
+
+def _power(correction: str, power: float | None) -> float | None:
+    if correction not in CURVATURES:
+        if power is None:
+            return None
+        raise InputError(f"the correction `{correction}` has no power to choose", "`kfac` and `ekfac` have one")
+    if power is None:
+        return DEFAULT_POWER
+    if power in (0.5, 1):
+        return power
+    raise InputError(f"a power of {power} is neither 0.5 nor 1", "0.5 on both sides makes the whole inverse")
 
 
 def make_imported(name: str, k: int, dtype: str) -> Sketcher:
@@ -122,8 +137,15 @@ def oporp_of(sketcher: Sketcher) -> Oporp:
 
 
 def chosen_of(sketcher: Sketcher, model: torch.nn.Module) -> Chosen:
-    """Return the parameters that a sketcher takes of a model."""
-    return choose_parameters(model, sketcher.parameters, sketcher.exclude, sketcher.min_ndim)
+    """Return the parameters that a sketcher takes of a model; with a curvature, weights of linear layers alone.
+
+    Raises
+    ------
+    InputError
+        It takes none.
+    """
+    chosen = choose_parameters(model, sketcher.parameters, sketcher.exclude, sketcher.min_ndim)
+    return linear_weights(model, chosen) if sketcher.correction in CURVATURES else chosen
 
 
 def is_masked(sketcher: Sketcher) -> bool:
@@ -156,4 +178,6 @@ def fingerprint(sketcher: Sketcher, placements: list[Placement]) -> str:
     }
     if sketcher.damping is not None:
         identity["damping"] = sketcher.damping
+    if sketcher.power is not None:
+        identity["power"] = sketcher.power
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

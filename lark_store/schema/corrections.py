@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
 from lark_store.schema.catalog import Correction
+from lark_store.schema.hashes import file_hash
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lark_store.schema.database import Database
     from lark_store.schema.vectors import VectorStore
 
@@ -32,8 +35,9 @@ def factor_files(vectors: VectorStore) -> list[str]:
     return sorted(name for name in vectors.files.list(FOLDER) if name.endswith(".safetensors"))
 
 
-def content_of(vectors: VectorStore, sha256: str) -> bytes:
-    """Return the content of a file of factors.
+@contextmanager
+def fetched(vectors: VectorStore, sha256: str) -> Iterator[Path]:
+    """Give a copy of a file of factors on this machine; it goes at the end.
 
     Raises
     ------
@@ -43,12 +47,13 @@ def content_of(vectors: VectorStore, sha256: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="lark-") as folder:
         copy = Path(folder) / "factors.safetensors"
         vectors.files.download_file(file_name(sha256), str(copy))
-        return copy.read_bytes()
+        yield copy
 
 
 def is_what_was_written(vectors: VectorStore, sha256: str) -> bool:
     """Tell whether a file of factors has the content that its name says."""
-    return hashlib.sha256(content_of(vectors, sha256)).hexdigest() == sha256
+    with fetched(vectors, sha256) as copy:
+        return file_hash(copy) == sha256
 
 
 def discard_file(vectors: VectorStore, name: str) -> None:
@@ -62,3 +67,18 @@ def discard(db: Database, sha256: str, row_id: int) -> None:
         others = session.scalar(select(Correction.id).where(Correction.sha256 == sha256, Correction.id != row_id))
     if others is None and not db.location.snapshots.names() and file_name(sha256) in factor_files(db.vectors):
         discard_file(db.vectors, file_name(sha256))
+
+
+def draft_name(checkpoint_id: int, kind: str, number: int) -> str:
+    """Return where a draft of a fit that is under way is, below the vectors.
+
+    >>> draft_name(3, "kfac", 12)
+    'corrections/3-kfac.00000012.draft'
+    """
+    return f"{FOLDER}/{checkpoint_id}-{kind}.{number:08}.draft"
+
+
+def drafts(vectors: VectorStore, checkpoint_id: int, kind: str | None = None) -> list[str]:
+    """Return the names of the drafts of a checkpoint's fits, of one kind or all, oldest first."""
+    begin = f"{FOLDER}/{checkpoint_id}-" + (f"{kind}." if kind else "")
+    return sorted(n for n in vectors.files.list(FOLDER) if n.startswith(begin) and n.endswith(".draft"))

@@ -73,6 +73,7 @@ class SketcherInfo:
     positions: str
     damping: float | None
     min_ndim: int | None
+    power: float | None
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class Hits:
 
     `frame` has the columns rank, score, noise (the score's standard deviation from sketching, in the score's unit),
     p_value and q_value (against `null`), source, stage, variant, sample_id and text; of a hybrid also cosine,
-    cosine_rank, bm25 and bm25_rank. What there is none of is null. Offers the Arrow stream interface, so polars,
+    cosine_rank, bm25 and bm25_rank. What there is none of is null. `distance`, where the query and the samples are at
+    different checkpoints, says how far apart these are (`Store.checkpoint_distance`). Offers the Arrow stream interface, so polars,
     pandas and DuckDB take it as it is.
     """
 
@@ -213,6 +215,7 @@ class Hits:
     null: str = "none"
     recall: float | None = None
     candidates: int | None = None
+    distance: str | None = None
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         return self.frame.__arrow_c_stream__(requested_schema)
@@ -237,6 +240,7 @@ class Hits:
         return (
             f"{self._kind} {self.method} over {self.n_searched} sketches at `{self.checkpoint}`{under}{at}, "
             f"query as `{self.query_variant}`; ingest runs {runs}{self._significance}"
+            + (f"\n{self.distance}" if self.distance else "")
         )
 
     @property

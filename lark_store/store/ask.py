@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
+from lark_store.store.distance import distance_note
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -76,9 +77,20 @@ class Ask(Part):
             fact = "an id and a new text are two queries" if new else "one query is needed"
             raise InputError(fact, "give the id of a query, or a new text")
         if new is not None:
-            return self._top_of_new(new, wanted, ranking)
+            return self._with_distance(self._top_of_new(new, wanted, ranking))
         assert query is not None
-        return top(self._db, [query], ask(self._db, wanted), ranking)[query]
+        return self._with_distance(top(self._db, [query], ask(self._db, wanted), ranking)[query])
+
+    def _with_distance(self, hits: Hits) -> Hits:
+        """Say how far the query's checkpoint is from the samples', where they are two."""
+        from dataclasses import replace
+
+        def measure(name: str, origin: str) -> float:
+            from lark_store.ingest.distance import distance
+
+            return distance(self._db, name, origin)
+
+        return replace(hits, distance=distance_note(measure, hits.query_checkpoint, hits.checkpoint.split(", ")))
 
     def _top_of_new(self, new: NewText, wanted: Wanted, ranking: Ranking) -> Hits:
         """Sketch a text and ask with it: what needs both ingest and query is put together here."""

@@ -61,6 +61,22 @@ class Manage(Part):
         )
         return _info(CheckpointInfo, row, metrics={m.name: m.value for m in row.metrics})
 
+    def checkpoint_distance(self, name: str, origin: str) -> float:
+        """Return how far a checkpoint's weights θ are from another's: ‖θ − θ₀‖ / ‖θ₀‖ over all tensors.
+
+        Measured once, from their files, tensor by tensor, and kept as the metric `distance-from:ORIGIN` of the
+        checkpoint; in a snapshot it is not kept. Influence over two stages of training supposes that it is small.
+
+        Raises
+        ------
+        NameUnknownError
+        CheckpointError, CheckpointChangedError
+            The files are gone or others, one is LoRA adapters, or the two are not of one model.
+        """
+        from lark_store.ingest.distance import distance
+
+        return distance(self._db, name, origin)
+
     def source_add(
         self,
         name: str,
@@ -143,6 +159,7 @@ class Manage(Part):
         exclude: str | None = None,
         correction: str = "none",
         damping: float | None = None,
+        power: float | None = None,
         min_ndim: int | None = None,
         mask_template: bool = False,
     ) -> SketcherInfo:
@@ -152,8 +169,11 @@ class Manage(Part):
         sketched), `exclude` one that takes some out again; `min_ndim=2` takes matrices alone, no norms and biases.
 
         `correction` is `none` (the paper's), `adam` (each gradient in the geometry of Adam's step: multiplied by
-        V^(−1/4), V the second moments at the checkpoint, factored into rows and columns), `adam2` (V^(−1/2)) or
-        `tensor` (each parameter's gradient scaled to norm 1). `damping` times its mean is added to V (default: 0.1).
+        V^(−1/4), V the second moments at the checkpoint, factored into rows and columns), `adam2` (V^(−1/2)),
+        `tensor` (each parameter's gradient scaled to norm 1), `kfac` or `ekfac` (the weights of linear layers alone,
+        multiplied by (G + λ)^(−power), G the curvature at the checkpoint). `damping` times its mean is added to V or
+        G (default: 0.1). `power` is 0.5 (default: the dot product of two sketches is g_qᵀ (G + λ)⁻¹ g_z) or 1 (for
+        queries and samples at different checkpoints: multi-stage influence).
         `mask_template` leaves out what the positions of the template and the first position say.
 
         Raises
@@ -171,10 +191,22 @@ class Manage(Part):
             exclude=exclude,
             correction=correction,
             damping=damping,
+            power=power,
             min_ndim=min_ndim,
             mask_template=mask_template,
         )
-        same = ("k", "seed", "dtype", "parameters", "exclude", "correction", "damping", "min_ndim", "positions")
+        same = (
+            "k",
+            "seed",
+            "dtype",
+            "parameters",
+            "exclude",
+            "correction",
+            "damping",
+            "power",
+            "min_ndim",
+            "positions",
+        )
         with self._writable.session() as session:
             row = add_named(session, wanted, same)
         return _info(SketcherInfo, row)

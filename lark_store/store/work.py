@@ -33,20 +33,23 @@ class Work(Part):
         precision: str = "auto",
         on_progress: OnProgress | None = None,
     ) -> CorrectionInfo:
-        """Fit the factors that sketchers with the correction `adam` or `adam2` need at a checkpoint.
+        """Fit the factors that sketchers with a correction need at a checkpoint.
 
-        They are the second moments of gradients, as means over each matrix's rows and columns: of `samples` samples
-        drawn from the sources (default: all of stage `finetune`) with this `seed`, rendered in a variant; or those of
-        the optimizer that the Trainer saved, `from_optimizer` a file `optimizer.pt` or its folder.
+        `kind` is `adam` (or `adam2`: the second moments of gradients, as means over each matrix's rows and columns),
+        `kfac` or `ekfac` (the curvature, layer by layer, with labels that the model draws by this `seed`). They are
+        measured on `samples` samples drawn by the `seed` from the sources (default: all of stage `finetune`), rendered
+        in a variant; or second moments are taken from the optimizer that the Trainer saved, `from_optimizer` a file
+        `optimizer.pt` or its folder.
 
         Fitting in the same way again is harmless. Others take their place only while no sketch was made with them. A
-        fit that is killed has written nothing and begins again; `ingest` fits what is missing by itself.
+        fit that is killed goes on from a draft that is at most a minute or so old; `ingest` fits what is missing by
+        itself.
 
         Raises
         ------
         NameUnknownError, InputError, CheckpointError, CheckpointChangedError, StoreBusyError
         """
-        from lark_store.ingest.moments import Wanted, fit, fit_from_optimizer
+        from lark_store.ingest.fits import Wanted, fit, fit_from_optimizer
 
         if from_optimizer is not None:
             return fit_from_optimizer(self._writable, checkpoint, kind, Path(from_optimizer))

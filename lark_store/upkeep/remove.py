@@ -28,7 +28,7 @@ from sqlalchemy import and_, delete, func, or_, select
 
 from lark_store.errors import InputError, NameUnknownError
 from lark_store.schema.catalog import Checkpoint, CheckpointMetric, Correction, IngestRun, ScoreRun, Source
-from lark_store.schema.corrections import discard
+from lark_store.schema.corrections import discard, drafts
 from lark_store.schema.database import Database, find
 from lark_store.schema.locks import removing
 from lark_store.schema.retry import retried
@@ -241,6 +241,8 @@ def _discard_corrections(sweep: _Sweep, checkpoint: Checkpoint) -> None:
         rows = list(session.scalars(select(Correction).filter_by(checkpoint_id=checkpoint.id)))
     for row in rows:
         discard(sweep.db, row.sha256, row.id)
+    for name in drafts(sweep.db.vectors, checkpoint.id):
+        sweep.db.vectors.files.delete_file(name)
 
 
 def _runs_of(found: Source | Checkpoint) -> tuple[ColumnElement[bool], ColumnElement[bool]]:

@@ -134,11 +134,12 @@ VIEWS = {
             dtype="type of the stored bins: float16 or float32",
             parameters="pattern of the names of what is sketched; null: all",
             exclude="pattern of those that are left out",
-            correction="none, tensor, adam or adam2; imported",
+            correction="none, tensor, adam, adam2, kfac or ekfac; imported",
             positions="all, or content: the template is masked",
         )
-        | _double(damping="added to the second moments, times their mean")
+        | _double(damping="added to the second moments or the curvature, times their mean")
         | _whole(min_ndim="dimensions that a parameter must have; null: any")
+        | _double(power="of the inverse curvature: 0.5 or 1")
         | _ADDED,
         "SELECT * EXCLUDE (id) FROM _sketcher",
     ),
@@ -146,7 +147,7 @@ VIEWS = {
         "The factors that correct gradients at a checkpoint",
         _text(
             checkpoint="name of the checkpoint",
-            kind="adam: second moments, of adam and adam2",
+            kind="adam (second moments, of adam and adam2), kfac or ekfac",
             origin="gradients or optimizer",
             sha256="sha256 of their file",
         )

@@ -1,0 +1,29 @@
+"""What is said of two checkpoints wherever samples at one are held against queries at the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lark_store.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+def distance_note(
+    measure: Callable[[str, str], float], query_checkpoint: str, checkpoints: Sequence[str]
+) -> str | None:
+    """Say how far the queries' checkpoint is from the samples'; None where it is one of them.
+
+    `measure` is `Store.checkpoint_distance`. A score needs no files of a checkpoint: where they can't be had, the note
+    says why the distance is not known.
+    """
+    if query_checkpoint in checkpoints:
+        return None
+    said = []
+    for name in checkpoints:
+        try:
+            said.append(f"{measure(query_checkpoint, name):.4g} from `{name}`")
+        except CheckpointError as error:
+            said.append(f"not known from `{name}` ({error.fact})")
+    return f"distance of `{query_checkpoint}`, ‖θ − θ₀‖ / ‖θ₀‖: {', '.join(said)}"

@@ -56,7 +56,7 @@ def samples(vocab=13):
     return made
 
 
-def parts(name, weight, config):
+def parts(name, config):
     """Return what part and head each output, and each input, of a projection belongs to; None: they are all of one."""
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads
@@ -115,8 +115,8 @@ def dense_factors(model, some, seeds):
             s[name] = s.get(name, 0) + delta.T @ delta
             made[name] = delta.T @ x  # (outputs, inputs), for Conv1D too
         gradients.append(made)
-    for name, layer in layers.items():
-        of_outputs, of_inputs = parts(name, layer.weight, model.config)
+    for name in layers:
+        of_outputs, of_inputs = parts(name, model.config)
         a[name], s[name] = a[name] / n_positions, s[name] / len(some)
         if of_outputs is not None:
             s[name] = s[name] * (of_outputs[:, None] == of_outputs)
@@ -149,7 +149,7 @@ def whole(blocks):
     return torch.block_diag(*blocks)
 
 
-def sides(model, name, factors):
+def sides(model, factors):
     """Return the inputs' and the outputs' whole matrix: Conv1D has its inputs as rows."""
     both = whole(factors.rows), whole(factors.columns)
     return both if isinstance(model, hf.GPT2LMHeadModel) else both[::-1]
@@ -184,7 +184,7 @@ def test_factors_are_those_of_the_dense_computation_a_block_for_each_head(name):
     assert found.keys() == a.keys()
     assert len(found) == N_LINEAR[name]
     for weight, factors in found.items():
-        of_inputs, of_outputs = sides(model, weight, factors)
+        of_inputs, of_outputs = sides(model, factors)
         torch.testing.assert_close(of_inputs, a[weight], msg=weight)
         torch.testing.assert_close(of_outputs, s[weight], msg=weight)
     split = {weight for weight, factors in found.items() if len(factors.rows) + len(factors.columns) > 2}
@@ -196,7 +196,7 @@ def test_corrected_eigenvalues_are_the_diagonal_of_the_dense_fisher_matrix(name)
     model = tiny(name)
     a, s, gradients = dense_factors(model, samples(), SEEDS)
     for weight, factors in fitted(model, samples(), SEEDS, ekfac=True).items():
-        of_inputs, of_outputs = sides(model, weight, factors)
+        of_inputs, of_outputs = sides(model, factors)
         for vectors, moments in ((of_inputs, a[weight]), (of_outputs, s[weight])):
             torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(vectors)).double())
             along = vectors.T @ moments @ vectors
@@ -280,15 +280,15 @@ def dense_corrected(model, factors, gradients, power, damping, *, ekfac):
     """Form each layer's damped matrix, raise it to the power, and multiply."""
     numel = sum(g.numel() for g in gradients[0].values())
     diagonals, made = 0.0, {}
-    for weight, each in factors.items():
-        of_inputs, of_outputs = sides(model, weight, each)
+    for each in factors.values():
+        of_inputs, of_outputs = sides(model, each)
         if ekfac:
             diagonals += float(each.values.sum())
         else:
             diagonals += float(torch.kron(of_outputs, of_inputs).trace())
     total = damping * diagonals / numel
     for weight, each in factors.items():
-        a, s = sides(model, weight, each)
+        a, s = sides(model, each)
         one_a, one_s = torch.eye(len(a)).double(), torch.eye(len(s)).double()
         if ekfac:
             basis = torch.kron(s, a)
@@ -301,8 +301,8 @@ def dense_corrected(model, factors, gradients, power, damping, *, ekfac):
     for each in gradients:
         corrected.append({})
         for weight, g in each.items():
-            g = outputs_first(model, g.double())
-            corrected[-1][weight] = outputs_first(model, (made[weight] @ g.flatten()).view_as(g))
+            own = outputs_first(model, g.double())
+            corrected[-1][weight] = outputs_first(model, (made[weight] @ own.flatten()).view_as(own))
     return corrected
 
 

@@ -143,6 +143,8 @@ def _print_plan(report: PlanReport, form: str) -> None:
     memory = max(report.checkpoints["peak_bytes"].drop_nulls(), default=0)
     cost = f"{size / 2**20:,.1f} MiB, about {_duration(seconds)}, {memory / 2**30:.1f} GiB of memory"
     say(f"{todo} sketches to make: {cost}")
+    for note in report.notes:
+        say(f"note: {note}")
 
 
 def verify(

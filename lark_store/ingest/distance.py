@@ -61,7 +61,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Path]:
             f"checkpoint `{checkpoint.name}` is LoRA adapters, whose distance is not measured",
             "merge them into their base and save it whole, if you need the figure",
         )
-    found = {}
+    found: dict[str, Path] = {}
     for path in weight_files(folder):
         with safe_open(path, "pt") as content:
             found |= dict.fromkeys(content.keys(), path)

@@ -18,7 +18,10 @@ import torch
 
 from lark_store.ingest.batched import make_path
 from lark_store.ingest.batches import batches, budget
+from lark_store.ingest.corrections import IN_WORDS
 from lark_store.ingest.curvature import stand_in
+from lark_store.ingest.factors import kind_for, stored
+from lark_store.ingest.fits import DEFAULT_SAMPLES
 from lark_store.ingest.gradients import pick_device, recompute_activations
 from lark_store.ingest.models import load_tokenizer, meta_model, resolve_dtype, unweighted_model
 from lark_store.ingest.oporp import GradientSketcher
@@ -30,7 +33,7 @@ from lark_store.schema.records import PlanReport, Progress
 if TYPE_CHECKING:
     from lark_store.ingest.gradients import SketchPath
     from lark_store.ingest.run import Plan, Request, Unit
-    from lark_store.schema.catalog import Sketcher
+    from lark_store.schema.catalog import Checkpoint, Sketcher
     from lark_store.schema.database import Database
     from lark_store.schema.records import OnProgress
 
@@ -64,6 +67,7 @@ def plan(db: Database, request: Request, on_progress: OnProgress | None = None) 
     device = pick_device(request.device)
     units: list[dict[str, Any]] = []
     checkpoints: list[dict[str, Any]] = []
+    notes: list[str] = []
     for make in plans:
         work = make()
         if on_progress:
@@ -74,7 +78,17 @@ def plan(db: Database, request: Request, on_progress: OnProgress | None = None) 
         checkpoints.append({"checkpoint": work.checkpoint.name, "bytes_per_sample": sketch_bytes(sketcher)} | probed)
         for unit, tokens in zip(work.units, lengths, strict=True):
             units.append(_unit_row(unit, tokens, sketcher, probe))
-    return PlanReport(pl.DataFrame(units, schema=_UNITS), pl.DataFrame(checkpoints, schema=_CHECKPOINTS))
+        notes += _fit_on_top(db, sketcher, work.checkpoint)
+    return PlanReport(pl.DataFrame(units, schema=_UNITS), pl.DataFrame(checkpoints, schema=_CHECKPOINTS), notes)
+
+
+def _fit_on_top(db: Database, sketcher: Sketcher, checkpoint: Checkpoint) -> list[str]:
+    """Say that factors will be fitted first, where the checkpoint has none of the kind."""
+    kind = kind_for(sketcher)
+    if kind is None or stored(db, checkpoint, kind) is not None:
+        return []
+    what = f"the time to fit them, to {DEFAULT_SAMPLES} samples or all that there are, comes on top"
+    return [f"checkpoint `{checkpoint.name}` has no {IN_WORDS[kind]}: {what}"]
 
 
 def _unit_row(unit: Unit, tokens: list[Tokens], sketcher: Sketcher, probe: _Probe) -> dict[str, Any]:

@@ -160,11 +160,13 @@ class PlanReport:
     `units` has the columns checkpoint, source, variant, n_samples, n_existing, tokens_per_sample (mean), seconds and
     bytes (of the sketches that are missing). `checkpoints` has checkpoint, path (`BatchPath`: several samples in one
     backward, `HookPath`: one at a time), tensors and coordinates sketched, bytes_per_sample, seconds_per_sample and
-    peak_bytes of memory: the device's on CUDA, else the process's. Offers the Arrow stream interface with its units.
+    peak_bytes of memory: the device's on CUDA, else the process's. `notes` say what comes on top. Offers the Arrow
+    stream interface with its units.
     """
 
     units: pl.DataFrame
     checkpoints: pl.DataFrame
+    notes: list[str] = field(default_factory=list)
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         return self.units.__arrow_c_stream__(requested_schema)
@@ -198,8 +200,8 @@ class Hits:
     `frame` has the columns rank, score, noise (the score's standard deviation from sketching, in the score's unit),
     p_value and q_value (against `null`), source, stage, variant, sample_id and text; of a hybrid also cosine,
     cosine_rank, bm25 and bm25_rank. What there is none of is null. `distance`, where the query and the samples are at
-    different checkpoints, says how far apart these are (`Store.checkpoint_distance`). Offers the Arrow stream interface, so polars,
-    pandas and DuckDB take it as it is.
+    different checkpoints, says how far apart they are (`Store.checkpoint_distance`). Offers the Arrow stream interface,
+    so polars, pandas and DuckDB take it as it is.
     """
 
     frame: pl.DataFrame

@@ -25,12 +25,13 @@ from ingest import K, in_turn, seconds, table, tokens
 from rivals import pack, plain_floor
 
 from lark_store.ingest.batched import make_path
-from lark_store.ingest.corrections import DEFAULT_DAMPING, Corrector, Moments, corrector_of, stand_in
-from lark_store.ingest.factors import packed
-from lark_store.ingest.gradients import HookPath, Sketch, choose_parameters
+from lark_store.ingest.corrections import CURVATURES, DEFAULT_DAMPING, Corrector, Moments, corrector_of
+from lark_store.ingest.curvature import curvature_corrector, linear_weights, stand_in
+from lark_store.ingest.fisher import CurvatureSums, EigenvalueSums, kronecker_of
+from lark_store.ingest.gradients import Sketch, choose_parameters
 from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.models import load_model, load_tokenizer
-from lark_store.ingest.moments import MomentSums
+from lark_store.ingest.moments import MomentPass, tensors_of
 from lark_store.ingest.oporp import GradientSketcher, Oporp, place
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, make_variant
@@ -45,7 +46,11 @@ WAYS: dict[str, tuple[str, int, bool]] = {  # kind, least dimensions, template m
     "adam, matrices alone": ("adam", 2, False),
     "adam, matrices alone, template masked": ("adam", 2, True),
     "adam2, matrices alone": ("adam2", 2, False),
+    "adam2, all parameters": ("adam2", 0, False),
+    "kfac, linear layers": ("kfac", 2, False),
+    "kfac, linear layers, template masked": ("kfac", 2, True),
     "tensor (hooks, batch 1)": ("tensor", 0, False),
+    "ekfac, linear layers": ("ekfac", 2, False),
 }
 
 
@@ -53,8 +58,10 @@ def path_for(model: Any, way: tuple[str, int, bool], corrector: Corrector | None
     """Return the path that an ingest takes."""
     kind, least, masked = way
     chosen = choose_parameters(model, None, None, least)
+    if kind in CURVATURES:
+        chosen = linear_weights(model, chosen)
     placements = place([(name, tuple(p.shape)) for name, p in chosen], K)
-    sketcher = GradientSketcher(Oporp(K, 0), placements, CPU, corrector or stand_in(kind, placements, CPU))
+    sketcher = GradientSketcher(Oporp(K, 0), placements, CPU, corrector or stand_in(kind, placements, CPU, model))
     return make_path(model, chosen, sketcher, masked=masked)[0]
 
 
@@ -74,17 +81,19 @@ def cost(model: Any, options: argparse.Namespace) -> None:
         path.close()
         return spent / len(samples)
 
-    def fitting() -> float:
-        chosen = choose_parameters(model, None, None)
-        sums = MomentSums(chosen, CPU)
-        path = HookPath(model, chosen, sums)
-        spent = seconds(lambda: [(path.sketch([one]), sums.commit(keep=True)) for one in samples[:4]], CPU)
-        path.close()
+    def fitting(kind: Any) -> float:
+        one = kind(model, CPU)
+        if kind is EigenvalueSums:
+            one.restore(_bases(model), 0)
+        spent = seconds(lambda: [one.take(sample, seed) for seed, sample in enumerate(samples[:4])], CPU)
+        one.close()
         return spent / 4
 
     ways: dict[str, Any] = {"plain forward and backward, batched": lambda: plain_floor(model, batches).whole}
     ways |= {name: (lambda w=way: sketched(w)) for name, way in WAYS.items()}
-    ways["correction fit, a sample"] = fitting
+    ways["correction fit --kind adam, a sample"] = lambda: fitting(MomentPass)
+    ways["correction fit --kind kfac, a sample"] = lambda: fitting(CurvatureSums)
+    ways["correction fit --kind ekfac, second pass, a sample"] = lambda: fitting(EigenvalueSums)
     found = in_turn(ways, options.rounds)
     ours = statistics.median(found["none: the paper's"])
     rows: list[list[Any]] = []
@@ -94,10 +103,42 @@ def cost(model: Any, options: argparse.Namespace) -> None:
         rows.append([name, middle, f"{min(each):.3g} – {max(each):.3g}", middle / ours, statistics.median(ratios)])
     title = f"{options.length} tokens, {options.samples} samples, {options.rounds} rounds"
     table(title, ["way", "s/sample, median", "range", "over none", "median of the rounds' ratios"], rows)
+    once(model)
     for least, what in ((0, "all parameters"), (2, "matrices alone")):
         chosen = choose_parameters(model, None, None, least)
-        size = len(packed({name: Moments.of(torch.ones(p.shape)) for name, p in chosen}))
-        print(f"factors of {what}: {size:,} bytes ({size / 2**20:.2f} MiB)")
+        held = tensors_of({name: Moments.of(torch.ones(p.shape)) for name, p in chosen})
+        print(f"adam's factors of {what}: {_size(held):.2f} MiB")
+    bases = _bases(model)
+    print(f"ekfac's factors: {_size(bases):,.0f} MiB")
+    print(f"kfac's factors: {_size({n: t for n, t in bases.items() if not n.endswith('/values')}):,.0f} MiB")
+
+
+def _bases(model: Any) -> dict[str, torch.Tensor]:
+    """Return tensors of the shapes of EK-FAC's factors."""
+    chosen = linear_weights(model, choose_parameters(model, None, None))
+    placements = place([(name, tuple(p.shape)) for name, p in chosen], K)
+    made: Any = stand_in("ekfac", placements, CPU, model)
+    found = {}
+    for name, base in made.bases.items():
+        found |= {f"{name}/rows": base.rows, f"{name}/columns": base.columns, f"{name}/values": base.values}
+    return found
+
+
+def _size(tensors: dict[str, torch.Tensor]) -> float:
+    return sum(4 * each.numel() for each in tensors.values()) / 2**20  # they are kept in float32
+
+
+def once(model: Any) -> None:
+    """Time what is done once: the inverse roots of K-FAC when an ingest begins, of the last block's weights."""
+    names = {name.rpartition("/")[0] for name in _bases(model)}
+    last = max(int(part) for name in names for part in name.split(".") if part.isdigit())
+    shapes = {n: kronecker_of(_bases(model), n) for n in names if f".{last}." in n}
+    made = {}
+    for name, each in shapes.items():
+        sides = [torch.randn(side.shape) for side in (each.rows, each.columns)]
+        made[name] = type(each)(*(side @ side.mT / side.shape[1] for side in sides))
+    spent = seconds(lambda: curvature_corrector(made, DEFAULT_DAMPING, 0.5, CPU), CPU)
+    print(f"kfac's inverse roots, once an ingest: {spent:.2f} s for one block, × {last + 1} blocks")
 
 
 # --- a real step ---------------------------------------------------------------------------------------------------
@@ -183,6 +224,20 @@ def literal(v: dict[str, Moments], power: float) -> Corrector:
     return Corrector(scales)
 
 
+def curved(model: Any, fitted: list[Tokens], kind: str) -> Corrector:
+    """Fit a curvature to statements, as `correction fit` does."""
+    result: dict[str, torch.Tensor] = {}
+    passes: list[Any] = [CurvatureSums, EigenvalueSums] if kind == "ekfac" else [CurvatureSums]
+    for make in passes:
+        one = make(model, CPU, result)
+        for seed, sample in enumerate(fitted):
+            one.take(sample, seed)
+        result = one.result()
+        one.close()
+    names = {key.rpartition("/")[0] for key in result}
+    return curvature_corrector({name: kronecker_of(result, name) for name in sorted(names)}, DEFAULT_DAMPING, 0.5, CPU)
+
+
 def one_step(model: Any, options: argparse.Namespace) -> None:
     """Compare scores with a real step."""
     tokenizer = load_tokenizer(options.model)
@@ -217,6 +272,8 @@ def one_step(model: Any, options: argparse.Namespace) -> None:
         "adam, all parameters": (("adam", 0, False), corrector_of(moments, "adam", DEFAULT_DAMPING, CPU)),
         "adam2, matrices alone": (("adam2", 2, False), corrector_of(matrices, "adam2", DEFAULT_DAMPING, CPU)),
         "adam, matrices, without Adafactor's mean": (("adam", 2, False), literal(matrices, 0.25)),
+        "kfac, linear layers": (("kfac", 2, False), curved(model, fitted, "kfac")),
+        "ekfac, linear layers": (("ekfac", 2, False), curved(model, fitted, "ekfac")),
     }
     for name, (way, corrector) in ways.items():
         found = sketches(model, way, corrector, [*queries, *candidates])

@@ -108,7 +108,12 @@ class Scale:
 
 
 class Corrector:
-    """Corrects gradients, whole or by the factors that they are made of; without arguments it changes nothing."""
+    """Corrects gradients, whole or by the factors that they are made of; without arguments it changes nothing.
+
+    `by_product`: a matrix's factors are not corrected each, but as they are multiplied, by `product`.
+    """
+
+    by_product = False
 
     def __init__(self, scales: Mapping[str, Scale] | None = None, *, norm_1: bool = False) -> None:
         self.scales = scales or {}
@@ -132,6 +137,10 @@ class Corrector:
         """Return what takes the place of the right factor, (T, R)."""
         scale = self.scales.get(name)
         return right_TR if scale is None or scale.right is None else _scaled(right_TR, scale.right)
+
+    def product(self, name: str, left_TL: torch.Tensor, right_TR: torch.Tensor) -> torch.Tensor:
+        """Return a matrix's whole gradient leftᵀ · right, (L, R)."""
+        return self.left(name, left_TL).T @ self.right(name, right_TR)
 
     def rows(self, name: str, index_T: torch.Tensor, values_TR: torch.Tensor) -> torch.Tensor:
         """Return what takes the place of values that are added to the rows `index_T` of a matrix."""

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from lark_store.ingest.oporp import Placement
 
 DEFAULT_POWER = 0.5
-ROTATED = "an EK-FAC correction rotates a gradient that is there whole"
 # Projections by the names that transformers gives them, within a module whose class is an attention's: those that make
 # each head's queries, keys and values, and those that take what the heads made. In each, heads follow one another.
 _INTO_HEADS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"}
@@ -233,26 +232,35 @@ class KfacCorrector(Corrector):
 
 
 class EkfacCorrector(Corrector):
-    """Rotates a weight's whole gradient into the eigenvectors, scales it there, and rotates it back."""
+    """Rotates a weight's gradient into the eigenvectors, scales it there whole, and rotates it back.
+
+    Going there, the factors of the gradient can be rotated before they are multiplied. Coming back costs L·R·(L + R)
+    multiplications for each sample and weight, with heads of size l L·R·(l + R): more than the gradient itself.
+    """
+
+    by_product = True
 
     def __init__(self, bases: Mapping[str, Kronecker]) -> None:
         """Take eigenvectors, and as `values` what to multiply by along them."""
         super().__init__()
         self.bases = bases
-        self.whole_only = ROTATED
 
     def whole(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Return a weight's whole gradient, of one sample."""
         base = self.bases[name]
-        assert base.values is not None
-        scaled = rotated(gradient, base) * base.values.to(base.rows.dtype)
-        right = by_blocks(scaled, base.columns.mT)
-        return by_blocks(right.T, base.rows.mT).T.contiguous()
+        return _scaled_along(by_blocks(by_blocks(gradient, base.columns).T, base.rows).T, base)
+
+    def product(self, name: str, left_TL: torch.Tensor, right_TR: torch.Tensor) -> torch.Tensor:
+        """Return a weight's whole gradient leftᵀ · right, (L, R), corrected."""
+        base = self.bases[name]
+        return _scaled_along(by_blocks(left_TL, base.rows).T @ by_blocks(right_TR, base.columns), base)
 
 
-def rotated(gradient_LR: torch.Tensor, base: Kronecker) -> torch.Tensor:
-    """Return Q_Lᵀ g Q_R."""
-    return by_blocks(by_blocks(gradient_LR, base.columns).T, base.rows).T
+def _scaled_along(along_LR: torch.Tensor, base: Kronecker) -> torch.Tensor:
+    """Return Q_L (s ⊙ along) Q_Rᵀ."""
+    assert base.values is not None
+    right = by_blocks(along_LR * base.values.to(along_LR.dtype), base.columns.mT)
+    return by_blocks(right.T, base.rows.mT).T.contiguous()
 
 
 def _narrowed(wide: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,13 @@ def _add_products(
     sketcher: GradientSketcher,
     out: torch.Tensor,
 ) -> None:
-    """Add each sample's leftᵀ · right, (L, R), some rows at a time, so that no whole gradient is ever held."""
+    """Add each sample's leftᵀ · right, (L, R), some rows at a time, so that no whole gradient is ever held.
+
+    But where the correction needs a weight's gradient whole, it is held whole, of some samples at a time.
+    """
+    if sketcher.corrector.by_product:
+        _add_whole(name, lefts, rights, sketcher, out)
+        return
     left_TL = [sketcher.corrector.left(name, each.flatten(0, -2)) for each in lefts]
     right_TR = [sketcher.corrector.right(name, each.flatten(0, -2)) for each in rights]
     n, k = len(left_TL), sketcher.oporp.k
@@ -100,6 +106,24 @@ def _add_products(
             for each, left, right in zip(held, left_TL, right_TR, strict=True):
                 torch.mm(left[:, start:stop].T, right, out=each)
         sketcher.add(name, held.view(n, -1), out, chunk=start * n_right // k)
+
+
+def _add_whole(
+    name: str,
+    lefts: Sequence[torch.Tensor],
+    rights: Sequence[torch.Tensor],
+    sketcher: GradientSketcher,
+    out: torch.Tensor,
+) -> None:
+    n, (n_left, n_right) = len(lefts), sketcher.placements[name].shape
+    step = max(1, _HELD // (n_left * n_right))
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        made = [
+            sketcher.corrector.product(name, left.flatten(0, -2), right.flatten(0, -2))
+            for left, right in zip(lefts[start:stop], rights[start:stop], strict=True)
+        ]
+        sketcher.add(name, torch.stack(made).view(stop - start, -1), out[..., start:stop, :])
 
 
 def _stacked(left_TL: Sequence[torch.Tensor], right_TR: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

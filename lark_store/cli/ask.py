@@ -251,7 +251,13 @@ def index_build(
 
 def metrics(
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", metavar="NAME", help="Only this checkpoint (default: all).")
+        list[str] | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            metavar="NAME",
+            help="Only this checkpoint (default: all); those of a sum, or its last.",
+        ),
     ] = None,
     view: Annotated[
         str,
@@ -263,6 +269,7 @@ def metrics(
     method: Annotated[
         str, typer.Option(help="What `attribute` scored by: `cosine`, `dot`, `tracin`, `bm25`, …")
     ] = "cosine",
+    over_checkpoints: OverOption = None,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     query_variant: QueryVariantOption = None,
     store: StoreOption = None,
@@ -276,7 +283,12 @@ def metrics(
     """
     with open_store(store, snapshot) as opened:
         frame = opened.metrics(
-            checkpoint=checkpoint, view=view, method=method, sketcher=sketcher, query_variant=query_variant
+            checkpoint=checkpoint or None,
+            view=view,
+            method=method,
+            over_checkpoints=over_checkpoints,
+            sketcher=sketcher,
+            query_variant=query_variant,
         )
     emit(frame, form)
 

@@ -64,7 +64,7 @@ MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="`cosine` (default), `dot` (default with another `--query-checkpoint`), `tracin`, "
+        help="`cosine` (default), `dot` (default with another `--query-checkpoint`), `whitened`, `centred`, `tracin`, "
         "`bm25`, `bm25-okapi`, `bm25plus` or `hybrid`.",
     ),
 ]

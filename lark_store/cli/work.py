@@ -222,7 +222,9 @@ def attribute(
             device=device,
             on_progress=bar,
         )
-    emit(report, form)
+    emit(report.drop("note"), form)
+    for note in report["note"].drop_nulls().unique(maintain_order=True):
+        say(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:

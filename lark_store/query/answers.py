@@ -33,6 +33,7 @@ FT_PT = {
     **dict.fromkeys(("against_source", "against_variant"), pl.String),
     **dict.fromkeys(("ft", "pt", "ratio"), pl.Float64),
     "winner": pl.String,
+    "scored_by": pl.String,
 }
 TRAJECTORY = {
     "checkpoint": pl.String,
@@ -40,6 +41,7 @@ TRAJECTORY = {
     "step": pl.Int64,
     **dict.fromkeys(("queries", "query_id", "source", "variant", "sample_id"), pl.String),
     **dict.fromkeys(("score", "noise", "query_loss", "sample_loss"), pl.Float64),
+    "scored_by": pl.String,
 }
 SIMILAR = {
     "rank": pl.Int32,
@@ -103,7 +105,7 @@ def _compared(question: Question, phi: list[tuple[str, NDArray[np.float32]]]) ->
             winner = "finetune" if ft > pt else "pretrain" if pt > ft else "tie"
             ratio = ft / pt if pt > 0 else None
             at = (question.terms[-1].checkpoint.name, question.queries.source.name, query)
-            rows.append((*at, *names, ft, pt, ratio, winner))
+            rows.append((*at, *names, ft, pt, ratio, winner, question.label))
     return rows
 
 
@@ -160,7 +162,7 @@ def _steps(db: Database, question: Question, query: str, sample_id: str) -> list
         noise = float(sketch_noise(cosine, asked.unit_QK.shape[1])) * scale
         at = (checkpoint.name, checkpoint.epoch, checkpoint.learning_rate, checkpoint.step)
         names = (queries.source.name, query, group.source.name, group.variant.name, sample_id)
-        rows.append((*at, *names, cosine * scale, noise, losses, _losses(db, group, sample_id)))
+        rows.append((*at, *names, cosine * scale, noise, losses, _losses(db, group, sample_id), question.label))
     return rows
 
 

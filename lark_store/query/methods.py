@@ -14,7 +14,7 @@ from lark_store.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-GRADIENT = ("cosine", "dot")
+GRADIENT = ("cosine", "dot", "whitened", "centred")
 LEXICAL = ("bm25", "bm25-okapi", "bm25plus")
 BASES = (*GRADIENT, *LEXICAL, "hybrid")
 OVER = ("sum", "lr-weighted")  # how checkpoints are joined: Σ score, Σ learning rate × score
@@ -52,7 +52,7 @@ class Method:
             raise InputError(f"`{name}` joins checkpoints by `{joined}`, not by `{over}`", "leave one of them out")
         found = cls(base, joined or over)
         if found.over and base in LEXICAL:
-            raise InputError(f"`{base}` looks at no checkpoint", "leave out `--over-checkpoints`")
+            raise InputError(f"`{base}` looks at no checkpoint", f"ask by `{base}` alone")
         return found
 
     @property
@@ -79,7 +79,7 @@ class Method:
 
     @property
     def gradient(self) -> str:
-        """The score of gradients that it is made of, one of `GRADIENT`."""
+        """The score at one checkpoint that it is made of: of a hybrid `cosine`, else its base."""
         return "cosine" if self.base == "hybrid" else self.base
 
     def label(self, sketcher: str, checkpoints: Iterable[str]) -> str:

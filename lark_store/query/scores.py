@@ -1,6 +1,7 @@
 """A question's scores: for a block of queries, every row's score by the question's method, and what it is made of.
 
 - `cosine`: the cosine of sketches; `dot`: times both gradients' norms
+- `whitened`, `centred`: what is left of a cosine without what samples share, see `geometry`
 - `bm25`, `bm25-okapi`, `bm25plus`: of the texts
 - `hybrid`: z(cosine) + z(bm25), each over all rows that are searched for the query
 
@@ -14,11 +15,13 @@ Shape letters: Q queries, N rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
+from lark_store.query.geometry import GEOMETRIES, Place
 from lark_store.query.lexical import open_lexical, texts_of
 from lark_store.query.rows import Rows, find_rows
 from lark_store.query.scoring import Queries, load_queries, matrix, products
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from lark_store.query.geometry import Centring, Whitening
     from lark_store.query.groups import Group, Question
     from lark_store.schema.database import Database
 
@@ -40,11 +44,12 @@ _KEYS = ["source", "variant", "sample_id"]
 
 @dataclass(frozen=True)
 class Asked:
-    """A block of queries: their sketches at each term (none for a lexical method) and their texts."""
+    """A block of queries: their sketches at each term (none for a lexical method), texts and format variant."""
 
     ids: list[str]
     sketches: list[Queries]
     texts: list[str]
+    variant: str
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,10 @@ class Search:
         condition: str | None = None,
         null_groups: Sequence[Group] = (),
         device: str = "auto",
+        memory: int = DEFAULT_MEMORY,
         check: Callable[[], None] | None = None,
     ) -> None:
-        self.db, self.question, self.device = db, question, device
+        self.db, self.question, self.device, self.memory = db, question, device, memory
         own = {group.source.name for group in question.groups}
         exempt = {group.source.name for group in null_groups}
         extra = [group for group in null_groups if group.source.name not in own]
@@ -94,12 +100,31 @@ class Search:
         found: NDArray[np.bool_] = only.to_numpy()
         return found
 
-    def blocks(self, ids: Sequence[str], memory: int = DEFAULT_MEMORY) -> Iterator[Asked]:
+    @cached_property
+    def geometries(self) -> list[Whitening | Centring]:
+        """What makes the scores at each term, where plain products of sketches don't."""
+        made: type[Whitening | Centring] | None = GEOMETRIES.get(self.question.method.gradient)
+        if made is None:
+            return []
+        searched = np.flatnonzero(~self.null_only)
+        memory = self.memory // len(self.of_terms)
+        return [
+            made(Place(self.db, rows, searched, number, memory, self.device))
+            for number, rows in enumerate(self.of_terms)
+        ]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader has to know of the scores."""
+        of_geometries = dict.fromkeys(note for geometry in self.geometries for note in geometry.notes)
+        return (*of_geometries, *rising_losses(self.db, self.question))
+
+    def blocks(self, ids: Sequence[str]) -> Iterator[Asked]:
         """Yield the queries with these ids, block after block, as many as `memory` bytes hold with their scores."""
-        queries = self.question.queries
-        streamed = self.question.method.is_adding
-        per_query = 4 * queries.sketcher.k * len(self.question.terms) + (0 if streamed else 16 * len(self.rows))
-        block = max(1, memory // per_query)
+        method, k = self.question.method, self.question.queries.sketcher.k
+        held = len(self.question.terms) + (method.gradient in GEOMETRIES)
+        per_query = 4 * k * held + (0 if method.is_adding else 16 * len(self.rows))
+        block = max(1, self.memory // per_query)
         for start in range(0, len(ids), block):
             some = list(ids[start : start + block])
             yield self.asked(some)
@@ -114,7 +139,7 @@ class Search:
             ids = sketches[0].ids
         reads_texts = self.question.method.engine is not None
         texts = texts_of(self.db, self.question.queries.source.name, ids) if reads_texts else [""] * len(ids)
-        return Asked(ids, sketches, texts)
+        return Asked(ids, sketches, texts, self.question.queries.variant.name)
 
     def scores(self, asked: Asked, *, scales: bool = False) -> Scores:
         """Return every row's scores for a block of queries."""
@@ -155,6 +180,10 @@ class Search:
     def _at(self, term: int, asked: Asked, *, scales: bool = False) -> Scores:
         """Return the scores of gradients at one term's checkpoint."""
         rows, queries = self.of_terms[term], asked.sketches[term]
+        if self.geometries:
+            made = self.geometries[term].scores(queries, asked.variant)
+            is_cosine = self.question.method.gradient == "centred"
+            return Scores(made, sketch_noise(made, queries.unit_QK.shape[1]).astype(np.float32) if is_cosine else None)
         cosine, scale = matrix(rows, queries, device=self.device, scales=scales)
         return self._of_cosines(cosine, queries, rows, scale)
 
@@ -174,6 +203,30 @@ class Search:
             score += term.weight * made.score
             variance = None if variance is None or made.noise is None else variance + (term.weight * made.noise) ** 2
         return Scores(score, None if variance is None else np.sqrt(variance))
+
+
+def rising_losses(db: Database, question: Question) -> Iterator[str]:
+    """Yield a warning for each checkpoint of a sum at which the queries' mean loss is higher than before.
+
+    A checkpoint that has learned the training samples by heart is worse than none.
+    """
+    if len(question.terms) < 2 or not all(term.queries for term in question.terms):
+        return
+    ids = query_ids(db, question)
+    lowest: tuple[float, str] | None = None
+    for term in question.terms:
+        assert term.queries is not None
+        found = db.vectors.read(term.queries.table, ["sample_id", "loss"], term.queries.filter)
+        loss, name = found.filter(pl.col("sample_id").is_in(ids))["loss"].cast(pl.Float64).mean(), term.checkpoint.name
+        assert isinstance(loss, float)
+        if lowest is not None and loss > lowest[0]:
+            others = " ".join(f"--checkpoint {each}" for each in question.checkpoints if each != name)
+            yield (
+                f"the queries' mean loss rises from {lowest[0]:.3g} at `{lowest[1]}` to {loss:.3g} at `{name}`: that "
+                f"checkpoint is overfitted, and a sum is better without it\n\nhint: leave it out: `{others}`"
+            )
+        else:
+            lowest = (loss, name)
 
 
 def query_ids(db: Database, question: Question) -> list[str]:

@@ -114,6 +114,7 @@ class _Searcher:
         self.variant_N = np.array([variants.index(group.variant.name) for group in groups])[of]
         self.stages = [group.source.stage for group in groups]
         self.null = self._null(sources)
+        self.notes = self.search.notes
         self.null_source = sources.index(self.null) if self.null in sources else None
 
     def _null(self, sources: list[str]) -> str:
@@ -234,6 +235,7 @@ class _Searcher:
             null=self.null,
             recall=index.recall if index else None,
             candidates=index.candidates if index else None,
+            notes=self.notes,
         )
 
 

@@ -29,7 +29,7 @@ def all_scores(
 ) -> ScoreMatrix:
     """Score every row of a question's groups for each query; see `Store.scores`."""
     question, ids = _one(db, query_ids, questions)
-    search = Search(db, question, condition=condition, device=device)
+    search = Search(db, question, condition=condition, device=device, memory=memory)
     keys = ["source", "variant", "sample_id"]
     samples = search.rows.frame.select(keys).with_row_index("_number").sort(keys)
     if samples.is_empty():
@@ -38,7 +38,7 @@ def all_scores(
     place_N[samples["_number"].to_numpy()] = np.arange(len(samples))
     row_of = {name: row for row, name in enumerate(ids)}
     matrix = np.empty((len(ids), len(samples)), np.float32)
-    for block in search.blocks(ids, memory):
+    for block in search.blocks(ids):
         rows = np.array([row_of[name] for name in block.ids])
         for numbers, scores in search.stream(block):
             matrix[rows[:, None], place_N[numbers][None, :]] = scores
@@ -49,6 +49,7 @@ def all_scores(
         score=question.label,
         method=question.method.name,
         checkpoints=question.checkpoints,
+        notes=search.notes,
     )
 
 

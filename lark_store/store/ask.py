@@ -110,7 +110,7 @@ class Ask(Part):
         question = ask_new(self._db, wanted, made.fingerprint)
         unit = torch.nn.functional.normalize(made.sketch.vector[None], dim=1)
         sketch = Queries(["new"], unit, torch.tensor([made.sketch.grad_norm]))
-        return top_of_new(self._db, Asked(["new"], [sketch], [made.text]), question, ranking, (at, variant))
+        return top_of_new(self._db, Asked(["new"], [sketch], [made.text], variant), question, ranking, (at, variant))
 
     def scores(
         self,
@@ -256,9 +256,10 @@ class Ask(Part):
     def metrics(
         self,
         *,
-        checkpoint: str | None = None,
+        checkpoint: str | Sequence[str] | None = None,
         view: str = "all",
         method: str = "cosine",
+        over_checkpoints: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         query_variant: str | None = None,
     ) -> pl.DataFrame:
@@ -275,8 +276,10 @@ class Ask(Part):
         NameUnknownError, NothingToScoreError, InputError
         """
         from lark_store.query.measure import measure
+        from lark_store.query.methods import Method
 
-        return measure(self._db, checkpoint, view, method, sketcher, query_variant)
+        at = [] if checkpoint is None else _named(checkpoint)
+        return measure(self._db, at, view, Method.of(method, over_checkpoints), sketcher, query_variant)
 
     def sql(
         self,

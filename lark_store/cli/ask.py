@@ -25,7 +25,7 @@ from lark_store.cli.options import (
     VariantsOption,
     open_store,
 )
-from lark_store.cli.output import ProgressBar, emit, say
+from lark_store.cli.output import ProgressBar, emit, emit_noted, say
 
 
 def top(
@@ -116,7 +116,7 @@ def scores(
     method: MethodOption = None,
     over_checkpoints: OverOption = None,
     device: DeviceOption = "auto",
-    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for the queries' sketches, in MiB.")] = 1024,
+    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for queries and for `whitened`, in MiB.")] = 1024,
     store: StoreOption = None,
     snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
@@ -171,7 +171,7 @@ def ft_pt(
             method=method,
             over_checkpoints=over_checkpoints,
         )
-    emit(frame, form)
+    emit_noted(frame, form)
 
 
 def trajectory(

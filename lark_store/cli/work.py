@@ -27,7 +27,7 @@ from lark_store.cli.options import (
     WantedVariantsOption,
     open_store,
 )
-from lark_store.cli.output import ProgressBar, emit, emit_frames, is_first_rank, say
+from lark_store.cli.output import ProgressBar, emit, emit_frames, emit_noted, is_first_rank, say
 
 if TYPE_CHECKING:
     from lark_store.schema.records import IngestReport, PlanReport
@@ -195,7 +195,7 @@ def attribute(
     method: MethodOption = None,
     over_checkpoints: OverOption = None,
     hits: Annotated[int, typer.Option(help="Rows of `influence` kept per query and group.")] = 100,
-    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for the queries' sketches, in MiB.")] = 1024,
+    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for queries and for `whitened`, in MiB.")] = 1024,
     device: DeviceOption = "auto",
     store: StoreOption = None,
     form: FormatOption = Format.table,
@@ -203,7 +203,8 @@ def attribute(
     """Score queries against sources, where sketches were added since the last time.
 
     Fills the tables `influence` and `source_influence`, which `metrics` and `sql` read. Each sketch is read once, for
-    all queries that fit into `--memory`. `--method tracin` sums over the checkpoints given and is kept under the last.
+    all queries that fit into `--memory`. With `--over-checkpoints` the checkpoints' scores are summed and kept under
+    the last; without it each is scored by itself.
 
     Example: `lark-store attribute --checkpoint epoch-2 --queries test`
     """
@@ -222,9 +223,7 @@ def attribute(
             device=device,
             on_progress=bar,
         )
-    emit(report.drop("note"), form)
-    for note in report["note"].drop_nulls().unique(maintain_order=True):
-        say(f"note: {note}")
+    emit_noted(report, form)
 
 
 def register(app: typer.Typer) -> None:

@@ -32,8 +32,7 @@ FT_PT = {
     **dict.fromkeys(("checkpoint", "queries", "query_id", "source", "variant"), pl.String),
     **dict.fromkeys(("against_source", "against_variant"), pl.String),
     **dict.fromkeys(("ft", "pt", "ratio"), pl.Float64),
-    "winner": pl.String,
-    "scored_by": pl.String,
+    **dict.fromkeys(("winner", "scored_by", "note"), pl.String),
 }
 TRAJECTORY = {
     "checkpoint": pl.String,
@@ -57,7 +56,9 @@ def ft_pt(db: Database, wanted: Wanted, *, check: Callable[[], None] | None = No
     """Compare, query by query, what fine-tuning and pretraining groups reach; see `Store.ft_pt`."""
     rows: list[tuple[Any, ...]] = []
     for question in ask(db, wanted):
-        rows += _compared(question, _phi(db, question, check))
+        search = Search(db, question, check=check)
+        note = "\n".join(search.notes) or None
+        rows += [(*row, note) for row in _compared(question, _phi(db, search))]
     if not rows:
         raise NothingToScoreError(
             f"at `{wanted.checkpoints[0]}` there is no pair of a fine-tuning and a pretraining source",
@@ -66,9 +67,9 @@ def ft_pt(db: Database, wanted: Wanted, *, check: Callable[[], None] | None = No
     return pl.DataFrame(rows, schema=FT_PT, orient="row")
 
 
-def _phi(db: Database, question: Question, check: Callable[[], None] | None) -> list[tuple[str, NDArray[np.float32]]]:
+def _phi(db: Database, search: Search) -> list[tuple[str, NDArray[np.float32]]]:
     """Return each query's id and Φ, (groups): the highest score in each group."""
-    search = Search(db, question, check=check)
+    question = search.question
     group_N = search.rows.frame["group"].to_numpy()
     ids = query_ids(db, question)
     found: list[tuple[str, NDArray[np.float32]]] = []

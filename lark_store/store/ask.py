@@ -56,9 +56,11 @@ class Ask(Part):
         sample_id, n_tokens, n_loss_tokens, loss, grad_norm), of its sample (prompt, response, text, label, meta) and
         on the keys of the sample's metadata.
 
-        `method` is `cosine`, `dot`, `tracin` (over several checkpoints), `bm25`, `bm25-okapi` or `hybrid` (z(cosine) +
-        z(bm25)). Exact, from the sketches themselves, and `attribute` need not have run; `approximate` reads the
-        candidates that the index names, which `index_build` must have measured.
+        `method` is `cosine`, `dot`, `whitened`, `centred` (see `lark_store.query.geometry`), `bm25`, `bm25-okapi`,
+        `bm25plus` or `hybrid` (z(cosine) + z(bm25)). Of several checkpoints the scores are summed, as
+        `over_checkpoints` says: `sum`, or `lr-weighted` by learning rate (`tracin`: of `dot`). Exact, from the sketches
+        themselves, and `attribute` need not have run; `approximate` reads the candidates that the index names, which
+        `index_build` must have measured.
 
         `null` is what a score is held against for its p-value: `sources` (the scores of the other sources that are
         searched, in the same variant), the name of one source (searched or not), `signs` (shuffled signs of the sketch)
@@ -159,7 +161,8 @@ class Ask(Part):
 
         Computed on the spot. Columns: checkpoint, queries, query_id, source, variant (the fine-tuning group),
         against_source, against_variant (the pretraining group), ft and pt (Φ, the highest score in each), ratio
-        (ft / pt, null where pt ≤ 0) and winner (`finetune`, `pretrain` or `tie`).
+        (ft / pt, null where pt ≤ 0), winner (`finetune`, `pretrain` or `tie`), scored_by and note. `method` and
+        `over_checkpoints` are those of `top`.
 
         Raises
         ------
@@ -186,7 +189,7 @@ class Ask(Part):
         """Return one sample's influence on one query at every checkpoint that has both sketches, by epoch.
 
         Columns: checkpoint, epoch, learning_rate, step, queries, query_id, source, variant, sample_id, score, noise
-        (the score's standard deviation from sketching), query_loss and sample_loss (nats per target token).
+        (the score's standard deviation from sketching), query_loss and sample_loss (nats per target token), scored_by.
 
         Raises
         ------
@@ -269,7 +272,8 @@ class Ask(Part):
         difference, change), `influence` (the paper's Table I), `dominance` (Table II) or `comparisons` (difference of
         two sources and change since the checkpoint before, with q-values over the rows; with `checkpoint` no change).
         `p_value` tests that the mean difference over queries is 0: it speaks of queries like these, not of other models
-        or seeds. Definitions: `lark_store.query.metrics`.
+        or seeds. Definitions: `lark_store.query.metrics`. `method` and `over_checkpoints` are those of `attribute`; a
+        sum is found by its last checkpoint or by all of them. `scored_by` names the score.
 
         Raises
         ------

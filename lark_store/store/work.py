@@ -166,10 +166,11 @@ class Work(Part):
         signed: above 0, training on the sample lowers the query's loss. All groups of a checkpoint are scored in one
         pass over its sketches; as many queries at a time as fit into `memory` bytes.
 
-        `method` is `cosine`, `dot`, `tracin` (Σ of learning rate × dot over the checkpoints given, kept under the last
-        of them), `bm25`, `bm25-okapi` or `hybrid`. `dot` is the default when the queries' sketches come from another
-        checkpoint, the two-stage dot product of the multi-stage literature. Returns a row per group: scored, or
-        current already.
+        `method` is one of `top`'s. Each checkpoint is scored by itself, or with `over_checkpoints` (`sum`, or
+        `lr-weighted` by learning rate) their scores are summed and kept under the last of them, as `cosine-sum` and so
+        on; `tracin` is `dot-lr-weighted`. `dot` is the default when the queries' sketches come from another checkpoint,
+        the two-stage dot product of the multi-stage literature. Returns a row per group: scored, or current already;
+        `scored_by` names the score, `note` warns of an overfitted checkpoint.
 
         Raises
         ------

@@ -126,8 +126,9 @@ def _top_influence(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.
         for number in numbers:
             hits = answers.get(calls[number]["query"])
             if hits is not None:
-                at = {"checkpoint": wanted.checkpoints[-1], "query_id": hits.query_id, "scored_by": hits.score}
-                frames[number] = hits.frame.with_columns(pl.lit(v).alias(n) for n, v in at.items())
+                more = {"checkpoint": wanted.checkpoints[-1], "query_id": hits.query_id, "scored_by": hits.score}
+                note = pl.lit("\n".join(hits.notes) or None, pl.String).alias("note")
+                frames[number] = hits.frame.with_columns(*(pl.lit(v).alias(n) for n, v in more.items()), note)
     return frames
 
 
@@ -216,6 +217,7 @@ _SAMPLE = _text(
 )
 _AT = _text(checkpoint="name of the checkpoint, of a sum the last", query_id="id of the query")
 _BY = _text(scored_by="sketcher and method, and of a sum its checkpoints")
+_NOTE = _text(note="what there is to know of the score; else null")
 _OVER = {"over_checkpoints": _NAME}  # with several checkpoints, as `base + epoch-1`
 _PARTS = {
     "cosine": Column("FLOAT", "of `hybrid`: the cosine"),
@@ -248,7 +250,7 @@ _TOP = Function(
         **_ASKED,
         **_OVER,
     },
-    {**_AT, **_RANK, **_SCORE, **_NOISE, **_SIGNIFICANCE, **_PARTS, **_SAMPLE, **_BY},
+    {**_AT, **_RANK, **_SCORE, **_NOISE, **_SIGNIFICANCE, **_PARTS, **_SAMPLE, **_BY, **_NOTE},
     _top_influence,
 )
 FUNCTIONS = {
@@ -271,6 +273,7 @@ FUNCTIONS = {
                 ),
                 **_text(winner="finetune, pretrain or tie"),
                 **_BY,
+                **_NOTE,
             },
             _ft_pt,
         ),

@@ -58,7 +58,7 @@ _SAMPLE = _text(sample_id="id of the sample within its source")
 _INGEST_RUN = _whole(ingest_run="number of the ingest run")
 _SCORE_RUN = _whole(score_run="number of the score run")
 _METHOD = _text(method="cosine, dot, bm25 …; of a sum cosine-sum …")
-_OVER = _text(over_checkpoints="the checkpoints that it sums over, as base + epoch-1; else null")
+_OVER = _text(over_checkpoints="checkpoints of a sum, as base + epoch-1; else null")
 _QUERIES = _text(queries="name of the queries' source")
 _QUERY = _QUERIES | _text(query_id="id of the query: a sample of that source")
 _QUERY_SIDE = _text(

@@ -268,7 +268,7 @@ def test_a_missing_part_of_the_question_is_named(reader):
         "from top_influence('base', 'q100', [1], sketcher := 'small')",
         "from top_influence('base', 'q100', opponents := 'perhaps', sketcher := 'small')",
         "from top_influence('base', 'q100', sources := 'songs')",
-        "from top_influence(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)",
+        "from top_influence(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)",
         "select top_influence('base', 'q100')",
         "select _top_influence({'checkpoint': 'base'})",
         "select _top_influence(1)",

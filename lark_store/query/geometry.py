@@ -129,12 +129,12 @@ class Whitening:
         from scipy.linalg import cholesky
 
         m = len(self.fitted)
-        gram_MM = np.empty((m, m), order="F")
+        gram_MM = np.zeros((m, m), order="F")
         block = max(1, self.place.memory // 4 // (4 * self.rows.groups[0].sketcher.k))
-        for start in range(0, m, block):
-            here = slice(start, min(start + block, m))
-            some = _loaded(self.rows.only(np.arange(here.start, here.stop)))
-            gram_MM[:, here] = matrix(self.rows, some, device=self.place.device)[0].T
+        for start in range(0, m, block):  # what is above the diagonal is not looked at
+            here = np.arange(start, min(start + block, m))
+            below = self.rows.only(np.arange(start, m))
+            gram_MM[start:, here] = matrix(below, _loaded(self.rows.only(here)), device=self.place.device)[0].T
         gram_MM[np.diag_indices(m)] += _DAMPING / self.ratio
         found: NDArray[np.float64] = cholesky(gram_MM, lower=True, overwrite_a=True, check_finite=False)
         return found

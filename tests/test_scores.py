@@ -9,6 +9,7 @@ from test_cli import lark
 from test_query import brute_force
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.query.methods import Method
 
 KEYS = ["source", "variant", "sample_id"]
 ASK = {"checkpoint": "base", "sketcher": "small"}
@@ -85,3 +86,21 @@ def test_scores_of_what_is_not_there_say_why(scored):
         scored.scores(where="n_tokens < 0", **ASK)
     with pytest.raises(InputError, match="no checkpoint is named"):
         scored.scores(checkpoint=[], sketcher="small")
+
+
+@pytest.mark.parametrize(
+    ("method", "over", "label"),
+    [
+        (None, None, "adam · cosine"),
+        ("hybrid", None, "adam · hybrid"),
+        ("cosine", "sum", "adam · cosine, sum over base + epoch-1"),
+        ("whitened-lr-weighted", None, "adam · whitened, lr-weighted sum over base + epoch-1"),
+        ("tracin", "lr-weighted", "adam · tracin over base + epoch-1"),
+        ("dot-lr-weighted", None, "adam · tracin over base + epoch-1"),
+        ("bm25plus", None, "bm25plus"),  # it looks at no sketches
+    ],
+)
+def test_a_score_is_called_by_its_sketcher_its_method_and_its_checkpoints(method, over, label):
+    found = Method.of(method, over)
+    assert found.label("adam", ["base", "epoch-1"]) == label
+    assert Method.of(found.name) == found

@@ -52,6 +52,10 @@ TOPS = [
     {"method": "bm25"},
     {"method": "bm25-okapi", "k": 1},
     {"method": "hybrid", "k": 7},
+    {"method": "centred", "k": 4},
+    {"method": "whitened", "variant": "raw"},
+    {"over_checkpoints": "sum", "k": 4},
+    {"method": "bm25plus", "k": 4},
     {"condition": "n_tokens < 30 and text is not null"},
     {"condition": "label is null and text like '%it''s%' or source = 'songs'", "opponents": True},
     {"query_checkpoint": "epoch-1"},
@@ -225,7 +229,7 @@ ERRORS = [
     top_error(condition=""),
     top_error(condition="false"),
     (call("ft_pt", checkpoint="bas", **SMALL), lambda s: s.ft_pt("bas", **SMALL)),
-    (call("ft_pt", method="bm25", **AT), lambda s: s.ft_pt("base", method="bm25", **SMALL)),
+    (call("ft_pt", method="bm", **AT), lambda s: s.ft_pt("base", method="bm", **SMALL)),
     (call("trajectory", query="q1", sample_id="sea-1", **SMALL), lambda s: s.trajectory("q1", "sea-1", **SMALL)),
     (call("trajectory", query="q100", sample_id="see", **SMALL), lambda s: s.trajectory("q100", "see", **SMALL)),
     (call("similar_text", query="q1000"), lambda s: s.similar_text("q1000")),
@@ -264,7 +268,7 @@ def test_a_missing_part_of_the_question_is_named(reader):
         "from top_influence('base', 'q100', [1], sketcher := 'small')",
         "from top_influence('base', 'q100', opponents := 'perhaps', sketcher := 'small')",
         "from top_influence('base', 'q100', sources := 'songs')",
-        "from top_influence(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)",
+        "from top_influence(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)",
         "select top_influence('base', 'q100')",
         "select _top_influence({'checkpoint': 'base'})",
         "select _top_influence(1)",
@@ -358,7 +362,10 @@ def test_a_query_in_two_sources_is_told_apart_by_name(scored_copy, tmp_path):
 
 PROGRAMS = [
     (["sql", f"select sample_id from {TOP5}"], ""),
-    (["top", "q100", "-c", "base", "--sketcher", "small", "--where", "n_tokens > 3"], "exact cosine over 26 sketches"),
+    (
+        ["top", "q100", "-c", "base", "--sketcher", "small", "--where", "n_tokens > 3"],
+        "exact small · cosine over 26 sketches",
+    ),
     (["sql", "from top_influence('base', 'q9', sketcher := 'small')"], "error: no query `q9`"),
 ]
 

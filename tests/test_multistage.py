@@ -364,11 +364,11 @@ def test_where_samples_and_queries_are_at_two_checkpoints_their_distance_is_said
     ask = {"checkpoint": "base", "sketcher": "small", "query_checkpoint": "epoch-1"}
     scored_copy.snapshot_create("before")
     hits = scored_copy.top("q100", **ask)
-    assert hits.distance == note
+    assert note in hits.notes
     assert hits.how.endswith("\n" + note)
-    assert scored_copy.top("q100", checkpoint="base", sketcher="small").distance is None
+    assert scored_copy.top("q100", checkpoint="base", sketcher="small").notes == ()
     with Store.open(scored_copy.path, snapshot="before") as then:
-        assert then.top("q100", **ask).distance == note
+        assert note in then.top("q100", **ask).notes
         assert then.sql("select * from checkpoint_metrics where name like 'distance%'").is_empty()
     path = scored_copy.path
     line = "top q100 -c base --query-checkpoint epoch-1 --sketcher small"
@@ -384,5 +384,5 @@ def test_an_answer_needs_no_files_of_a_checkpoint(scored_copy, tmp_path):
     tensors = load_file(moved / "model.safetensors")
     save_file({name: each + 1 for name, each in tensors.items()}, moved / "model.safetensors", {"format": "pt"})
     hits = scored_copy.top("q100", checkpoint="base", sketcher="small", query_checkpoint="epoch-1")
-    assert "not known from `base` (the weights of checkpoint `base`" in hits.distance
+    assert "not known from `base` (the weights of checkpoint `base`" in hits.notes[0]
     assert len(hits) == 10

@@ -23,7 +23,7 @@ NAMED = ["name", "created_at"]
 RUN = ["status", "sketcher", "checkpoint", "source", "variant", "device", "fingerprint", "recipe", "versions"]
 RUN += ["lance_version", "started_at", "finished_at", "error"]
 SCORED = ["checkpoint", "queries", "query_id", "source", "variant", "method", "sketcher", "query_checkpoint"]
-SCORED += ["query_variant", "score_run"]
+SCORED += ["query_variant", "score_run", "over_checkpoints"]
 CHECKPOINT = ["model", "path", "revision", "weights_sha256", "tokenizer_sha256", "epoch", "step", "learning_rate"]
 SKETCH = ["row_key", "sample_id", "ingest_run", "n_tokens", "n_loss_tokens", "loss", "grad_norm"]
 SELF = ["self_influence", "learning_rate", "tracin"]
@@ -45,6 +45,7 @@ COLUMNS = {
         *RUN,
         "score_run",
         "method",
+        "over_checkpoints",
         "query_checkpoint",
         "queries",
         "query_variant",

@@ -91,6 +91,13 @@ def emit(frame: pl.DataFrame, form: str) -> None:
         print(writable(frame, nested=False).write_csv(), end="")  # noqa: T201
 
 
+def emit_noted(frame: pl.DataFrame, form: str) -> None:
+    """Print a frame without its column `note`, and what that says once, on stderr."""
+    emit(frame.drop("note"), form)
+    for note in frame["note"].drop_nulls().unique(maintain_order=True):
+        say(f"note: {note}")
+
+
 def emit_frames(frames: dict[str, pl.DataFrame], form: str) -> None:
     """Print several named frames: titled tables, or one JSON object with a list of rows for each."""
     import json

@@ -16,6 +16,7 @@ from lark_store.cli.options import (
     FormatOption,
     LimitOption,
     MethodOption,
+    OverOption,
     PrecisionOption,
     QueryCheckpointOption,
     QueryVariantOption,
@@ -26,7 +27,7 @@ from lark_store.cli.options import (
     WantedVariantsOption,
     open_store,
 )
-from lark_store.cli.output import ProgressBar, emit, emit_frames, is_first_rank, say
+from lark_store.cli.output import ProgressBar, emit, emit_frames, emit_noted, is_first_rank, say
 from lark_store.store.distance import distance_note
 
 if TYPE_CHECKING:
@@ -195,8 +196,9 @@ def attribute(
     query_variant: QueryVariantOption = None,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
+    over_checkpoints: OverOption = None,
     hits: Annotated[int, typer.Option(help="Rows of `influence` kept per query and group.")] = 100,
-    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for the queries' sketches, in MiB.")] = 1024,
+    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for queries and for `whitened`, in MiB.")] = 1024,
     device: DeviceOption = "auto",
     store: StoreOption = None,
     form: FormatOption = Format.table,
@@ -204,7 +206,8 @@ def attribute(
     """Score queries against sources, where sketches were added since the last time.
 
     Fills the tables `influence` and `source_influence`, which `metrics` and `sql` read. Each sketch is read once, for
-    all queries that fit into `--memory`. `--method tracin` sums over the checkpoints given and is kept under the last.
+    all queries that fit into `--memory`. With `--over-checkpoints` the checkpoints' scores are summed and kept under
+    the last; without it each is scored by itself.
 
     Example: `lark-store attribute --checkpoint epoch-2 --queries test`
     """
@@ -217,15 +220,16 @@ def attribute(
             query_variant=query_variant,
             sketcher=sketcher,
             method=method,
+            over_checkpoints=over_checkpoints,
             hits=hits,
             memory=memory << 20,
             device=device,
             on_progress=bar,
         )
         note = distance_note(opened.checkpoint_distance, query_checkpoint or checkpoint[0], checkpoint)
-    emit(report, form)
+    emit_noted(report, form)
     if note:
-        say(note)
+        say(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:

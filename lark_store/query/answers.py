@@ -9,8 +9,9 @@ import polars as pl
 from sqlalchemy import select
 
 from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError
-from lark_store.query.groups import ADDING, Wanted, ask
+from lark_store.query.groups import Wanted, ask
 from lark_store.query.lexical import open_lexical, texts_of
+from lark_store.query.methods import Method
 from lark_store.query.scores import Search, query_ids
 from lark_store.query.scoring import load_queries
 from lark_store.query.significance import sketch_noise
@@ -31,7 +32,7 @@ FT_PT = {
     **dict.fromkeys(("checkpoint", "queries", "query_id", "source", "variant"), pl.String),
     **dict.fromkeys(("against_source", "against_variant"), pl.String),
     **dict.fromkeys(("ft", "pt", "ratio"), pl.Float64),
-    "winner": pl.String,
+    **dict.fromkeys(("winner", "scored_by", "note"), pl.String),
 }
 TRAJECTORY = {
     "checkpoint": pl.String,
@@ -39,6 +40,7 @@ TRAJECTORY = {
     "step": pl.Int64,
     **dict.fromkeys(("queries", "query_id", "source", "variant", "sample_id"), pl.String),
     **dict.fromkeys(("score", "noise", "query_loss", "sample_loss"), pl.Float64),
+    "scored_by": pl.String,
 }
 SIMILAR = {
     "rank": pl.Int32,
@@ -52,11 +54,11 @@ SIMILAR = {
 
 def ft_pt(db: Database, wanted: Wanted, *, check: Callable[[], None] | None = None) -> pl.DataFrame:
     """Compare, query by query, what fine-tuning and pretraining groups reach; see `Store.ft_pt`."""
-    if wanted.resolved_method() not in ADDING:
-        raise InputError(f"`{wanted.method}` is not offered here", "`cosine` or `dot`")
     rows: list[tuple[Any, ...]] = []
     for question in ask(db, wanted):
-        rows += _compared(question, _phi(db, question, check))
+        search = Search(db, question, check=check)
+        note = "\n".join(search.notes) or None
+        rows += [(*row, note) for row in _compared(question, _phi(db, search))]
     if not rows:
         raise NothingToScoreError(
             f"at `{wanted.checkpoints[0]}` there is no pair of a fine-tuning and a pretraining source",
@@ -65,9 +67,9 @@ def ft_pt(db: Database, wanted: Wanted, *, check: Callable[[], None] | None = No
     return pl.DataFrame(rows, schema=FT_PT, orient="row")
 
 
-def _phi(db: Database, question: Question, check: Callable[[], None] | None) -> list[tuple[str, NDArray[np.float32]]]:
+def _phi(db: Database, search: Search) -> list[tuple[str, NDArray[np.float32]]]:
     """Return each query's id and Φ, (groups): the highest score in each group."""
-    search = Search(db, question, check=check)
+    question = search.question
     group_N = search.rows.frame["group"].to_numpy()
     ids = query_ids(db, question)
     found: list[tuple[str, NDArray[np.float32]]] = []
@@ -104,7 +106,7 @@ def _compared(question: Question, phi: list[tuple[str, NDArray[np.float32]]]) ->
             winner = "finetune" if ft > pt else "pretrain" if pt > ft else "tie"
             ratio = ft / pt if pt > 0 else None
             at = (question.terms[-1].checkpoint.name, question.queries.source.name, query)
-            rows.append((*at, *names, ft, pt, ratio, winner))
+            rows.append((*at, *names, ft, pt, ratio, winner, question.label))
     return rows
 
 
@@ -113,8 +115,8 @@ def _compared(question: Question, phi: list[tuple[str, NDArray[np.float32]]]) ->
 
 def trajectory(db: Database, query: str, sample_id: str, wanted: Wanted) -> pl.DataFrame:
     """Follow one sample's influence on one query over the checkpoints; see `Store.trajectory`."""
-    method = wanted.method or "cosine"
-    if method not in ADDING:
+    method = Method.of(wanted.method)
+    if not method.is_adding:
         raise InputError(f"`{method}` is not offered here", "`cosine` or `dot`")
     with db.session() as session:
         by = find(session, Sketcher, wanted.sketcher)
@@ -128,7 +130,7 @@ def trajectory(db: Database, query: str, sample_id: str, wanted: Wanted) -> pl.D
             asked = load_queries(db.vectors, question.queries, [query])
             n_asked += len(asked.ids)
             if asked.ids:
-                rows += _steps(db, question, query, sample_id, method)
+                rows += _steps(db, question, query, sample_id)
     if not n_asked:
         raise _unknown(db, "query", query, by)
     if not rows:
@@ -146,7 +148,7 @@ def _questions_at(db: Database, wanted: Wanted, checkpoint: str) -> list[Questio
         return []
 
 
-def _steps(db: Database, question: Question, query: str, sample_id: str, method: str) -> list[tuple[Any, ...]]:
+def _steps(db: Database, question: Question, query: str, sample_id: str) -> list[tuple[Any, ...]]:
     """Return the rows of one checkpoint, one for each source and variant that has the sample."""
     checkpoint, queries = question.terms[-1].checkpoint, question.queries
     asked = load_queries(db.vectors, queries, [query])
@@ -157,11 +159,11 @@ def _steps(db: Database, question: Question, query: str, sample_id: str, method:
         if not sample.ids:
             continue
         cosine = float(asked.unit_QK[0] @ sample.unit_QK[0])
-        scale = float(asked.norm_Q[0] * sample.norm_Q[0]) if method == "dot" else 1.0
+        scale = float(asked.norm_Q[0] * sample.norm_Q[0]) if question.method.base == "dot" else 1.0
         noise = float(sketch_noise(cosine, asked.unit_QK.shape[1])) * scale
         at = (checkpoint.name, checkpoint.epoch, checkpoint.learning_rate, checkpoint.step)
         names = (queries.source.name, query, group.source.name, group.variant.name, sample_id)
-        rows.append((*at, *names, cosine * scale, noise, losses, _losses(db, group, sample_id)))
+        rows.append((*at, *names, cosine * scale, noise, losses, _losses(db, group, sample_id), question.label))
     return rows
 
 

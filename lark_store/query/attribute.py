@@ -18,9 +18,9 @@ import pyarrow as pa
 from sqlalchemy import select
 
 from lark_store.errors import InputError
-from lark_store.query.groups import ADDING, LEXICAL
+from lark_store.query.geometry import GEOMETRIES, n_fitted
 from lark_store.query.lexical import corpus_sha256
-from lark_store.query.scores import DEFAULT_MEMORY, Search, query_ids
+from lark_store.query.scores import DEFAULT_MEMORY, Search, query_ids, rising_losses
 from lark_store.query.scoring import device_name, pick_device
 from lark_store.query.tally import GroupScores, Tally
 from lark_store.schema.catalog import ScoreRun, now
@@ -44,6 +44,8 @@ _REPORT = {
     "n_samples": pl.Int64,
     "status": pl.String,
     "score_run": pl.Int64,
+    "scored_by": pl.String,
+    "note": pl.String,
 }
 
 
@@ -54,7 +56,7 @@ class _Job:
     question: Question
     group: Group
     hits: int
-    corpus: str | None = None  # of the lexical corpus, where the method reads it
+    besides: dict[str, Any]  # what the scores depend on that is no row of the group, see `_besides`
     run: ScoreRun | None = None
     before: ScoreRun | None = None
 
@@ -63,7 +65,7 @@ class _Job:
         """The columns that say what is scored: two runs that agree on them answer the same question."""
         asked = self.question.queries
         return {
-            "method": self.question.method,
+            "method": self.question.method.name,
             "fingerprint": self.group.fingerprint,
             "sketcher_id": self.group.sketcher.id,
             "checkpoint_id": self.group.checkpoint.id,
@@ -83,17 +85,16 @@ class _Job:
             "ingest_runs": list(self.group.runs),
             "query_ingest_runs": [run for term in terms if term.queries for run in term.queries.runs],
         }
-        if self.question.method == "tracin":
+        if self.question.method.over:
+            recipe["over_checkpoints"] = self.question.over_checkpoints
             recipe["weights"] = {term.checkpoint.name: term.weight for term in terms}
-        if self.question.method not in ADDING:  # the score depends on what else is searched
+        if not self.question.method.is_adding:  # the score depends on what else is searched
             recipe["with"] = sorted({run for term in terms for group in term.groups for run in group.runs})
-        if self.corpus is not None:
-            recipe["corpus"] = self.corpus
-        return recipe
+        return recipe | self.besides
 
     def extends(self, run: ScoreRun) -> bool:
         """Tell whether a committed run lacks nothing but sketches that were added since."""
-        if self.question.method not in ADDING:
+        if not self.question.method.is_adding:
             return False
         mine, theirs = self.recipe, dict(run.recipe)
         added = set(mine.pop("ingest_runs")) > set(theirs.pop("ingest_runs"))
@@ -120,18 +121,34 @@ def attribute(
         raise InputError(f"{hits} hits per group are too few", "the default is 100")
     rows: list[tuple[Any, ...]] = []
     for question in questions:
-        corpus = corpus_sha256(db) if question.method in {*LEXICAL, "hybrid"} else None
-        jobs = [_Job(question, group, hits, corpus) for group in question.groups]
+        besides = _besides(db, question, memory)
+        jobs = [_Job(question, group, hits, besides) for group in question.groups]
         for job in jobs:
             job.run, job.before = _known(db, job)
         todo = [job for job in jobs if job.run is None]
         if todo:
             _score(db, question, todo, memory, device, on_progress)
-        rows += [_row(job, scored=job in todo) for job in jobs]
+        is_new = todo and question.method.gradient in GEOMETRIES
+        notes = Search(db, question, device=device, memory=memory).notes if is_new else rising_losses(db, question)
+        note = "\n".join(notes) or None
+        rows += [(*_row(job, scored=job in todo), note) for job in jobs]
     if any(row[7] == "scored" for row in rows):
         for name in ("influence", "source_influence"):
             db.vectors.refresh_indices(db.vectors.table(name))
     return pl.DataFrame(rows, schema=_REPORT, orient="row")
+
+
+def _besides(db: Database, question: Question, memory: int) -> dict[str, Any]:
+    """Return what the scores depend on beside a group and the queries: as long as it is the same, so are they."""
+    found: dict[str, Any] = {}
+    if question.method.engine:
+        found["corpus"] = corpus_sha256(db)
+    if question.method.gradient in GEOMETRIES:
+        n = len(Search(db, question).rows)
+        found["searched"] = n
+        if question.method.base == "whitened":
+            found["fitted"] = n_fitted(n, memory // len(question.terms))
+    return found
 
 
 def _row(job: _Job, *, scored: bool) -> tuple[Any, ...]:
@@ -139,7 +156,16 @@ def _row(job: _Job, *, scored: bool) -> tuple[Any, ...]:
     assert run is not None
     status = "empty" if run.n_samples == 0 else "scored" if scored else "current"
     names = (job.group.checkpoint.name, job.question.queries.source.name, job.group.source.name)
-    return (*names, job.group.variant.name, run.method, run.n_queries, run.n_samples, status, run.id)
+    return (
+        *names,
+        job.group.variant.name,
+        run.method,
+        run.n_queries,
+        run.n_samples,
+        status,
+        run.id,
+        job.question.label,
+    )
 
 
 def _known(db: Database, job: _Job) -> tuple[ScoreRun | None, ScoreRun | None]:
@@ -163,7 +189,8 @@ def _score(
         "device": device_name(pick_device(device)),
     }
     for job in jobs:
-        job.run = ScoreRun(**job.ids, **how, recipe=job.recipe, status="running")
+        over = question.over_checkpoints
+        job.run = ScoreRun(**job.ids, **how, over_checkpoints=over, recipe=job.recipe, status="running")
     with db.session() as session:
         session.add_all([job.run for job in jobs])
     try:
@@ -187,13 +214,13 @@ def _write(
     """Score block after block of queries, as many as `memory` bytes hold, and write their rows."""
     asked = question.queries
     ids = query_ids(db, question)
-    searched = [job.new_group for job in jobs] if question.method in ADDING else question.groups
+    searched = [job.new_group for job in jobs] if question.method.is_adding else question.groups
     terms = [*question.terms[:-1], replace(question.terms[-1], groups=searched)]
-    search = Search(db, replace(question, terms=terms), device=device)
-    label = f"{question.terms[-1].checkpoint.name}: scoring {asked.source.name} by {question.method}"
+    search = Search(db, replace(question, terms=terms), device=device, memory=memory)
+    label = f"{question.terms[-1].checkpoint.name}: scoring {asked.source.name} by {question.method.name}"
     coded = _coded(db, search, searched, jobs)
     total, done = len(ids) * len(search.rows), 0
-    for block in search.blocks(ids, memory):
+    for block in search.blocks(ids):
 
         def scored(n: int, block: Asked = block) -> None:
             nonlocal done

@@ -171,6 +171,12 @@ def _many(rows: Rows, queries: Queries, device: torch.device, *, scales: bool) -
         yield multiply()
 
 
+def units(rows: Rows) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """Stream the rows' numbers (B) and their sketches (B, K) float32 with norm 1."""
+    for numbers, column in rows.stream():
+        yield numbers, torch.nn.functional.normalize(stored_of(column).float(), dim=1)
+
+
 def matrix(rows: Rows, queries: Queries, **how: Any) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Return all cosines, (Q, N), and the scales where they are asked for."""
     cosine = np.empty((len(queries.ids), len(rows)), np.float32)

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
     from lark_store.query.groups import Wanted
     from lark_store.query.top import Ranking
-    from lark_store.schema.records import Hits, NewText, OnProgress
+    from lark_store.schema.records import Hits, NewText, OnProgress, ScoreMatrix
+
+
+def _named(checkpoint: str | Sequence[str]) -> list[str]:
+    """Return the names of the checkpoints that are given, at least one."""
+    checkpoints = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
+    if not checkpoints:
+        raise InputError("no checkpoint is named", "give it with `--checkpoint NAME`")
+    return checkpoints
 
 
 class Ask(Part):
@@ -36,6 +44,7 @@ class Ask(Part):
         query_variant: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
+        over_checkpoints: str | None = None,
         null: str | None = None,
         approximate: bool = False,
         new: NewText | None = None,
@@ -48,9 +57,11 @@ class Ask(Part):
         sample_id, n_tokens, n_loss_tokens, loss, grad_norm), of its sample (prompt, response, text, label, meta) and
         on the keys of the sample's metadata.
 
-        `method` is `cosine`, `dot`, `tracin` (over several checkpoints), `bm25`, `bm25-okapi` or `hybrid` (z(cosine) +
-        z(bm25)). Exact, from the sketches themselves, and `attribute` need not have run; `approximate` reads the
-        candidates that the index names, which `index_build` must have measured.
+        `method` is `cosine`, `dot`, `whitened`, `centred` (see `lark_store.query.geometry`), `bm25`, `bm25-okapi`,
+        `bm25plus` or `hybrid` (z(cosine) + z(bm25)). Of several checkpoints the scores are summed, as
+        `over_checkpoints` says: `sum`, or `lr-weighted` by learning rate (`tracin`: of `dot`). Exact, from the sketches
+        themselves, and `attribute` need not have run; `approximate` reads the candidates that the index names, which
+        `index_build` must have measured.
 
         `null` is what a score is held against for its p-value: `sources` (the scores of the other sources that are
         searched, in the same variant), the name of one source (searched or not), `signs` (shuffled signs of the sketch)
@@ -66,10 +77,8 @@ class Ask(Part):
         from lark_store.query.groups import Wanted, ask
         from lark_store.query.top import NULLS, Ranking, null_groups, top
 
-        checkpoints = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
-        if not checkpoints:
-            raise InputError("no checkpoint is named", "give it with `--checkpoint NAME`")
-        wanted = Wanted(checkpoints, sketcher, queries, sources, variants, query_checkpoint, query_variant, method)
+        of = (sources, variants, query_checkpoint, query_variant, method, over_checkpoints)
+        wanted = Wanted(_named(checkpoint), sketcher, queries, *of)
         ranking = Ranking(k, opponents, where, null, (), approximate, device)
         if null is not None and null not in NULLS:
             ranking = replace(ranking, null_groups=null_groups(self._db, wanted, null))
@@ -90,7 +99,8 @@ class Ask(Part):
 
             return distance(self._db, name, origin)
 
-        return replace(hits, distance=distance_note(measure, hits.query_checkpoint, hits.checkpoint.split(", ")))
+        note = distance_note(measure, hits.query_checkpoint, hits.checkpoint.split(" + "))
+        return replace(hits, notes=(*hits.notes, note)) if note else hits
 
     def _top_of_new(self, new: NewText, wanted: Wanted, ranking: Ranking) -> Hits:
         """Sketch a text and ask with it: what needs both ingest and query is put together here."""
@@ -115,22 +125,57 @@ class Ask(Part):
         question = ask_new(self._db, wanted, made.fingerprint)
         unit = torch.nn.functional.normalize(made.sketch.vector[None], dim=1)
         sketch = Queries(["new"], unit, torch.tensor([made.sketch.grad_norm]))
-        return top_of_new(self._db, Asked(["new"], [sketch], [made.text]), question, ranking, (at, variant))
+        return top_of_new(self._db, Asked(["new"], [sketch], [made.text], variant), question, ranking, (at, variant))
+
+    def scores(
+        self,
+        query_ids: Sequence[str] | None = None,
+        *,
+        checkpoint: str | Sequence[str],
+        sources: Sequence[str] = (),
+        variants: Sequence[str] = (),
+        where: str | None = None,
+        queries: str | None = None,
+        query_checkpoint: str | None = None,
+        query_variant: str | None = None,
+        sketcher: str = DEFAULT_SKETCHER,
+        method: str | None = None,
+        over_checkpoints: str | None = None,
+        device: str = "auto",
+        memory: int = 1 << 30,
+    ) -> ScoreMatrix:
+        """Return the score of every sample that is searched for each query, as `top` scores them, computed on the spot.
+
+        The queries are those with the given ids, in that order, or all of one source, sorted. The arguments are those
+        of `top`; as many queries are held at a time as fit into `memory` bytes, besides the matrix itself.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError, QueryError
+        """
+        from lark_store.query.groups import Wanted, ask
+        from lark_store.query.whole import all_scores
+
+        of = (sources, variants, query_checkpoint, query_variant, method, over_checkpoints)
+        questions = ask(self._db, Wanted(_named(checkpoint), sketcher, queries, *of))
+        return all_scores(self._db, query_ids, questions, condition=where, device=device, memory=memory)
 
     def ft_pt(
         self,
-        checkpoint: str,
+        checkpoint: str | Sequence[str],
         *,
         queries: str | None = None,
         query_variant: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
+        over_checkpoints: str | None = None,
     ) -> pl.DataFrame:
         """Return, for each query and pair of a fine-tuning and a pretraining group, which of the two reaches further.
 
         Computed on the spot. Columns: checkpoint, queries, query_id, source, variant (the fine-tuning group),
         against_source, against_variant (the pretraining group), ft and pt (Φ, the highest score in each), ratio
-        (ft / pt, null where pt ≤ 0) and winner (`finetune`, `pretrain` or `tie`).
+        (ft / pt, null where pt ≤ 0), winner (`finetune`, `pretrain` or `tie`), scored_by and note. `method` and
+        `over_checkpoints` are those of `top`.
 
         Raises
         ------
@@ -139,7 +184,8 @@ class Ask(Part):
         from lark_store.query.answers import ft_pt
         from lark_store.query.groups import Wanted
 
-        return ft_pt(self._db, Wanted([checkpoint], sketcher, queries, query_variant=query_variant, method=method))
+        of = ((), (), None, query_variant, method, over_checkpoints)
+        return ft_pt(self._db, Wanted(_named(checkpoint), sketcher, queries, *of))
 
     def trajectory(
         self,
@@ -156,7 +202,7 @@ class Ask(Part):
         """Return one sample's influence on one query at every checkpoint that has both sketches, by epoch.
 
         Columns: checkpoint, epoch, learning_rate, step, queries, query_id, source, variant, sample_id, score, noise
-        (the score's standard deviation from sketching), query_loss and sample_loss (nats per target token).
+        (the score's standard deviation from sketching), query_loss and sample_loss (nats per target token), scored_by.
 
         Raises
         ------
@@ -226,9 +272,10 @@ class Ask(Part):
     def metrics(
         self,
         *,
-        checkpoint: str | None = None,
+        checkpoint: str | Sequence[str] | None = None,
         view: str = "all",
         method: str = "cosine",
+        over_checkpoints: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         query_variant: str | None = None,
     ) -> pl.DataFrame:
@@ -238,15 +285,18 @@ class Ask(Part):
         difference, change), `influence` (the paper's Table I), `dominance` (Table II) or `comparisons` (difference of
         two sources and change since the checkpoint before, with q-values over the rows; with `checkpoint` no change).
         `p_value` tests that the mean difference over queries is 0: it speaks of queries like these, not of other models
-        or seeds. Definitions: `lark_store.query.metrics`.
+        or seeds. Definitions: `lark_store.query.metrics`. `method` and `over_checkpoints` are those of `attribute`; a
+        sum is found by its last checkpoint or by all of them. `scored_by` names the score.
 
         Raises
         ------
         NameUnknownError, NothingToScoreError, InputError
         """
         from lark_store.query.measure import measure
+        from lark_store.query.methods import Method
 
-        return measure(self._db, checkpoint, view, method, sketcher, query_variant)
+        at = [] if checkpoint is None else _named(checkpoint)
+        return measure(self._db, at, view, Method.of(method, over_checkpoints), sketcher, query_variant)
 
     def sql(
         self,

@@ -157,6 +157,7 @@ class Work(Part):
         query_variant: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
+        over_checkpoints: str | None = None,
         hits: int = 100,
         device: str = "auto",
         memory: int = 1 << 30,
@@ -168,10 +169,11 @@ class Work(Part):
         signed: above 0, training on the sample lowers the query's loss. All groups of a checkpoint are scored in one
         pass over its sketches; as many queries at a time as fit into `memory` bytes.
 
-        `method` is `cosine`, `dot`, `tracin` (Σ of learning rate × dot over the checkpoints given, kept under the last
-        of them), `bm25`, `bm25-okapi` or `hybrid`. `dot` is the default when the queries' sketches come from another
-        checkpoint, the two-stage dot product of the multi-stage literature. Returns a row per group: scored, or
-        current already.
+        `method` is one of `top`'s. Each checkpoint is scored by itself, or with `over_checkpoints` (`sum`, or
+        `lr-weighted` by learning rate) their scores are summed and kept under the last of them, as `cosine-sum` and so
+        on; `tracin` is `dot-lr-weighted`. `dot` is the default when the queries' sketches come from another checkpoint,
+        the two-stage dot product of the multi-stage literature. Returns a row per group: scored, or current already;
+        `scored_by` names the score, `note` warns of an overfitted checkpoint.
 
         Raises
         ------
@@ -179,9 +181,11 @@ class Work(Part):
         """
         from lark_store.query.attribute import attribute
         from lark_store.query.groups import Wanted, ask
+        from lark_store.query.methods import Method
 
-        passes = [list(checkpoints)] if method == "tracin" else [[name] for name in checkpoints]
-        of = (query_checkpoint, query_variant, method)
+        is_sum = Method.of(method, over_checkpoints).over is not None
+        passes = [list(checkpoints)] if is_sum else [[name] for name in checkpoints]
+        of = (query_checkpoint, query_variant, method, over_checkpoints)
         db = self._writable
         with scoring(db.location):  # nothing is removed meanwhile
             questions = [

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
     Qs = list[float | None]
 
-LEXICAL = ("bm25", "bm25-okapi")
+LEXICAL = ("bm25", "bm25-okapi", "bm25plus")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,10 @@ class Compare(_Part):
 
     against: str | None = None
     epoch: int | None = Field(default=None, ge=0)
-    methods: list[Literal["cosine", "dot", "bm25", "bm25-okapi", "hybrid"]] = ["cosine", "bm25"]
+    methods: list[Literal["cosine", "dot", "whitened", "centred", "bm25", "bm25-okapi", "bm25plus", "hybrid"]] = [
+        "cosine",
+        "bm25",
+    ]
 
     @model_validator(mode="after")
     def _cosine(self) -> Self:

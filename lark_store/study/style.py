@@ -21,8 +21,11 @@ METHODS = {
     "hybrid": "#009E73",
     "dot": "#CC79A7",
     "BM25 Okapi": "#7F6A00",
+    "BM25+": "#D55E00",
+    "whitened": "#56B4E9",
+    "centred": "#1f2328",
 }
-CALLED = {"cosine": "LARK (cosine)", "bm25": "BM25", "bm25-okapi": "BM25 Okapi"}
+CALLED = {"cosine": "LARK (cosine)", "bm25": "BM25", "bm25-okapi": "BM25 Okapi", "bm25plus": "BM25+"}
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke")
 Figure = alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart  # `alt.layer` may return a facet
 

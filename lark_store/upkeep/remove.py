@@ -24,7 +24,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from sqlalchemy import and_, delete, func, or_, select
+from sqlalchemy import and_, delete, func, literal, or_, select
 
 from lark_store.errors import InputError, NameUnknownError
 from lark_store.schema.catalog import Checkpoint, CheckpointMetric, Correction, IngestRun, ScoreRun, Source
@@ -249,7 +249,8 @@ def _runs_of(found: Source | Checkpoint) -> tuple[ColumnElement[bool], ColumnEle
     """Return the conditions that select the ingest runs and the score runs in which something takes part."""
     if isinstance(found, Source):
         return IngestRun.source_id == found.id, or_(ScoreRun.source_id == found.id, ScoreRun.queries_id == found.id)
-    at = or_(ScoreRun.checkpoint_id == found.id, ScoreRun.query_checkpoint_id == found.id)
+    summed = (literal(" + ") + ScoreRun.over_checkpoints + " + ").contains(f" + {found.name} + ", autoescape=True)
+    at = or_(ScoreRun.checkpoint_id == found.id, ScoreRun.query_checkpoint_id == found.id, summed)
     return IngestRun.checkpoint_id == found.id, at
 
 

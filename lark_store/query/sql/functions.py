@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from lark_store.errors import InputError, NothingToScoreError
+from lark_store.query.methods import BETWEEN
 from lark_store.query.sql.views import Column
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _top_influence(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.
         call = calls[numbers[0]]
         _required(call, "checkpoint", "k")
         wanted = Wanted(
-            [call["checkpoint"]],
+            call["checkpoint"].split(BETWEEN),
             call["sketcher"] or _SKETCHER,
             call["queries"],
             _listed(call["source"]),
@@ -117,15 +118,17 @@ def _top_influence(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.
             call["query_checkpoint"],
             call["query_variant"],
             call["method"],
+            call["over_checkpoints"],
         )
         ranking = Ranking(call["k"], bool(call["opponents"]), call["condition"], check=stop.check)
         ids = list(dict.fromkeys(calls[number]["query"] for number in numbers))
         answers = top(db, ids, ask(db, wanted), ranking, lenient=True)  # DuckDB may hand over one row or many
         for number in numbers:
             hits = answers.get(calls[number]["query"])
-            at = {"checkpoint": call["checkpoint"], "query_id": calls[number]["query"]}
             if hits is not None:
-                frames[number] = hits.frame.with_columns(pl.lit(v).alias(n) for n, v in at.items())
+                more = {"checkpoint": wanted.checkpoints[-1], "query_id": hits.query_id, "scored_by": hits.score}
+                note = pl.lit("\n".join(hits.notes) or None, pl.String).alias("note")
+                frames[number] = hits.frame.with_columns(*(pl.lit(v).alias(n) for n, v in more.items()), note)
     return frames
 
 
@@ -139,10 +142,11 @@ def _ft_pt(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFram
         if call["checkpoint"] is None:
             frames.append(None)
             continue
-        names = ([call["checkpoint"]], call["sketcher"] or _SKETCHER, call["queries"])
+        names = (call["checkpoint"].split(BETWEEN), call["sketcher"] or _SKETCHER, call["queries"])
         key = tuple(v for n, v in call.items() if n != "query")
         if key not in known:
-            wanted = Wanted(*names, query_variant=call["query_variant"], method=call["method"])
+            how = {name: call[name] for name in ("query_variant", "method", "over_checkpoints")}
+            wanted = Wanted(*names, **how)
             known[key] = ft_pt(db, wanted, check=stop.check)
         frame = known[key]
         if call["query"] is not None:
@@ -211,7 +215,10 @@ _SAMPLE = _text(
     sample_id="id of the sample",
     text="the sample's text; a prompt and its response as one",
 )
-_AT = _text(checkpoint="name of the checkpoint", query_id="id of the query")
+_AT = _text(checkpoint="name of the checkpoint, of a sum the last", query_id="id of the query")
+_BY = _text(scored_by="sketcher and method, and of a sum its checkpoints")
+_NOTE = _text(note="what there is to know of the score; else null")
+_OVER = {"over_checkpoints": _NAME}  # with several checkpoints, as `base + epoch-1`
 _PARTS = {
     "cosine": Column("FLOAT", "of `hybrid`: the cosine"),
     **_whole(cosine_rank="of `hybrid`: place by cosine"),
@@ -241,8 +248,9 @@ _TOP = Function(
         "opponents": _YES,
         "query_checkpoint": _NAME,
         **_ASKED,
+        **_OVER,
     },
-    {**_AT, **_RANK, **_SCORE, **_NOISE, **_SIGNIFICANCE, **_PARTS, **_SAMPLE},
+    {**_AT, **_RANK, **_SCORE, **_NOISE, **_SIGNIFICANCE, **_PARTS, **_SAMPLE, **_BY, **_NOTE},
     _top_influence,
 )
 FUNCTIONS = {
@@ -252,7 +260,7 @@ FUNCTIONS = {
         Function(
             "ft_pt",
             "What fine-tuning and pretraining reach for a query",
-            {"checkpoint": _NAME, "query": _NAME, **_ASKED},
+            {"checkpoint": _NAME, "query": _NAME, **_ASKED, **_OVER},
             {
                 "checkpoint": _AT["checkpoint"],
                 **_text(queries="name of the query source"),
@@ -264,6 +272,8 @@ FUNCTIONS = {
                     ratio="ft / pt; null where pt is not above 0",
                 ),
                 **_text(winner="finetune, pretrain or tie"),
+                **_BY,
+                **_NOTE,
             },
             _ft_pt,
         ),
@@ -281,6 +291,7 @@ FUNCTIONS = {
                 **_double(score="cosine or dot of the two gradients"),
                 **_NOISE,
                 **_double(query_loss="the query's loss, nats per target token", sample_loss="the sample's loss"),
+                **_BY,
             },
             _trajectory,
         ),

@@ -57,14 +57,15 @@ _GROUP = _text(source="name of the samples' source", variant="name of the sample
 _SAMPLE = _text(sample_id="id of the sample within its source")
 _INGEST_RUN = _whole(ingest_run="number of the ingest run")
 _SCORE_RUN = _whole(score_run="number of the score run")
-_METHOD = _text(method="cosine or dot")
+_METHOD = _text(method="cosine, dot, bm25 …; of a sum cosine-sum …")
+_OVER = _text(over_checkpoints="checkpoints of a sum, as base + epoch-1; else null")
 _QUERIES = _text(queries="name of the queries' source")
 _QUERY = _QUERIES | _text(query_id="id of the query: a sample of that source")
 _QUERY_SIDE = _text(
     query_checkpoint="name of the checkpoint of the queries' gradients",
     query_variant="name of the queries' format variant",
 )
-_HOW_SCORED = _METHOD | _SKETCHER | _QUERY_SIDE | _SCORE_RUN
+_HOW_SCORED = _METHOD | _OVER | _SKETCHER | _QUERY_SIDE | _SCORE_RUN
 _RUN = (
     _text(
         device="what it ran on",
@@ -201,6 +202,7 @@ VIEWS = {
         _SCORE_RUN
         | _STATUS
         | _METHOD
+        | _OVER
         | _SKETCHER
         | _CHECKPOINT
         | _text(query_checkpoint=_QUERY_SIDE["query_checkpoint"].meaning)
@@ -210,7 +212,7 @@ VIEWS = {
         | _whole(n_queries="queries that were scored", n_samples="samples that they were scored against")
         | _RUN,
         """
-        SELECT r.id AS score_run, r.status, r.method, k.name AS sketcher, c.name AS checkpoint,
+        SELECT r.id AS score_run, r.status, r.method, r.over_checkpoints, k.name AS sketcher, c.name AS checkpoint,
                qc.name AS query_checkpoint, q.name AS queries, qv.name AS query_variant, s.name AS source,
                v.name AS variant, r.n_queries, r.n_samples, r.device, r.fingerprint, r.recipe, r.versions,
                r.lance_version, r.started_at, r.finished_at, r.error
@@ -279,7 +281,7 @@ VIEWS = {
         | _HOW_SCORED,
         """
         SELECT i.checkpoint, r.queries, i.query_id, i.source, i.variant, i.rank, i.score, i.sample_id,
-               r.method, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
+               r.method, r.over_checkpoints, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
         FROM _influence i JOIN score_runs r USING (score_run) WHERE r.status = 'done'""",
     ),
     "source_influence": View(
@@ -294,7 +296,7 @@ VIEWS = {
         | _HOW_SCORED,
         """
         SELECT i.checkpoint, r.queries, i.query_id, i.source, i.variant, i.max, i.argmax, i.mean, i.std, i.n,
-               r.method, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
+               r.method, r.over_checkpoints, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
         FROM _source_influence i JOIN score_runs r USING (score_run) WHERE r.status = 'done'""",
     ),
 }

@@ -21,6 +21,8 @@ from lark_store.schema.catalog import (
     Checkpoint,
     CheckpointMetric,
     Correction,
+    Evaluation,
+    EvaluationScore,
     FormatVariant,
     IngestRun,
     Json,
@@ -55,6 +57,8 @@ _CATALOG: dict[str, type[Base]] = {
     "_ingest_run": IngestRun,
     "_score_run": ScoreRun,
     "_study": Study,
+    "_evaluation": Evaluation,
+    "_evaluation_score": EvaluationScore,
     "_correction": Correction,
 }
 

@@ -43,6 +43,9 @@ _Out = Annotated[
 _Name = Annotated[
     str | None, typer.Option(metavar="NAME", help="Its name in the view `evaluations` (default: made up).")
 ]
+_Optimizer = Annotated[str, typer.Option(help="`adam` (without decay; with second moments of the training) or `sgd`.")]
+_Rate = Annotated[float, typer.Option(help="The step's.")]
+_MomentSamples = Annotated[int, typer.Option(help="Measure Adam's second moments on so many training samples.")]
 _OUT = Path("evaluations")
 
 
@@ -102,6 +105,8 @@ def facts(
     max_queries: _MaxQueries = None,
     max_samples: _MaxSamples = None,
     seed: _Seed = 0,
+    device: DeviceOption = "auto",
+    precision: _Precision = "float32",
     out: _Out = _OUT,
     name: _Name = None,
     store: StoreOption = None,
@@ -118,6 +123,133 @@ def facts(
 
     how = {"key": key, "at": tuple(at or (1, 10)), "rerank": rerank, "trials": trials}
     _run(run, scores, store, form, how | _options(locals()))
+
+
+def causal(
+    scores: _Scores,
+    checkpoint: CheckpointOption,
+    optimizer: _Optimizer = "adam",
+    learning_rate: _Rate = 2e-5,
+    moment_samples: _MomentSamples = 100,
+    sources: _Sources = None,
+    variants: _Variants = None,
+    queries: _Queries = None,
+    query_variant: _QueryVariant = "chatml",
+    max_queries: _MaxQueries = None,
+    max_samples: _MaxSamples = None,
+    seed: _Seed = 0,
+    device: DeviceOption = "auto",
+    precision: _Precision = "float32",
+    out: _Out = _OUT,
+    name: _Name = None,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Make one real optimizer step on each sample, and see whether scores foretell what it does to the queries' losses.
+
+    Per query the rank correlation of scores with the fall of its loss, and the share of right signs where the effect is
+    large. Killed and run again it goes on.
+
+    Example: `lark-store evaluate causal --score lark:cosine@base --score bm25 --checkpoint base --max-samples 200`
+    """
+    from lark_store.evaluate import causal as run
+
+    how = {"checkpoint": checkpoint, "optimizer": optimizer, "learning_rate": learning_rate}
+    _run(run, scores, store, form, how | {"moment_samples": moment_samples} | _options(locals()))
+
+
+def tail_patch(
+    scores: _Scores,
+    checkpoint: CheckpointOption,
+    k: Annotated[int, typer.Option("-k", help="How many samples a step is made on, together.")] = 10,
+    optimizer: _Optimizer = "adam",
+    learning_rate: _Rate = 2e-5,
+    moment_samples: _MomentSamples = 100,
+    sources: _Sources = None,
+    variants: _Variants = None,
+    queries: _Queries = None,
+    query_variant: _QueryVariant = "chatml",
+    max_queries: _MaxQueries = None,
+    max_samples: _MaxSamples = None,
+    seed: _Seed = 0,
+    device: DeviceOption = "auto",
+    precision: _Precision = "float32",
+    out: _Out = _OUT,
+    name: _Name = None,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Make one real optimizer step on a query's top samples together, and see what its answer's log-probability gains.
+
+    Those of `random` and `bm25` are there for comparison. Killed and run again it goes on.
+
+    Example: `lark-store evaluate tail-patch --score lark:cosine@base --checkpoint base --max-queries 50`
+    """
+    from lark_store.evaluate import tail_patch as run
+
+    how = {"checkpoint": checkpoint, "k": k, "optimizer": optimizer, "learning_rate": learning_rate}
+    _run(run, scores, store, form, how | {"moment_samples": moment_samples} | _options(locals()))
+
+
+def format_(
+    scores: _Scores,
+    against_rest: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A source to be told from all others; several.")
+    ] = None,
+    domains: Annotated[
+        list[str] | None, typer.Option("--domain", metavar="NAME", help="A domain to be told from all others; several.")
+    ] = None,
+    sources: _Sources = None,
+    variants: _Variants = None,
+    queries: _Queries = None,
+    query_variant: _QueryVariant = "chatml",
+    max_queries: _MaxQueries = None,
+    max_samples: _MaxSamples = None,
+    seed: _Seed = 0,
+    device: DeviceOption = "auto",
+    precision: _Precision = "float32",
+    out: _Out = _OUT,
+    name: _Name = None,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """See how well scores tell apart formats, which they should not, and sources and domains: the AUC.
+
+    Give `--variant` twice; the same samples in one are held against those in the others.
+
+    Example: `lark-store evaluate format --score lark:cosine@base -s songs -s medical --variant raw --variant chatml
+    --against-rest medical`
+    """
+    from lark_store.evaluate import format as run
+
+    how = {"against_rest": against_rest or [], "domains": domains or []}
+    _run(run, scores, store, form, how | _options(locals()))
+
+
+def spearman(
+    scores: _Scores,
+    reference: Annotated[str, typer.Option(metavar="SCORE", help="The score that is taken for the truth.")],
+    sources: _Sources = None,
+    variants: _Variants = None,
+    queries: _Queries = None,
+    query_variant: _QueryVariant = "chatml",
+    max_queries: _MaxQueries = None,
+    max_samples: _MaxSamples = None,
+    seed: _Seed = 0,
+    device: DeviceOption = "auto",
+    precision: _Precision = "float32",
+    out: _Out = _OUT,
+    name: _Name = None,
+    store: StoreOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Correlate scores with a reference's over all candidates, query by query.
+
+    Example: `lark-store evaluate spearman --reference exact:dot@base --score lark:dot@base --score bm25`
+    """
+    from lark_store.evaluate import spearman as run
+
+    _run(run, scores, store, form, {"reference": reference} | _options(locals()))
 
 
 _SHARED = "sources variants queries query_variant max_queries max_samples seed device precision out name".split()  # noqa: SIM905
@@ -145,6 +277,7 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode="markdown",
         help="Which of the store's scores are true: held against retraining, real steps and known facts.",
     )
-    for command in (lds, facts):
+    for command in (lds, facts, causal, tail_patch, spearman):
         group.command()(command)
+    group.command("format")(format_)
     app.add_typer(group)

@@ -1,11 +1,11 @@
 """How true a store's scores are, as client code of `Store`: each kind of evaluation holds scores against a truth.
 
-    lds           the loss after retraining on random half sets
-    facts         the samples that are known to state the answer
-    causal        one real optimizer step on each sample
-    tail_patch    one real step on a query's top samples
-    format        what a score tells apart that it should not, or should: format, source, domain
-    spearman      another score, taken for the truth
+    lds           the loss after retraining on random half sets              retraining
+    facts         the samples that are known to state the answer             finding
+    causal        one real optimizer step on each sample                     stepping
+    tail_patch    one real step on a query's top samples                     stepping
+    format        what a score tells apart: format, source, domain           telling
+    spearman      another score, taken for the truth                         reference
 
     scorers       scores by name, from the store or from a rival
     rivals        other methods and negative controls
@@ -21,6 +21,11 @@
 """
 
 from lark_store.evaluate.finding import facts
+from lark_store.evaluate.reference import spearman
 from lark_store.evaluate.retraining import lds
+from lark_store.evaluate.scorers import Scorer
+from lark_store.evaluate.stepping import causal, tail_patch
+from lark_store.evaluate.task import Outcome
+from lark_store.evaluate.telling import format  # noqa: A004 (the command's name)
 
-__all__ = ["facts", "lds"]
+__all__ = ["Outcome", "Scorer", "causal", "facts", "format", "lds", "spearman", "tail_patch"]

@@ -29,6 +29,7 @@ from lark_store.errors import InputError
 from lark_store.evaluate.agree import spearman
 from lark_store.evaluate.journal import digest, journal
 from lark_store.evaluate.task import Task
+from lark_store.evaluate.training import Recipe, Start, losses, train
 from lark_store.schema.records import Progress
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from lark_store.evaluate.scorers import Asked
     from lark_store.evaluate.task import Options, Outcome
-    from lark_store.evaluate.training import Recipe
     from lark_store.store import Store
 
 ANOTHER = "another seed"
@@ -71,8 +71,6 @@ def lds(
         Fewer than 3 half sets, a half set of fewer than 2 samples, an impossible recipe.
     NameUnknownError, NothingToScoreError, CheckpointError, StoreBusyError
     """
-    from lark_store.evaluate.training import Recipe
-
     if half_sets < 3 or seeds < 1:
         raise InputError(f"{half_sets} half sets of {seeds} seeds have no rank correlation", "take 3 or more half sets")
     task = Task("lds", store, scores, **options)
@@ -116,8 +114,6 @@ def _retrained(
     task: Task, checkpoint: str, recipe: Recipe, member_MN: NDArray[np.bool_], seeds: int
 ) -> NDArray[np.float64]:
     """Return the queries' losses after training on each half set, (S, M, Q), in nats per target token."""
-    from lark_store.evaluate.training import Start, losses, train
-
     loaded = task.load(checkpoint)
     samples, queries = loaded.tokens(task.material.samples), loaded.tokens(task.material.queries)
     start = Start(loaded.model)
@@ -139,9 +135,10 @@ def _retrained(
 
 def _identity(task: Task, checkpoint: str, recipe: Recipe, samples: Any, queries: Any) -> dict[str, Any]:
     """Return what decides the losses after a half set; not how many are drawn, nor which scores are asked for."""
-    weights = task.store.sql("select weights_sha256 from checkpoints where name = ?", [checkpoint]).item()
     texts = {
         name: digest([[text.input_ids, text.is_target, text.rule] for text in some])
         for name, some in (("samples", samples), ("queries", queries))
     }
-    return {"weights": weights, "seed": task.seed, "precision": task.precision} | texts | asdict(recipe)
+    return (
+        {"weights": task.weights(checkpoint), "seed": task.seed, "precision": task.precision} | texts | asdict(recipe)
+    )

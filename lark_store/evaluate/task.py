@@ -44,9 +44,9 @@ class Options(TypedDict, total=False):
     """What all kinds take.
 
     `sources` are the candidates' sources (default: all of stage `finetune`), `variants` their format variants,
-    `queries` the queries' source and `query_variant` theirs; `max_queries` takes the first queries, `max_samples` as
-    many candidates at random. `out` is the folder of tables, charts and journals, `name` what the evaluation is called in
-    the view `evaluations` (default: kind and a hash of what was asked). `seed` is of all that is drawn.
+    `queries` the queries' source and `query_variant` theirs; `max_queries` takes the first queries, `max_samples` so
+    many candidates at random. `out` is the folder of tables, charts and journals, `name` what the evaluation is called
+    in the view `evaluations` (default: kind and a hash of what was asked). `seed` is of all that is drawn.
     """
 
     sources: Sequence[str]
@@ -149,6 +149,12 @@ class Task:
     def load(self, checkpoint: str) -> Loaded:
         """Load the model of a checkpoint."""
         return load(self.store, checkpoint, self.device, self.precision)
+
+    def weights(self, checkpoint: str) -> str:
+        """Return the hash of a checkpoint's weights."""
+        return str(
+            self.store.sql("select weights_sha256 from checkpoints where name = ?", [checkpoint])["weights_sha256"][0]
+        )
 
     def add(self, method: str, measure: str, value_Q: NDArray[np.float64], trial: int | None = None) -> None:
         """Take a figure of each query; those that are undefined (NaN) are left out."""

@@ -263,7 +263,7 @@ VIEWS = {
         "SELECT name, recipe, environment, hashes, finished_at, created_at FROM _study",
     ),
     "evaluations": View(
-        "A figure of an evaluation: how true a method's scores were found to be",
+        "How true a method's scores were found to be",
         _text(
             evaluation="name of the evaluation",
             kind="lds, facts, causal, tail-patch, format or spearman",

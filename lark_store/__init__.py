@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lark_store import errors
     from lark_store.callback import LarkStoreCallback
     from lark_store.errors import LarkStoreError
-    from lark_store.schema.records import Hits, IngestReport, Inventory, Progress, SourceReport
+    from lark_store.schema.records import Hits, IngestReport, Inventory, Progress, ScoreMatrix, SourceReport
     from lark_store.store import Store
 
 __version__ = version("lark-store")
@@ -27,6 +27,7 @@ _HOMES = {
     "LarkStoreCallback": "lark_store.callback",
     "LarkStoreError": "lark_store.errors",
     "Progress": "lark_store.schema.records",
+    "ScoreMatrix": "lark_store.schema.records",
     "SourceReport": "lark_store.schema.records",
     "Store": "lark_store.store",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "LarkStoreCallback",
     "LarkStoreError",
     "Progress",
+    "ScoreMatrix",
     "SourceReport",
     "Store",
     "__version__",

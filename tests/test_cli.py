@@ -141,7 +141,7 @@ def test_attribute_scores_each_group_once(made):
 
 def test_the_answers_are_data_on_stdout(made, place):
     assert made["top"].columns("rank") == [(1,), (2,), (3,)]
-    assert made["top"].err.startswith("exact cosine over 11 sketches at `base`, query as `short`; ingest runs ")
+    assert made["top"].err.startswith("exact tiny · cosine over 11 sketches at `base`, query as `short`; ingest runs ")
     assert {"mean_max_influence", "ft_pt_ratio"} <= {row["metric"] for row in made["metrics"].rows}
     assert made["sql"].columns("label", "n") == [("maybe", 1), ("no", 2), ("yes", 1), (None, 11)]
     [checkpoint] = made["show"].rows["checkpoints"]

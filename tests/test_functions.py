@@ -225,7 +225,7 @@ ERRORS = [
     top_error(condition=""),
     top_error(condition="false"),
     (call("ft_pt", checkpoint="bas", **SMALL), lambda s: s.ft_pt("bas", **SMALL)),
-    (call("ft_pt", method="bm25", **AT), lambda s: s.ft_pt("base", method="bm25", **SMALL)),
+    (call("ft_pt", method="bm", **AT), lambda s: s.ft_pt("base", method="bm", **SMALL)),
     (call("trajectory", query="q1", sample_id="sea-1", **SMALL), lambda s: s.trajectory("q1", "sea-1", **SMALL)),
     (call("trajectory", query="q100", sample_id="see", **SMALL), lambda s: s.trajectory("q100", "see", **SMALL)),
     (call("similar_text", query="q1000"), lambda s: s.similar_text("q1000")),
@@ -358,7 +358,10 @@ def test_a_query_in_two_sources_is_told_apart_by_name(scored_copy, tmp_path):
 
 PROGRAMS = [
     (["sql", f"select sample_id from {TOP5}"], ""),
-    (["top", "q100", "-c", "base", "--sketcher", "small", "--where", "n_tokens > 3"], "exact cosine over 26 sketches"),
+    (
+        ["top", "q100", "-c", "base", "--sketcher", "small", "--where", "n_tokens > 3"],
+        "exact small · cosine over 26 sketches",
+    ),
     (["sql", "from top_influence('base', 'q9', sketcher := 'small')"], "error: no query `q9`"),
 ]
 

@@ -71,7 +71,7 @@ def test_top_shows_the_text_and_says_how_it_was_made(scored):
         answer = ("yes", "no", "maybe")[n % 3]
         assert row["text"] == f"Context: Seen in {n}.\n\nQuestion: Is organ {n} affected?\n{answer}"
     assert hits.how == (
-        "exact cosine over 6 sketches at `base`, query as `chatml`; ingest runs 1\n"
+        "exact small · cosine over 6 sketches at `base`, query as `chatml`; ingest runs 1\n"
         f"against shuffled signs: {hits.n_significant} of 3 hits at q ≤ 0.05"
     )
     assert pl.DataFrame(hits).equals(hits.frame)

@@ -9,12 +9,12 @@ import typer
 
 from lark_store.cli.options import (
     DEFAULT_SKETCHER,
-    CheckpointOption,
     CheckpointsOption,
     DeviceOption,
     Format,
     FormatOption,
     MethodOption,
+    OverOption,
     QueriesOption,
     QueryCheckpointOption,
     QueryVariantOption,
@@ -31,7 +31,7 @@ from lark_store.cli.output import ProgressBar, emit, say
 def top(
     checkpoint: Annotated[
         list[str],
-        typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint; several with `--method tracin`."),
+        typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint; several with `--over-checkpoints`."),
     ],
     query: Annotated[str | None, typer.Argument(help="The id of a query; or leave it out and give a text.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
@@ -55,6 +55,7 @@ def top(
     query_variant: QueryVariantOption = None,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
+    over_checkpoints: OverOption = None,
     null: Annotated[
         str | None,
         typer.Option(help="What p-values are against: `sources`, `signs`, `none` or the name of a source."),
@@ -92,6 +93,7 @@ def top(
             query_variant=query_variant,
             sketcher=sketcher,
             method=method,
+            over_checkpoints=over_checkpoints,
             null=null,
             approximate=approximate,
             new=new,
@@ -101,12 +103,57 @@ def top(
     say(hits.how)
 
 
+def scores(
+    checkpoint: CheckpointsOption,
+    query: Annotated[list[str] | None, typer.Argument(help="Ids of queries (default: all of one source).")] = None,
+    source: SourcesOption = None,
+    variant: VariantsOption = None,
+    where: Annotated[str | None, typer.Option(metavar="SQL", help="Only samples that satisfy this.")] = None,
+    queries: QueriesOption = None,
+    query_checkpoint: QueryCheckpointOption = None,
+    query_variant: QueryVariantOption = None,
+    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    method: MethodOption = None,
+    over_checkpoints: OverOption = None,
+    device: DeviceOption = "auto",
+    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory for the queries' sketches, in MiB.")] = 1024,
+    store: StoreOption = None,
+    snapshot: SnapshotOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Print the score of every sample for every query, a row each: for other programs.
+
+    Example: `lark-store scores --checkpoint epoch-2 --source finetune -f csv`
+    """
+    with open_store(store, snapshot) as opened:
+        found = opened.scores(
+            query,
+            checkpoint=checkpoint,
+            sources=source or (),
+            variants=variant or (),
+            where=where,
+            queries=queries,
+            query_checkpoint=query_checkpoint,
+            query_variant=query_variant,
+            sketcher=sketcher,
+            method=method,
+            over_checkpoints=over_checkpoints,
+            device=device,
+            memory=memory << 20,
+        )
+    emit(found.frame, form)
+    say(f"{found.score} of {len(found.samples)} samples for {len(found.query_ids)} queries")
+    for note in found.notes:
+        say(f"note: {note}")
+
+
 def ft_pt(
-    checkpoint: CheckpointOption,
+    checkpoint: CheckpointsOption,
     queries: QueriesOption = None,
     query_variant: QueryVariantOption = None,
     sketcher: SketcherOption = DEFAULT_SKETCHER,
     method: MethodOption = None,
+    over_checkpoints: OverOption = None,
     store: StoreOption = None,
     snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
@@ -116,7 +163,14 @@ def ft_pt(
     Computed on the spot: a row per query and pair of a fine-tuning and a pretraining group.
     """
     with open_store(store, snapshot) as opened:
-        frame = opened.ft_pt(checkpoint, queries=queries, query_variant=query_variant, sketcher=sketcher, method=method)
+        frame = opened.ft_pt(
+            checkpoint,
+            queries=queries,
+            query_variant=query_variant,
+            sketcher=sketcher,
+            method=method,
+            over_checkpoints=over_checkpoints,
+        )
     emit(frame, form)
 
 
@@ -229,7 +283,7 @@ def metrics(
 
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
-    for command in (top, metrics, ft_pt, trajectory, similar_text, self_influence):
+    for command in (top, scores, metrics, ft_pt, trajectory, similar_text, self_influence):
         app.command()(command)
     group = typer.Typer(help="The approximate search.", no_args_is_help=True, rich_markup_mode="markdown")
     group.command("build")(index_build)

@@ -64,8 +64,16 @@ MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="`cosine` (default), `dot` (default with another `--query-checkpoint`), `tracin`, `bm25`, `bm25-okapi` or "
-        "`hybrid`.",
+        help="`cosine` (default), `dot` (default with another `--query-checkpoint`), `tracin`, "
+        "`bm25`, `bm25-okapi`, `bm25plus` or `hybrid`.",
+    ),
+]
+OverOption = Annotated[
+    str | None,
+    typer.Option(
+        "--over-checkpoints",
+        metavar="HOW",
+        help="Sum the scores of several checkpoints: `sum`, or `lr-weighted` by learning rate.",
     ),
 ]
 QueriesOption = Annotated[

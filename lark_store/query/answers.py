@@ -9,8 +9,9 @@ import polars as pl
 from sqlalchemy import select
 
 from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError
-from lark_store.query.groups import ADDING, Wanted, ask
+from lark_store.query.groups import Wanted, ask
 from lark_store.query.lexical import open_lexical, texts_of
+from lark_store.query.methods import Method
 from lark_store.query.scores import Search, query_ids
 from lark_store.query.scoring import load_queries
 from lark_store.query.significance import sketch_noise
@@ -52,8 +53,6 @@ SIMILAR = {
 
 def ft_pt(db: Database, wanted: Wanted, *, check: Callable[[], None] | None = None) -> pl.DataFrame:
     """Compare, query by query, what fine-tuning and pretraining groups reach; see `Store.ft_pt`."""
-    if wanted.resolved_method() not in ADDING:
-        raise InputError(f"`{wanted.method}` is not offered here", "`cosine` or `dot`")
     rows: list[tuple[Any, ...]] = []
     for question in ask(db, wanted):
         rows += _compared(question, _phi(db, question, check))
@@ -113,8 +112,8 @@ def _compared(question: Question, phi: list[tuple[str, NDArray[np.float32]]]) ->
 
 def trajectory(db: Database, query: str, sample_id: str, wanted: Wanted) -> pl.DataFrame:
     """Follow one sample's influence on one query over the checkpoints; see `Store.trajectory`."""
-    method = wanted.method or "cosine"
-    if method not in ADDING:
+    method = Method.of(wanted.method)
+    if not method.is_adding:
         raise InputError(f"`{method}` is not offered here", "`cosine` or `dot`")
     with db.session() as session:
         by = find(session, Sketcher, wanted.sketcher)
@@ -128,7 +127,7 @@ def trajectory(db: Database, query: str, sample_id: str, wanted: Wanted) -> pl.D
             asked = load_queries(db.vectors, question.queries, [query])
             n_asked += len(asked.ids)
             if asked.ids:
-                rows += _steps(db, question, query, sample_id, method)
+                rows += _steps(db, question, query, sample_id)
     if not n_asked:
         raise _unknown(db, "query", query, by)
     if not rows:
@@ -146,7 +145,7 @@ def _questions_at(db: Database, wanted: Wanted, checkpoint: str) -> list[Questio
         return []
 
 
-def _steps(db: Database, question: Question, query: str, sample_id: str, method: str) -> list[tuple[Any, ...]]:
+def _steps(db: Database, question: Question, query: str, sample_id: str) -> list[tuple[Any, ...]]:
     """Return the rows of one checkpoint, one for each source and variant that has the sample."""
     checkpoint, queries = question.terms[-1].checkpoint, question.queries
     asked = load_queries(db.vectors, queries, [query])
@@ -157,7 +156,7 @@ def _steps(db: Database, question: Question, query: str, sample_id: str, method:
         if not sample.ids:
             continue
         cosine = float(asked.unit_QK[0] @ sample.unit_QK[0])
-        scale = float(asked.norm_Q[0] * sample.norm_Q[0]) if method == "dot" else 1.0
+        scale = float(asked.norm_Q[0] * sample.norm_Q[0]) if question.method.base == "dot" else 1.0
         noise = float(sketch_noise(cosine, asked.unit_QK.shape[1])) * scale
         at = (checkpoint.name, checkpoint.epoch, checkpoint.learning_rate, checkpoint.step)
         names = (queries.source.name, query, group.source.name, group.variant.name, sample_id)

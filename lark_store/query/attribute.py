@@ -18,7 +18,6 @@ import pyarrow as pa
 from sqlalchemy import select
 
 from lark_store.errors import InputError
-from lark_store.query.groups import ADDING, LEXICAL
 from lark_store.query.lexical import corpus_sha256
 from lark_store.query.scores import DEFAULT_MEMORY, Search, query_ids
 from lark_store.query.scoring import device_name, pick_device
@@ -63,7 +62,7 @@ class _Job:
         """The columns that say what is scored: two runs that agree on them answer the same question."""
         asked = self.question.queries
         return {
-            "method": self.question.method,
+            "method": self.question.method.name,
             "fingerprint": self.group.fingerprint,
             "sketcher_id": self.group.sketcher.id,
             "checkpoint_id": self.group.checkpoint.id,
@@ -83,9 +82,9 @@ class _Job:
             "ingest_runs": list(self.group.runs),
             "query_ingest_runs": [run for term in terms if term.queries for run in term.queries.runs],
         }
-        if self.question.method == "tracin":
+        if self.question.method.over:
             recipe["weights"] = {term.checkpoint.name: term.weight for term in terms}
-        if self.question.method not in ADDING:  # the score depends on what else is searched
+        if not self.question.method.is_adding:  # the score depends on what else is searched
             recipe["with"] = sorted({run for term in terms for group in term.groups for run in group.runs})
         if self.corpus is not None:
             recipe["corpus"] = self.corpus
@@ -93,7 +92,7 @@ class _Job:
 
     def extends(self, run: ScoreRun) -> bool:
         """Tell whether a committed run lacks nothing but sketches that were added since."""
-        if self.question.method not in ADDING:
+        if not self.question.method.is_adding:
             return False
         mine, theirs = self.recipe, dict(run.recipe)
         added = set(mine.pop("ingest_runs")) > set(theirs.pop("ingest_runs"))
@@ -120,7 +119,7 @@ def attribute(
         raise InputError(f"{hits} hits per group are too few", "the default is 100")
     rows: list[tuple[Any, ...]] = []
     for question in questions:
-        corpus = corpus_sha256(db) if question.method in {*LEXICAL, "hybrid"} else None
+        corpus = corpus_sha256(db) if question.method.engine else None
         jobs = [_Job(question, group, hits, corpus) for group in question.groups]
         for job in jobs:
             job.run, job.before = _known(db, job)
@@ -163,7 +162,8 @@ def _score(
         "device": device_name(pick_device(device)),
     }
     for job in jobs:
-        job.run = ScoreRun(**job.ids, **how, recipe=job.recipe, status="running")
+        over = question.over_checkpoints
+        job.run = ScoreRun(**job.ids, **how, over_checkpoints=over, recipe=job.recipe, status="running")
     with db.session() as session:
         session.add_all([job.run for job in jobs])
     try:
@@ -187,10 +187,10 @@ def _write(
     """Score block after block of queries, as many as `memory` bytes hold, and write their rows."""
     asked = question.queries
     ids = query_ids(db, question)
-    searched = [job.new_group for job in jobs] if question.method in ADDING else question.groups
+    searched = [job.new_group for job in jobs] if question.method.is_adding else question.groups
     terms = [*question.terms[:-1], replace(question.terms[-1], groups=searched)]
     search = Search(db, replace(question, terms=terms), device=device)
-    label = f"{question.terms[-1].checkpoint.name}: scoring {asked.source.name} by {question.method}"
+    label = f"{question.terms[-1].checkpoint.name}: scoring {asked.source.name} by {question.method.name}"
     coded = _coded(db, search, searched, jobs)
     total, done = len(ids) * len(search.rows), 0
     for block in search.blocks(ids, memory):

@@ -1,7 +1,7 @@
 """Which sketches a question is about: groups (checkpoint × source × variant) of committed rows, and the queries.
 
-A question has one term per checkpoint that it looks at: one, or with `tracin` several, whose weighted dot products are
-summed. Every term has the same query source and the same groups.
+A question has one term per checkpoint that it looks at: one, or several whose scores are summed. Every term has the
+same query source and the same groups.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import joinedload
 
 from lark_store.errors import InputError, NothingToScoreError
+from lark_store.query.methods import BETWEEN, Method
 from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, Sketcher, Source
 from lark_store.schema.database import Database, find
 from lark_store.schema.vectors import sketch_table, where
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy.orm import Session
-
-# What the score of a sample for a query is made of, and what it takes to compute.
-ADDING = ("cosine", "dot")  # a sample's score depends on nothing but the sample and the query, at one checkpoint
-LEXICAL = ("bm25", "bm25-okapi")
-METHODS = (*ADDING, "tracin", *LEXICAL, "hybrid")
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,22 @@ class Question:
     """What is asked: the terms, in the checkpoints' order, and the method."""
 
     terms: list[Term]
-    method: str
+    method: Method
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints, in their order."""
+        return [term.checkpoint.name for term in self.terms]
+
+    @property
+    def over_checkpoints(self) -> str | None:
+        """The checkpoints that are summed over, as `base + epoch-1`; None where there is no sum."""
+        return BETWEEN.join(self.checkpoints) if self.method.over else None
+
+    @property
+    def label(self) -> str:
+        """The score in a few words, as `adam · cosine, sum over base + epoch-1`."""
+        return self.method.label(self.groups[0].sketcher.name, self.checkpoints)
 
     @property
     def groups(self) -> list[Group]:
@@ -88,13 +99,6 @@ class Question:
         queries = self.terms[-1].queries
         assert queries is not None
         return queries
-
-
-def check_method(method: str) -> str:
-    """Return `method` if there is such a score."""
-    if method in METHODS:
-        return method
-    raise InputError(f"`{method}` is no method", f"the methods are {', '.join(f'`{m}`' for m in METHODS)}")
 
 
 def committed_groups(session: Session, sketcher: Sketcher, checkpoint: Checkpoint) -> list[Group]:
@@ -127,8 +131,9 @@ class Wanted:
     query_checkpoint: str | None = None
     query_variant: str | None = None
     method: str | None = None
+    over_checkpoints: str | None = None
 
-    def resolved_method(self) -> str:
+    def resolved_method(self) -> Method:
         """Return the method, chosen or by default.
 
         Raises
@@ -137,14 +142,20 @@ class Wanted:
             There is no such method, or it does not go with the checkpoints asked for.
         """
         other = self.query_checkpoint is not None and [self.query_checkpoint] != list(self.checkpoints)
-        method = check_method(self.method or ("dot" if other else "cosine"))
-        if method != "tracin" and len(self.checkpoints) > 1:
+        two_stage = other and self.over_checkpoints is None
+        method = Method.of(self.method, self.over_checkpoints, default="dot" if two_stage else "cosine")
+        if method.over is None and len(self.checkpoints) > 1:
             named = ", ".join(f"`{name}`" for name in self.checkpoints)
             raise InputError(
-                f"`{method}` looks at one checkpoint, not at {named}", "`--method tracin` sums over several"
+                f"`{method.name}` looks at one checkpoint, not at {named}",
+                "`--over-checkpoints sum` (or `lr-weighted`) sums the scores of several",
             )
-        if method == "tracin" and other:
-            raise InputError("`tracin` takes queries and samples from the same checkpoints", "leave one of them out")
+        if other and (method.over or method.base == "centred"):
+            raise InputError(
+                f"`{method.name}` takes queries and samples from the same checkpoints", "leave one of them out"
+            )
+        if len(set(self.checkpoints)) < len(self.checkpoints):
+            raise InputError("a checkpoint is named twice", "a sum has each checkpoint once")
         return method
 
 
@@ -183,12 +194,12 @@ def ask_new(db: Database, wanted: Wanted, fingerprint: str) -> Question:
 def searched_groups(db: Database, wanted: Wanted) -> list[Group]:
     """Return the groups that would be searched at the last checkpoint."""
     with db.session() as session:
-        by, at, _ = _found(session, wanted, wanted.checkpoints[-1], "cosine")
+        by, at, _ = _found(session, wanted, wanted.checkpoints[-1], Method())
         here = committed_groups(session, by, at)
     return _searched(db, wanted, here, by, at)
 
 
-def _found(session: Session, wanted: Wanted, checkpoint: str, method: str) -> tuple[Sketcher, Checkpoint, float]:
+def _found(session: Session, wanted: Wanted, checkpoint: str, method: Method) -> tuple[Sketcher, Checkpoint, float]:
     """Find what is named; returns the sketcher, the checkpoint and its weight."""
     by, at = find(session, Sketcher, wanted.sketcher), find(session, Checkpoint, checkpoint)
     for kind, names in ((Source, wanted.sources), (FormatVariant, wanted.variants)):
@@ -198,17 +209,17 @@ def _found(session: Session, wanted: Wanted, checkpoint: str, method: str) -> tu
         raise InputError(f"source `{wanted.queries}` has not the stage `query`", "queries are samples of such a source")
     if wanted.query_variant is not None:
         find(session, FormatVariant, wanted.query_variant)
-    if method != "tracin":
+    if method.over != "lr-weighted":
         return by, at, 1.0
     if at.learning_rate is None:
         raise InputError(
-            f"`tracin` weighs checkpoints by learning rate, and `{at.name}` has none",
+            f"`{method.name}` weighs checkpoints by learning rate, and `{at.name}` has none",
             "add the checkpoint with `--learning-rate`",
         )
     return by, at, at.learning_rate
 
 
-def _terms(db: Database, wanted: Wanted, checkpoint: str, method: str) -> dict[str, Term]:
+def _terms(db: Database, wanted: Wanted, checkpoint: str, method: Method) -> dict[str, Term]:
     """Return one checkpoint's term for each query source."""
     with db.session() as session:
         by, at, weight = _found(session, wanted, checkpoint, method)

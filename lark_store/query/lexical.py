@@ -2,9 +2,9 @@
 
 The corpus is every sample of the store that is no query, whatever a question searches, so that scores of several
 sources can be compared. `bm25` is Lucene's variant by bm25s, made for large sources; its index is kept in the store's
-folder (or the user's cache) and made anew when samples were added. `bm25-okapi` is rank-bm25's BM25Okapi, the paper's
-baseline, made anew in each process. Both read the same words: lower case, two letters or more, without English stop
-words.
+folder (or the user's cache) and made anew when samples were added. `bm25plus` is its BM25+, `bm25-okapi` is rank-bm25's
+BM25Okapi, the paper's baseline; both are made anew in each process. All read the same words: lower case, two letters or
+more, without English stop words.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _KEPT_FROM = 2_000  # documents; a smaller index is made faster than it is read
 _TEXT = pl.coalesce("text", pl.concat_str(["prompt", "response"], separator="\n"))
 _KEYS = "documents.parquet"
+# δ = 1 is that of Lv & Zhai (2011), who made BM25+: a word that occurs counts, however long the text.
+_BM25S: dict[str, dict[str, Any]] = {"bm25": {"method": "lucene"}, "bm25plus": {"method": "bm25+", "delta": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ def _open(db: Database, engine: str, version: int) -> Lexical:
         return Lexical(engine, documents, BM25Okapi(words(texts)))
     import bm25s
 
-    index = bm25s.BM25(method="lucene")
+    index = bm25s.BM25(**_BM25S[engine])
     index.index(words(texts), show_progress=False)
-    if len(documents) >= _KEPT_FROM:
+    if engine == "bm25" and len(documents) >= _KEPT_FROM:
         _keep(index, documents, kept)
     return Lexical(engine, documents, index)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.query import metrics
-from lark_store.query.groups import check_method
+from lark_store.query.methods import Method
 from lark_store.query.sql.engine import connect, fetch
 from lark_store.schema.catalog import Checkpoint, FormatVariant, Sketcher
 from lark_store.schema.database import Database, find
@@ -36,7 +36,7 @@ def measure(
     """Compute the metrics of what was scored; see `Store.metrics`."""
     if view not in _VIEWS:
         raise InputError(f"`{view}` is no view of the metrics", f"the views are {', '.join(f'`{v}`' for v in _VIEWS)}")
-    check_method(method)
+    method = Method.of(method).name
     with db.session() as session:
         find(session, Sketcher, sketcher)
         if checkpoint is not None:

@@ -1,9 +1,11 @@
 """A question's scores: for a block of queries, every row's score by the question's method, and what it is made of.
 
 - `cosine`: the cosine of sketches; `dot`: times both gradients' norms
-- `tracin`: Σ over checkpoints of learning rate × dot (Pruthi et al. 2020, TracInCP)
-- `bm25`, `bm25-okapi`: of the texts
+- `bm25`, `bm25-okapi`, `bm25plus`: of the texts
 - `hybrid`: z(cosine) + z(bm25), each over all rows that are searched for the query
+
+Of several checkpoints, Σ of the score at each, or Σ of learning rate × score: `cosine-sum`, `cosine-lr-weighted` and so
+on; `tracin` is `dot`, weighted (Pruthi et al. 2020, TracInCP). A hybrid's gradient part is the sum then.
 
 Positive: training on the sample lowers the query's loss (to first order); of the lexical ones: the texts share words.
 Shape letters: Q queries, N rows.
@@ -17,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from lark_store.query.groups import ADDING, LEXICAL
 from lark_store.query.lexical import open_lexical, texts_of
 from lark_store.query.rows import Rows, find_rows
 from lark_store.query.scoring import Queries, load_queries, matrix, products
@@ -93,15 +94,10 @@ class Search:
         found: NDArray[np.bool_] = only.to_numpy()
         return found
 
-    @property
-    def uses_sketches(self) -> bool:
-        """Whether the method looks at sketches."""
-        return self.question.method not in LEXICAL
-
     def blocks(self, ids: Sequence[str], memory: int = DEFAULT_MEMORY) -> Iterator[Asked]:
         """Yield the queries with these ids, block after block, as many as `memory` bytes hold with their scores."""
         queries = self.question.queries
-        streamed = self.question.method in ADDING
+        streamed = self.question.method.is_adding
         per_query = 4 * queries.sketcher.k * len(self.question.terms) + (0 if streamed else 16 * len(self.rows))
         block = max(1, memory // per_query)
         for start in range(0, len(ids), block):
@@ -111,40 +107,38 @@ class Search:
     def asked(self, ids: list[str]) -> Asked:
         """Load queries that are in the store."""
         sketches = []
-        if self.uses_sketches:
+        if self.question.method.reads_sketches:
             for term in self.question.terms:
                 assert term.queries is not None
                 sketches.append(load_queries(self.db.vectors, term.queries, ids))
             ids = sketches[0].ids
-        reads_texts = self.question.method in {*LEXICAL, "hybrid"}
+        reads_texts = self.question.method.engine is not None
         texts = texts_of(self.db, self.question.queries.source.name, ids) if reads_texts else [""] * len(ids)
         return Asked(ids, sketches, texts)
 
     def scores(self, asked: Asked, *, scales: bool = False) -> Scores:
         """Return every row's scores for a block of queries."""
         method = self.question.method
-        if method in LEXICAL:
-            return Scores(open_lexical(self.db, method).of_rows(self.rows, asked.texts))
-        if method == "tracin":
-            return self._summed(asked)
-        cosine, scale = matrix(self.rows, asked.sketches[0], device=self.device, scales=scales)
-        if method == "hybrid":
-            parts = {"cosine": cosine, "bm25": open_lexical(self.db, "bm25").of_rows(self.rows, asked.texts)}
-            score = z_scores(cosine) + z_scores(parts["bm25"])
-            return Scores(score.astype(np.float32), parts=parts)
-        return self._of_cosines(cosine, asked.sketches[0], self.rows, scale)
+        if not method.reads_sketches:
+            return Scores(self._lexical(asked))
+        made = self._summed(asked) if method.over else self._at(0, asked, scales=scales)
+        if method.base != "hybrid":
+            return made
+        parts = {"cosine": made.score, "bm25": self._lexical(asked)}
+        score = z_scores(parts["cosine"]) + z_scores(parts["bm25"])
+        return Scores(score.astype(np.float32), parts=parts)
 
     def stream(self, asked: Asked) -> Iterator[tuple[NDArray[np.int64], Matrix]]:
         """Yield rows' numbers (B) and their scores (Q, B): as they are read if that gives the score, else at once."""
         method = self.question.method
-        if method not in ADDING:
+        if not method.is_adding:
             yield np.arange(len(self.rows)), self.scores(asked).score
             return
         (queries,) = asked.sketches
         norm_N = self.rows.frame["grad_norm"].to_numpy()
         for made in products(self.rows, queries, device=self.device):
             scores = made.cosine_QB.numpy()
-            if method == "dot":
+            if method.base == "dot":
                 scores *= queries.norm_Q.numpy()[:, None] * norm_N[made.numbers][None, :]
             yield made.numbers, scores
 
@@ -153,22 +147,33 @@ class Search:
         some = self.rows.only(numbers)
         return self._of_cosines(matrix(some, query, device=self.device)[0], query, some)
 
+    def _lexical(self, asked: Asked) -> Matrix:
+        engine = self.question.method.engine
+        assert engine is not None
+        return open_lexical(self.db, engine).of_rows(self.rows, asked.texts)
+
+    def _at(self, term: int, asked: Asked, *, scales: bool = False) -> Scores:
+        """Return the scores of gradients at one term's checkpoint."""
+        rows, queries = self.of_terms[term], asked.sketches[term]
+        cosine, scale = matrix(rows, queries, device=self.device, scales=scales)
+        return self._of_cosines(cosine, queries, rows, scale)
+
     def _of_cosines(self, cosine: Matrix, queries: Queries, rows: Rows, scale: Matrix | None = None) -> Scores:
         noise = sketch_noise(cosine, queries.unit_QK.shape[1]).astype(np.float32)
-        if self.question.method == "cosine":
+        if self.question.method.gradient == "cosine":
             return Scores(cosine, noise, scale)
         norms = queries.norm_Q.numpy()[:, None] * rows.frame["grad_norm"].to_numpy()[None, :]
         return Scores(cosine * norms, noise * norms, None if scale is None else scale * norms)
 
     def _summed(self, asked: Asked) -> Scores:
+        """Return Σ weight × score over the terms; their noises are taken to be independent."""
         score = np.zeros((len(asked.ids), len(self.rows)), np.float32)
-        variance = np.zeros_like(score)
-        for term, rows, queries in zip(self.question.terms, self.of_terms, asked.sketches, strict=True):
-            made = self._of_cosines(matrix(rows, queries, device=self.device)[0], queries, rows)
-            assert made.noise is not None
+        variance: Matrix | None = np.zeros_like(score)
+        for number, term in enumerate(self.question.terms):
+            made = self._at(number, asked)
             score += term.weight * made.score
-            variance += np.square(term.weight * made.noise)
-        return Scores(score, np.sqrt(variance))
+            variance = None if variance is None or made.noise is None else variance + (term.weight * made.noise) ** 2
+        return Scores(score, None if variance is None else np.sqrt(variance))
 
 
 def query_ids(db: Database, question: Question) -> list[str]:

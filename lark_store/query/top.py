@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
-from lark_store.query.groups import ADDING, LEXICAL, searched_groups
+from lark_store.query.groups import searched_groups
 from lark_store.query.index import find_index
+from lark_store.query.methods import BETWEEN
 from lark_store.query.scores import Asked, Scores, Search, query_ids
 from lark_store.query.significance import benjamini_hochberg_within, sign_null_p, source_null_p
 from lark_store.schema.records import Hits
@@ -61,7 +62,7 @@ def top(
     A query that has a sample and no sketch is an error, or with `lenient` has no answer.
     """
     found: dict[str, Hits] = {}
-    for question, ids in _found(db, queries, questions, lenient=lenient):
+    for question, ids in find_queries(db, queries, questions, lenient=lenient):
         searcher = _Searcher(db, question, ranking)
         for asked in searcher.search.blocks(ids):
             found |= {hits.query_id: hits for hits in searcher.hits(asked)}
@@ -105,7 +106,7 @@ class _Searcher:
         rows = self.search.rows
         groups = rows.groups
         if rows.frame.is_empty() or self.search.null_only.all():
-            raise _empty(ranking.condition)
+            raise nothing_searched(ranking.condition)
         sources = sorted({group.source.name for group in groups})
         variants = sorted({group.variant.name for group in groups})
         of = rows.frame["group"].to_numpy()
@@ -118,7 +119,7 @@ class _Searcher:
     def _null(self, sources: list[str]) -> str:
         """Return what hits are held against."""
         wanted, method = self.ranking.null, self.question.method
-        signs = method in ADDING
+        signs = method.is_adding
         if self.ranking.approximate:
             if wanted not in {None, "none"}:
                 raise InputError("an approximate search has no p-values", "leave out `--approximate`")
@@ -126,7 +127,7 @@ class _Searcher:
         if wanted is None:
             return "sources" if len(set(self.source_N)) > 1 else "signs" if signs else "none"
         if wanted == "signs" and not signs:
-            raise InputError(f"`{method}` has no signs to shuffle", "`--null sources`, or the name of a source")
+            raise InputError(f"`{method.name}` has no signs to shuffle", "`--null sources`, or the name of a source")
         if wanted not in {*NULLS, *sources}:
             raise InputError(f"`{wanted}` is no null", "`sources`, `signs`, `none` or the name of a source")
         return wanted
@@ -181,9 +182,10 @@ class _Searcher:
         return p, benjamini_hochberg_within(p, self.search.rows.frame["group"].to_numpy())
 
     def _index(self) -> SearchIndex:
-        if self.question.method not in ADDING or self.ranking.null_groups:
+        if not self.question.method.is_adding or self.ranking.null_groups:
             raise InputError(
-                f"`{self.question.method}` has no approximate search", "`--approximate` goes with `cosine` and `dot`"
+                f"`{self.question.method.name}` has no approximate search",
+                "`--approximate` goes with `cosine` and `dot`",
             )
         return find_index(self.db, self.question.groups[0].fingerprint, self.question.groups[0].sketcher.name)
 
@@ -193,7 +195,7 @@ class _Searcher:
 
         rows, sketches = self.search.rows, asked.sketches[0]
         guess = estimates(self.db, rows, sketches.unit_QK[number].numpy())
-        if self.question.method == "dot":
+        if self.question.method.base == "dot":
             guess *= rows.frame["grad_norm"].to_numpy()
         n = min(len(rows), max(index.candidates, index.candidates * self.ranking.k // 10))
         chosen = np.argpartition(guess if self.ranking.opponents else -guess, n - 1)[:n]
@@ -220,10 +222,11 @@ class _Searcher:
         return Hits(
             frame=frame,
             query_id=query,
-            checkpoint=", ".join(term.checkpoint.name for term in question.terms),
+            checkpoint=BETWEEN.join(question.checkpoints),
             query_checkpoint=self.query_at,
             query_variant=self.query_as,
-            method=question.method,
+            method=question.method.name,
+            score=question.label,
             n_searched=len(rows) - int(self.search.null_only.sum()),
             ingest_runs=sorted({run for rows in self.search.of_terms for group in rows.groups for run in group.runs}),
             exact=index is None,
@@ -240,7 +243,8 @@ def _ranks(score_N: NDArray[np.float32], chosen: NDArray[np.int64], among: NDArr
     return (below + 1).astype(np.int32)
 
 
-def _empty(condition: str | None) -> NothingToScoreError:
+def nothing_searched(condition: str | None) -> NothingToScoreError:
+    """Return the error that no row is searched."""
     if condition is not None:
         return NothingToScoreError(f"no sketch satisfies `{condition}`", "count with `lark-store sql` what is there")
     return NothingToScoreError(
@@ -248,17 +252,17 @@ def _empty(condition: str | None) -> NothingToScoreError:
     )
 
 
-def _found(
+def find_queries(
     db: Database, queries: Sequence[str], questions: list[Question], *, lenient: bool
 ) -> list[tuple[Question, list[str]]]:
     """Return each question with those of the queries that its query source holds."""
     holding: dict[str, list[Question]] = {query: [] for query in queries}
     for question in questions:
-        for query in holding.keys() & _ids(db, question):
+        for query in holding.keys() & ids_of(db, question):
             holding[query].append(question)
     for query, found in holding.items():
         if not found and not (lenient and query in _samples(db, questions)):
-            known = [name for question in questions for name in _ids(db, question)]
+            known = [name for question in questions for name in ids_of(db, question)]
             raise NameUnknownError.of("query", query, known, "ingest a source of stage `query`")
         if len(found) > 1:
             names = ", ".join(f"`{q.queries.source.name}`" for q in found)
@@ -270,9 +274,9 @@ def _found(
     ]
 
 
-def _ids(db: Database, question: Question) -> set[str]:
+def ids_of(db: Database, question: Question) -> set[str]:
     """Return the ids of a question's queries."""
-    if question.method in LEXICAL:  # the text is enough
+    if not question.method.reads_sketches:  # the text is enough
         source = question.queries.source.name
         return set(db.vectors.read("samples", ["sample_id"], where(source=source))["sample_id"])
     return set(query_ids(db, question))

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import numpy as np
     import polars as pl
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,9 @@ class Hits:
 
     `frame` has the columns rank, score, noise (the score's standard deviation from sketching, in the score's unit),
     p_value and q_value (against `null`), source, stage, variant, sample_id and text; of a hybrid also cosine,
-    cosine_rank, bm25 and bm25_rank. What there is none of is null. Offers the Arrow stream interface, so polars,
-    pandas and DuckDB take it as it is.
+    cosine_rank, bm25 and bm25_rank. What there is none of is null. `score` names what is shown, as `lark · cosine`;
+    `notes` say what a reader has to know of it. Offers the Arrow stream interface, so polars, pandas and DuckDB take it
+    as it is.
     """
 
     frame: pl.DataFrame
@@ -208,11 +211,13 @@ class Hits:
     method: str
     n_searched: int
     ingest_runs: list[int]
+    score: str
     exact: bool = True
     condition: str | None = None
     null: str = "none"
     recall: float | None = None
     candidates: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         return self.frame.__arrow_c_stream__(requested_schema)
@@ -232,11 +237,15 @@ class Hits:
     def how(self) -> str:
         """How the answer was made: exact or not, what was searched, from which runs, and what is significant."""
         runs = ", ".join(map(str, self.ingest_runs))
-        at = "" if self.query_checkpoint in self.checkpoint.split(", ") else f", query at `{self.query_checkpoint}`"
+        at = "" if self.query_checkpoint in self.checkpoint.split(" + ") else f", query at `{self.query_checkpoint}`"
         under = f" where {self.condition}" if self.condition else ""
+        there = (
+            ", over {} sketches at each" if " over " in self.score else " over {} sketches at `" + self.checkpoint + "`"
+        )
         return (
-            f"{self._kind} {self.method} over {self.n_searched} sketches at `{self.checkpoint}`{under}{at}, "
+            f"{self._kind} {self.score}{there.format(self.n_searched)}{under}{at}, "
             f"query as `{self.query_variant}`; ingest runs {runs}{self._significance}"
+            + "".join(f"\nnote: {note}" for note in self.notes)
         )
 
     @property
@@ -253,6 +262,41 @@ class Hits:
         n = self.n_significant
         found = f"{n} of {len(self)} hits" if n else "nothing significant"
         return f"\nagainst {against}: {found} at q ≤ {SIGNIFICANT}"
+
+
+@dataclass(frozen=True)
+class ScoreMatrix:
+    """Every sample's score for every query: `matrix` (Q, N) float32, its rows `query_ids`, its columns `samples`.
+
+    `samples` has the columns source, variant and sample_id, sorted by them. Above 0, training on the sample lowers the
+    query's loss. `score` names what is shown, as `lark · cosine`; `notes` say what a reader has to know of it. Offers
+    the Arrow stream interface with its long form.
+    """
+
+    query_ids: list[str]
+    samples: pl.DataFrame
+    matrix: NDArray[np.float32]
+    score: str
+    method: str
+    checkpoints: list[str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """The long form: a row for each query and sample, with query_id, source, variant, sample_id and score."""
+        import polars as pl
+
+        n = len(self.samples)
+        ids = pl.Series("query_id", self.query_ids, dtype=pl.String)
+        asked = pl.DataFrame(ids).select(pl.col("query_id").repeat_by(n).explode())
+        every = pl.concat([self.samples] * len(self.query_ids), rechunk=False)
+        return asked.hstack(every).with_columns(score=pl.Series(self.matrix.reshape(-1)))
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.frame.__arrow_c_stream__(requested_schema)
+
+    def _repr_html_(self) -> str:
+        return self.frame._repr_html_()
 
 
 @dataclass(frozen=True)

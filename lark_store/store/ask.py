@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
     from lark_store.query.groups import Wanted
     from lark_store.query.top import Ranking
-    from lark_store.schema.records import Hits, NewText, OnProgress
+    from lark_store.schema.records import Hits, NewText, OnProgress, ScoreMatrix
+
+
+def _named(checkpoint: str | Sequence[str]) -> list[str]:
+    """Return the names of the checkpoints that are given, at least one."""
+    checkpoints = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
+    if not checkpoints:
+        raise InputError("no checkpoint is named", "give it with `--checkpoint NAME`")
+    return checkpoints
 
 
 class Ask(Part):
@@ -35,6 +43,7 @@ class Ask(Part):
         query_variant: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
+        over_checkpoints: str | None = None,
         null: str | None = None,
         approximate: bool = False,
         new: NewText | None = None,
@@ -65,10 +74,8 @@ class Ask(Part):
         from lark_store.query.groups import Wanted, ask
         from lark_store.query.top import NULLS, Ranking, null_groups, top
 
-        checkpoints = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
-        if not checkpoints:
-            raise InputError("no checkpoint is named", "give it with `--checkpoint NAME`")
-        wanted = Wanted(checkpoints, sketcher, queries, sources, variants, query_checkpoint, query_variant, method)
+        of = (sources, variants, query_checkpoint, query_variant, method, over_checkpoints)
+        wanted = Wanted(_named(checkpoint), sketcher, queries, *of)
         ranking = Ranking(k, opponents, where, null, (), approximate, device)
         if null is not None and null not in NULLS:
             ranking = replace(ranking, null_groups=null_groups(self._db, wanted, null))
@@ -105,14 +112,48 @@ class Ask(Part):
         sketch = Queries(["new"], unit, torch.tensor([made.sketch.grad_norm]))
         return top_of_new(self._db, Asked(["new"], [sketch], [made.text]), question, ranking, (at, variant))
 
+    def scores(
+        self,
+        query_ids: Sequence[str] | None = None,
+        *,
+        checkpoint: str | Sequence[str],
+        sources: Sequence[str] = (),
+        variants: Sequence[str] = (),
+        where: str | None = None,
+        queries: str | None = None,
+        query_checkpoint: str | None = None,
+        query_variant: str | None = None,
+        sketcher: str = DEFAULT_SKETCHER,
+        method: str | None = None,
+        over_checkpoints: str | None = None,
+        device: str = "auto",
+        memory: int = 1 << 30,
+    ) -> ScoreMatrix:
+        """Return the score of every sample that is searched for each query, as `top` scores them, computed on the spot.
+
+        The queries are those with the given ids, in that order, or all of one source, sorted. The arguments are those
+        of `top`; as many queries are held at a time as fit into `memory` bytes, besides the matrix itself.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError, QueryError
+        """
+        from lark_store.query.groups import Wanted, ask
+        from lark_store.query.whole import all_scores
+
+        of = (sources, variants, query_checkpoint, query_variant, method, over_checkpoints)
+        questions = ask(self._db, Wanted(_named(checkpoint), sketcher, queries, *of))
+        return all_scores(self._db, query_ids, questions, condition=where, device=device, memory=memory)
+
     def ft_pt(
         self,
-        checkpoint: str,
+        checkpoint: str | Sequence[str],
         *,
         queries: str | None = None,
         query_variant: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
+        over_checkpoints: str | None = None,
     ) -> pl.DataFrame:
         """Return, for each query and pair of a fine-tuning and a pretraining group, which of the two reaches further.
 
@@ -127,7 +168,8 @@ class Ask(Part):
         from lark_store.query.answers import ft_pt
         from lark_store.query.groups import Wanted
 
-        return ft_pt(self._db, Wanted([checkpoint], sketcher, queries, query_variant=query_variant, method=method))
+        of = ((), (), None, query_variant, method, over_checkpoints)
+        return ft_pt(self._db, Wanted(_named(checkpoint), sketcher, queries, *of))
 
     def trajectory(
         self,

@@ -154,6 +154,7 @@ class Work(Part):
         query_variant: str | None = None,
         sketcher: str = DEFAULT_SKETCHER,
         method: str | None = None,
+        over_checkpoints: str | None = None,
         hits: int = 100,
         device: str = "auto",
         memory: int = 1 << 30,
@@ -176,9 +177,11 @@ class Work(Part):
         """
         from lark_store.query.attribute import attribute
         from lark_store.query.groups import Wanted, ask
+        from lark_store.query.methods import Method
 
-        passes = [list(checkpoints)] if method == "tracin" else [[name] for name in checkpoints]
-        of = (query_checkpoint, query_variant, method)
+        is_sum = Method.of(method, over_checkpoints).over is not None
+        passes = [list(checkpoints)] if is_sum else [[name] for name in checkpoints]
+        of = (query_checkpoint, query_variant, method, over_checkpoints)
         db = self._writable
         with scoring(db.location):  # nothing is removed meanwhile
             questions = [

@@ -190,7 +190,7 @@ def _wrong_groups(at: Moment, run: ScoreRun) -> Iterator[str]:
         of_runs = [at.ingest_runs.get(number) for number in run.recipe.get(key, [])]
         if any(of is None or of.status != "done" for of in of_runs):
             yield f"ingest runs of its {what} are gone or not committed"
-        elif of_runs and run.method != "tracin" and not at.unread and not at.broken and run.n_samples:
+        elif of_runs and "weights" not in run.recipe and not at.unread and not at.broken and run.n_samples:
             have = sum(at.counts.get(of.id, 0) for of in of_runs if of)
             if have != n:
                 yield f"it scored {n} {what}, its ingest runs have {have}"

@@ -10,16 +10,24 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import copy_store, named, write_jsonl
+import torch
+from conftest import copy_store, named, text_rows, write_jsonl
+from scipy import stats
 from test_cli import lark
 
 from lark_store import Store, evaluate
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError, StoreBusyError
+from lark_store.evaluate import agree
+from lark_store.evaluate.agree import auc
 from lark_store.evaluate.finding import found, pools_of, same_answer
 from lark_store.evaluate.journal import journal
+from lark_store.evaluate.material import gather, load
 from lark_store.evaluate.retraining import members
+from lark_store.evaluate.rivals import RIVALS, Given
 from lark_store.evaluate.scorers import Scorer
+from lark_store.evaluate.steps import Stepper, gradient, second_moments
 from lark_store.evaluate.task import tabulated
+from lark_store.evaluate.training import Start, losses
 
 PLACES = ["Rome", "Oslo", "Lima", "Cairo"]
 
@@ -209,12 +217,166 @@ def test_the_rerank_protocol_asks_among_its_own_bm25_s_the_same_answer_s_and_oth
 
 
 def test_an_answer_is_a_response_or_lies_in_a_text(store):
-    from lark_store.evaluate.material import gather
-
     material = gather(store, sources=["finetune"], variants=["chatml"], queries=None, query_variant="chatml")
     alike = same_answer(material)
     assert [material.samples[i].id for i in np.flatnonzero(alike[1])] == ["f1-0", "f1-1", "f5-0", "f5-1"]
     assert not alike[4].any()
+
+
+# --- one real step -------------------------------------------------------------------------------------------------
+
+
+def gradients(store, material, moments=None):
+    """Exact gradients at `base`: of the queries (Q, P), and of the samples (N, P) as a step goes along them."""
+    loaded = load(store, "base", "cpu")
+    start = Start(loaded.model)
+
+    def flat(text):
+        return torch.cat([g.flatten() for g in gradient(start, loaded.tokens([text]))]).double()
+
+    asked, steps = (torch.stack([flat(text) for text in some]) for some in (material.queries, material.samples))
+    if moments is not None:
+        v = torch.cat([each.flatten() for each in moments]).double()
+        steps = steps / ((0.999 * v + 0.001 * steps**2).sqrt() + 1e-8)
+    return asked, steps
+
+
+def test_a_small_step_of_sgd_does_what_the_gradients_dot_products_say(store, tmp_path):
+    def exact(material):
+        asked, steps = gradients(store, material)
+        return (asked @ steps.T).numpy()
+
+    scores = [Scorer("dot", exact), Scorer("minus", lambda m: -exact(m)), "random"]
+    made = evaluate.causal(store, scores, checkpoint="base", optimizer="sgd", learning_rate=1e-3, out=tmp_path)
+    table = made.table.rows_by_key(["measure", "method"], named=True, unique=True)
+    assert table["spearman", "dot"]["value"] > 0.98
+    assert table["spearman", "minus"]["value"] < -0.98
+    assert abs(table["spearman", "random"]["value"]) < 0.6
+    assert (table["sign", "dot"]["value"], table["sign", "minus"]["value"]) == (1, 0)
+    (kept,) = tmp_path.glob("steps-*.jsonl")
+    before = kept.read_bytes()
+    evaluate.causal(store, ["length"], checkpoint="base", optimizer="sgd", learning_rate=1e-3, out=tmp_path)
+    assert kept.read_bytes() == before  # no step is made twice
+
+
+def test_a_small_step_of_adam_does_what_the_scaled_gradients_say(store, tmp_path):
+    def exact(material):
+        loaded = load(store, "base", "cpu")
+        moments = second_moments(Start(loaded.model), loaded.tokens(material.samples), lambda _: None)
+        asked, steps = gradients(store, material, moments)
+        return (asked @ steps.T).numpy()
+
+    made = evaluate.causal(store, [Scorer("adam", exact)], checkpoint="base", learning_rate=1e-5, out=tmp_path)
+    assert made.table.filter(measure="spearman")["value"].item() > 0.98
+
+
+def test_a_step_of_adam_is_that_of_torch_and_is_undone(store):
+    loaded = load(store, "base", "cpu")
+    (query,) = loaded.tokens([text(store, "test", "q0")])
+    some = loaded.tokens([text(store, "finetune", "f0-0"), text(store, "finetune", "f1-0")])
+    weights = [p.clone() for p in loaded.model.parameters()]
+    stepper = Stepper(loaded.model, 1e-3)
+    stepper.moments = second_moments(stepper.start, some, lambda _: None)
+    fall = stepper.effect(some, [query], losses(loaded.model, [query]))
+    assert all((p == kept).all() for p, kept in zip(loaded.model.parameters(), weights, strict=True))
+
+    before = losses(loaded.model, [query])
+    parameters = [p for _, p in stepper.start.chosen]
+    optimizer = torch.optim.Adam(parameters, 1e-3, betas=(0.0, 0.999))
+    for p, g, v in zip(parameters, gradient(stepper.start, some), stepper.moments, strict=True):
+        p.grad = g
+        optimizer.state[p] = {"step": torch.tensor(1e6), "exp_avg": torch.zeros_like(p), "exp_avg_sq": v.clone()}
+    optimizer.step()
+    assert fall.item() == pytest.approx((before - losses(loaded.model, [query])).item(), rel=1e-4)
+    assert abs(fall.item()) > 1e-3
+
+
+def text(store, source, sample_id):
+    asked = {"sources": [source], "variants": ["chatml"], "queries": "test", "query_variant": "chatml"}
+    return next(text for text in gather(store, **asked).samples if text.id == sample_id)
+
+
+def test_the_answer_gains_more_from_the_samples_that_its_gradient_names(store, tmp_path):
+    def exact(material):
+        asked, steps = gradients(store, material)
+        return (asked @ steps.T).numpy()
+
+    step = {"checkpoint": "base", "optimizer": "sgd", "learning_rate": 1e-2}
+    scores = [Scorer("dot", exact), Scorer("minus", lambda m: -exact(m))]
+    made = evaluate.tail_patch(store, scores, k=3, out=tmp_path, **step)
+    table = made.table.rows_by_key("method", named=True, unique=True)
+    assert list(table) == ["dot", "minus", "random", "bm25"]
+    assert table["dot"]["value"] > table["random"]["value"] > table["minus"]["value"]
+
+    query, loaded = text(store, "test", "q2"), load(store, "base", "cpu")
+    material = gather(store, sources=["finetune"], variants=["chatml"], queries="test", query_variant="chatml")
+    best = np.argsort(-exact(material)[2])[:3]
+    tokens, some = loaded.tokens([query]), loaded.tokens([material.samples[i] for i in best])
+    start = Start(loaded.model)
+    before = losses(loaded.model, tokens)
+    for (_, p), g in zip(start.chosen, gradient(start, some), strict=True):
+        p.data -= 1e-2 * g
+    gain = (before - losses(loaded.model, tokens)).item() * tokens[0].n_targets
+    found = made.values.filter(method="dot", query_id="q2")["value"].item()
+    assert found == pytest.approx(gain, rel=1e-3)
+
+
+# --- what a score tells, and another one's agreement ---------------------------------------------------------------
+
+
+def test_what_a_score_tells_apart(store, tmp_path):
+    store.source_add("songs", write_jsonl(tmp_path / "songs.jsonl", text_rows(3)), stage="pretrain", domain="music")
+
+    def by(test):
+        return lambda material: np.array([[test(t) for t in material.samples]] * len(material.queries), np.float32)
+
+    scores = [
+        Scorer("format", by(lambda t: t.variant == "chatml")),
+        Scorer("source", by(lambda t: t.source == "songs")),
+        Scorer("nothing", by(lambda _: 1)),
+    ]
+    asked = {"sources": ["finetune", "songs"], "variants": ["raw", "chatml"], "out": tmp_path}
+    made = evaluate.format(store, scores, against_rest=["songs"], domains=["music"], **asked)
+    value = {(measure, method): v for measure, method, v in made.table.select("measure", "method", "value").rows()}
+    measures = ["format", "source songs", "domain music"]
+    assert [value[measure, "format"] for measure in measures] == [1, 0.5, 0.5]
+    assert [value[measure, "source"] for measure in measures] == [0.5, 1, 1]
+    assert [value[measure, "nothing"] for measure in measures] == [0.5, 0.5, 0.5]
+    for options, message in (
+        ({"variants": ["raw"]}, "nothing to tell apart"),
+        ({"against_rest": ["nowhere"]}, "`source nowhere`: 0 of 15 samples"),
+        ({"sources": ["songs"], "domains": ["music"]}, "`domain music`: 3 of 3 samples"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.format(store, scores, **asked | options)
+
+
+def test_auc_is_what_its_pairs_say():
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(0, 5, size=(3, 20)), rng.random(20) < 0.4
+    pairs = score[:, positive][:, :, None] - score[:, ~positive][:, None, :]
+    by_hand = ((pairs > 0) + 0.5 * (pairs == 0)).mean(axis=(1, 2))
+    assert auc(score, positive) == pytest.approx(by_hand)
+
+
+def test_rank_correlation_is_scipy_s():
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 6, size=(4, 30)), rng.normal(size=(4, 30))
+    expected = [stats.spearmanr(a, b).statistic for a, b in zip(left, right, strict=True)]
+    assert agree.spearman(left, right) == pytest.approx(expected)
+
+
+def test_agreement_with_a_reference(store, tmp_path):
+    opposite = Scorer("opposite", lambda m: -evaluate_random(m))
+    made = evaluate.spearman(store, ["random", opposite, "length"], reference="random", out=tmp_path)
+    assert made.table["value"].to_list()[:2] == pytest.approx([1, -1])
+    assert abs(made.table["value"][2]) < 0.5
+    with pytest.raises(InputError, match="2 samples have no rank correlation"):
+        evaluate.spearman(store, ["random"], reference="length", max_samples=2, out=tmp_path)
+
+
+def evaluate_random(material):
+    return RIVALS["random"](material, Given())
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------

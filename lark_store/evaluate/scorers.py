@@ -1,7 +1,7 @@
 """Scorers: what gives a matrix (queries × samples) of scores, by the name that it is asked for with.
 
     lark:cosine@epoch-1          the store's sketches of `lark`, by the method `cosine`, at a checkpoint
-    adam:cosine@base+epoch-1     the sum over checkpoints
+    adam:cosine@base+epoch-1     their sum; weighted by learning rate: adam:cosine-lr-weighted@base+epoch-1
     bm25, random, length, …      a rival (see `rivals`), which may take an argument and checkpoints too: `same:relation`
 
 A rival's name goes before a sketcher's. Higher means: training on the sample lowers the query's loss more.
@@ -18,6 +18,7 @@ import polars as pl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
 from lark_store.evaluate.rivals import RIVALS, Given
+from lark_store.query.methods import Method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     Matrix: TypeAlias = NDArray[np.float32]
 
 _SPEC = re.compile(r"(?P<name>[^:@]+)(?::(?P<argument>[^@]+))?(?:@(?P<at>[^@]+))?")
-_ALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,12 @@ def _named(material: Material, spec: str, how: Given) -> Matrix:
         raise NameUnknownError.of("score", name, known, "sketch with `lark-store ingest`")
     if not checkpoints:
         raise InputError(f"`{spec}` names no checkpoint", f"say `{spec}@CHECKPOINT`; several are joined by `+`")
-    return of_store(material, spec, name, argument or "cosine", checkpoints)
+    return of_store(material, spec, name, argument or "cosine", checkpoints, how.device)
 
 
-def of_store(material: Material, spec: str, sketcher: str, method: str, checkpoints: list[str]) -> Matrix:
+def of_store(
+    material: Material, spec: str, sketcher: str, method: str, checkpoints: list[str], device: str = "auto"
+) -> Matrix:
     """Return what the store's sketches give, summed over checkpoints, (Q, N) float32.
 
     Raises
@@ -97,35 +99,28 @@ def of_store(material: Material, spec: str, sketcher: str, method: str, checkpoi
         A query or a sample has no sketch there.
     NameUnknownError, InputError
     """
-    of_samples = pl.DataFrame(
-        [(text.source, text.variant, text.id) for text in material.samples],
-        ["source", "variant", "sample_id"],
-        orient="row",
+    columns = ["source", "variant", "sample_id"]
+    wanted = pl.DataFrame([(text.source, text.variant, text.id) for text in material.samples], columns, orient="row")
+    joined = None if len(checkpoints) == 1 or Method.of(method).over else "sum"
+    found = material.store.scores(
+        material.query_ids,
+        checkpoint=checkpoints,
+        sources=list(dict.fromkeys(wanted["source"])),
+        variants=list(dict.fromkeys(wanted["variant"])),
+        queries=material.queries[0].source,
+        query_variant=material.queries[0].variant,
+        sketcher=sketcher,
+        method=method,
+        over_checkpoints=joined,
+        device=device,
     )
-    made = np.zeros((len(material.queries), len(material.samples)), np.float64)
-    passes: list[str | list[str]] = [checkpoints] if method == "tracin" else [*checkpoints]
-    for at in passes:
-        for q, query in enumerate(material.queries):
-            hits = material.store.top(
-                query.id,
-                checkpoint=at,
-                k=_ALL,
-                sources=list(dict.fromkeys(of_samples["source"])),
-                variants=list(dict.fromkeys(of_samples["variant"])),
-                queries=query.source,
-                query_variant=query.variant,
-                sketcher=sketcher,
-                method=method,
-                null="none",
-            )
-            columns = ["source", "variant", "sample_id"]
-            scores = of_samples.join(hits.frame, on=columns, how="left", maintain_order="left")["score"]
-            if scores.null_count():
-                first = material.samples[scores.is_null().arg_true()[0]]
-                raise NothingToScoreError(
-                    f"{scores.null_count()} of {len(scores)} samples have no score by `{spec}`, such as `{first.id}` "
-                    f"of `{first.source}` as `{first.variant}`",
-                    f"sketch them with `lark-store ingest --sketcher {sketcher}`",
-                )
-            made[q] += scores.to_numpy()
-    return made.astype(np.float32)
+    numbered = found.samples.with_row_index("_place")
+    places = wanted.join(numbered, on=columns, how="left", maintain_order="left")["_place"]
+    if places.null_count():
+        first = material.samples[places.is_null().arg_true()[0]]
+        raise NothingToScoreError(
+            f"{places.null_count()} of {len(places)} samples have no score by `{spec}`, such as `{first.id}` of "
+            f"`{first.source}` as `{first.variant}`",
+            f"sketch them with `lark-store ingest --sketcher {sketcher}`",
+        )
+    return found.matrix[:, places.to_numpy()]

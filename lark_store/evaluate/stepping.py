@@ -33,6 +33,7 @@ from lark_store.evaluate.steps import OPTIMIZERS, Stepper, second_moments
 from lark_store.evaluate.task import Task
 from lark_store.evaluate.training import losses
 from lark_store.schema.records import Progress
+from lark_store.store.part import clear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,6 +55,7 @@ FIRST = 0.1  # the share of the samples whose signs are looked at
 BESIDE = ("random", "bm25")
 
 
+@clear
 def causal(
     store: Store,
     scores: Sequence[Asked],
@@ -106,6 +108,7 @@ def right_signs(score_QN: NDArray[Any], effect_QN: Floats) -> Floats:
     return found
 
 
+@clear
 def tail_patch(
     store: Store,
     scores: Sequence[Asked],

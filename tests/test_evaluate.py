@@ -201,6 +201,16 @@ def test_the_store_s_scores_are_those_of_top(store, tmp_path):
     assert mrr.to_list() == expected
 
 
+def test_bm25_is_the_store_s(store):
+    asked = {"sources": ["finetune"], "variants": ["chatml"], "queries": "test", "query_variant": "chatml"}
+    material = gather(store, **asked)
+    made = RIVALS["bm25"](material, Given())
+    for query, row in zip(material.queries, made, strict=True):
+        expected = store.similar_text(query.id, k=100).sort("sample_id")
+        assert expected["sample_id"].to_list() == [text.id for text in material.samples]
+        assert row.tolist() == expected["score"].to_list()
+
+
 def test_the_rerank_protocol_asks_among_its_own_bm25_s_the_same_answer_s_and_others(store, tmp_path, monkeypatch):
     monkeypatch.setattr("lark_store.evaluate.finding.OF_EACH", 2)
     made = evaluate.facts(store, ["same:fact", "random"], key="fact", rerank=True, out=tmp_path)
@@ -478,5 +488,29 @@ def test_the_command_prints_what_the_function_returns(store, tmp_path):
     same = evaluate.facts(store, ["bm25", "small:cosine@base"], key="fact", at=(2,), out=tmp_path / "b")
     assert made.rows == same.table.to_dicts()
     assert f"kept as `{same.name}`" in made.err
-    line = f"evaluate lds --score length -c base --half-sets 3 --max-samples 6 --out {tmp_path / 'a'} -f json"
-    assert [row["measure"] for row in lark(line, store=path).rows] == ["lds"]
+
+
+@pytest.mark.parametrize(
+    ("line", "measures"),
+    [
+        ("lds -c base --half-sets 3 --epochs 2 --batch-size 2 --weight-decay 0.1 --max-samples 6", ["lds"] * 2),
+        ("causal -c base --optimizer sgd --max-samples 3 --max-queries 2", ["spearman", "spearman", "sign", "sign"]),
+        ("tail-patch -c base -k 2 --moment-samples 2 --max-queries 2", ["log-probability"] * 3),
+        ("format --variant raw --variant chatml", ["format"] * 2),
+        ("spearman --reference bm25 --seed 3", ["spearman"] * 2),
+    ],
+)
+def test_each_kind_has_a_command(store, tmp_path, line, measures):
+    path = named(Path(store.path))
+    made = lark(f"evaluate {line} --score length --score random --out {tmp_path} --name mine -f json", store=path)
+    assert made.code == 0, made.err
+    assert [row["measure"] for row in made.rows] == measures
+    assert store.sql("select distinct kind from evaluations").item() == line.split()[0]
+    assert (tmp_path / "mine.svg").is_file()
+
+
+def test_a_folder_that_can_not_be_written_is_a_clear_error(store, tmp_path):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    made = lark(f"evaluate facts --score bm25 --key fact --out {tmp_path / 'file'}", store=named(Path(store.path)))
+    assert made.code == 1
+    assert made.err.startswith(f"error: `{tmp_path / 'file'}` is no folder\n\nhint: ")

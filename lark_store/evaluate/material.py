@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -155,24 +156,38 @@ def folder_of(store: Store, checkpoint: str) -> Path:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model at a checkpoint with its tokenizer, on a device."""
+    """A checkpoint's model and tokenizer, loaded when they are first looked at."""
 
     store: Store
-    model: Any
-    tokenizer: Any
+    folder: Path
     device: torch.device
+    precision: str = "float32"
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, in evaluation mode."""
+        from lark_store.ingest.models import load_model
+
+        return load_model(self.folder, self.device, self.precision)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        from lark_store.ingest.models import load_tokenizer
+
+        return load_tokenizer(self.folder)
 
     def tokens(self, texts: Iterable[Text]) -> list[Tokens]:
-        """Render texts, each in its variant.
+        """Render texts, each in its variant; takes no weights.
 
         Raises
         ------
         InputError
             One of them can't be rendered.
         """
-        from lark_store.ingest.models import context_length
+        from lark_store.ingest.models import context_length, meta_model
 
-        context, renderers, made = context_length(self.model), {}, []
+        context, renderers, made = context_length(meta_model(self.folder)), {}, []
         for text in texts:
             if text.variant not in renderers:
                 renderers[text.variant] = Renderer(_variant(self.store, text.variant), self.tokenizer, context)
@@ -194,14 +209,12 @@ def _variant(store: Store, name: str) -> FormatVariant:
 
 
 def load(store: Store, checkpoint: str, device: str = "auto", precision: str = "float32") -> Loaded:
-    """Load the model of a checkpoint.
+    """Return the model of a checkpoint, whose files are compared with those that were added.
 
     Raises
     ------
     NameUnknownError, CheckpointError, CheckpointChangedError, InputError
     """
     from lark_store.ingest.gradients import pick_device
-    from lark_store.ingest.models import load_model, load_tokenizer
 
-    folder, place = folder_of(store, checkpoint), pick_device(device)
-    return Loaded(store, load_model(folder, place, precision), load_tokenizer(folder), place)
+    return Loaded(store, folder_of(store, checkpoint), pick_device(device), precision)

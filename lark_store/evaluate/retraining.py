@@ -116,15 +116,14 @@ def _retrained(
     task: Task, checkpoint: str, recipe: Recipe, member_MN: NDArray[np.bool_], seeds: int
 ) -> NDArray[np.float64]:
     """Return the queries' losses after training on each half set, (S, M, Q), in nats per target token."""
-    loaded = task.load(checkpoint)
+    loaded, start = task.load(checkpoint), None
     samples, queries = loaded.tokens(task.material.samples), loaded.tokens(task.material.queries)
-    start = Start(loaded.model)
     pieces = {f"seed {s}, half set {j}": (s, j) for s in range(seeds) for j in range(len(member_MN))}
     with journal(Path(task.out), "lds", _identity(task, checkpoint, recipe, samples, queries)) as kept:
         for done, (piece, (seed, j)) in enumerate(pieces.items()):
             if piece not in kept.done:
-                some = [samples[i] for i in np.flatnonzero(member_MN[j])]
-                train(start, some, recipe, [task.seed, seed, j])
+                start = start or Start(loaded.model)
+                train(start, [samples[i] for i in np.flatnonzero(member_MN[j])], recipe, [task.seed, seed, j])
                 kept.add(piece, losses(loaded.model, queries).tolist())
             assert task.on_progress is not None
             task.on_progress(Progress("retraining on half sets", done + 1, len(pieces)))

@@ -14,6 +14,7 @@ import polars as pl
 
 from lark_store.errors import InputError
 from lark_store.evaluate.material import folder_of
+from lark_store.query.lexical import Lexical, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from lark_store.schema.records import OnProgress
 
     Matrix = NDArray[Any]
+
+_CORPUS = """
+    SELECT x.source, x.sample_id, coalesce(x.text, x.prompt || chr(10) || x.response) AS text
+    FROM samples x JOIN sources s ON s.name = x.source WHERE s.stage <> 'query'"""
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,21 @@ class Given:
 
 
 def bm25(material: Material, given: Given) -> Matrix:
-    """Score by BM25 over the texts, as the store's `similar_text` does: no sketch is needed."""
+    """Score by BM25 over the texts of all samples that are no query, as the store's `bm25` does; needs no sketch."""
+    import bm25s
+
     del given
-    sources = list(dict.fromkeys(text.source for text in material.samples))
-    keys = pl.DataFrame([(t.source, t.id) for t in material.samples], ["source", "sample_id"], orient="row")
-    n = len(keys) + 1_000_000  # a source's samples may not all be candidates
-    rows = []
-    for query in material.queries:
-        found = material.store.similar_text(text=query.whole, k=n, sources=sources)
-        scores = keys.join(
-            found.select("source", "sample_id", "score"), on=["source", "sample_id"], how="left", maintain_order="left"
-        )
-        rows.append(scores["score"].to_numpy())
-    return np.stack(rows)
+    corpus = material.store.sql(_CORPUS)
+    index = bm25s.BM25(method="lucene")
+    index.index(words(corpus["text"].to_list()), show_progress=False)
+    keys = ["source", "sample_id"]
+    wanted = pl.DataFrame([(text.source, text.id) for text in material.samples], keys, orient="row")
+    numbered = corpus.select(keys).with_row_index("_place")
+    places = wanted.join(numbered, on=keys, how="left", maintain_order="left")["_place"]
+    if places.null_count():
+        raise InputError("candidates of stage `query` are not in BM25's corpus", "name sources of another stage")
+    lexical = Lexical("bm25", corpus.select(keys), index)
+    return np.concatenate([lexical.scores([query.whole])[:, places.to_numpy()] for query in material.queries])
 
 
 def random(material: Material, given: Given) -> Matrix:

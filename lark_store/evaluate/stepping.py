@@ -202,7 +202,7 @@ class _Steps:
 
     def __init__(self, task: Task, how: Step, loaded: Loaded, moments: list[Tokens], kept: Journal) -> None:
         self.samples, self.queries = loaded.tokens(task.material.samples), loaded.tokens(task.material.queries)
-        self._task, self._how, self._model, self._tuned_on, self._kept = task, how, loaded.model, moments, kept
+        self._task, self._how, self._loaded, self._tuned_on, self._kept = task, how, loaded, moments, kept
         self._hash_Q, self._hash_N = [_hash(t) for t in self.queries], [_hash(t) for t in self.samples]
         self._before: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -213,7 +213,7 @@ class _Steps:
             queries = [self.queries[q] for q in asked]
             before = self._before.get(tuple(asked))
             if before is None:  # in the same batches as afterwards, so that rounding is the same
-                before = self._before[tuple(asked)] = losses(self._model, queries)
+                before = self._before[tuple(asked)] = losses(self._loaded.model, queries)
             found = self._stepper.effect([self.samples[i] for i in some], queries, before)
             if not found.isfinite().all():
                 raise InputError("after a step, a query's loss is no number", "lower the learning rate")
@@ -222,7 +222,7 @@ class _Steps:
 
     @cached_property
     def _stepper(self) -> Stepper:
-        stepper = Stepper(self._model, self._how.learning_rate)
+        stepper = Stepper(self._loaded.model, self._how.learning_rate)
         if self._how.optimizer == "adam":
             n = len(self._tuned_on)
             stepper.moments = second_moments(

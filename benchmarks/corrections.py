@@ -24,20 +24,22 @@ import torch
 from ingest import K, in_turn, seconds, table, tokens
 from rivals import pack, plain_floor
 
+from lark_store.evaluate.agree import spearman
+from lark_store.evaluate.steps import Stepper, second_moments
+from lark_store.evaluate.training import losses
 from lark_store.ingest.batched import make_path
 from lark_store.ingest.corrections import CURVATURES, DEFAULT_DAMPING, Corrector, Moments, corrector_of
 from lark_store.ingest.curvature import curvature_corrector, linear_weights, stand_in
 from lark_store.ingest.fisher import CurvatureSums, EigenvalueSums, kronecker_of
 from lark_store.ingest.gradients import Sketch, choose_parameters
-from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.models import load_model, load_tokenizer
 from lark_store.ingest.moments import MomentPass, tensors_of
 from lark_store.ingest.oporp import GradientSketcher, Oporp, place
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, Tokens, make_variant
+from lark_store.query.compare import intervals
 
 CPU = torch.device("cpu")
-BETA_2, EPSILON = 0.999, 1e-8
 WAYS: dict[str, tuple[str, int, bool]] = {  # kind, least dimensions, template masked
     "none: the paper's": ("none", 0, False),
     "none, matrices alone": ("none", 2, False),
@@ -154,54 +156,24 @@ def rendered(folder: Path, name: str, renderer: Renderer) -> dict[str, Tokens]:
     return made
 
 
-def gradient(model: Any, sample: Tokens) -> dict[str, torch.Tensor]:
-    """Return a sample's whole gradient."""
-    model.requires_grad_(True)
-    (loss,) = sample_losses(model, Batch([sample], CPU))
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    model.requires_grad_(False)
-    return found
-
-
-@torch.no_grad()
-def losses(model: Any, samples: list[Tokens]) -> torch.Tensor:
-    """Return each sample's loss."""
-    return sample_losses(model, Batch(samples, CPU)).double()
-
-
-@torch.no_grad()
-def step(model: Any, grads: dict[str, torch.Tensor], v: dict[str, torch.Tensor], rate: float) -> None:
-    """Make one step of Adam: the first moment is the gradient, the second V, moved on by it."""
-    for name, p in model.named_parameters():
-        second = (v[name] * BETA_2).addcmul_(grads[name], grads[name], value=1 - BETA_2)
-        p.sub_(grads[name] / second.sqrt_().add_(EPSILON), alpha=rate)
-
-
-def truth(model: Any, some: list[Tokens], queries: list[Tokens], v: dict[str, torch.Tensor], rate: float) -> Any:
-    """Return how much a step on each candidate lowers each query's loss, (queries, candidates)."""
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+def truth(model: Any, some: list[Tokens], queries: list[Tokens], fitted: list[Tokens], rate: float) -> Any:
+    """Return how much a step on each candidate lowers each query's loss, (queries, candidates), and V."""
+    stepper = Stepper(model, rate)
+    stepper.moments = second_moments(stepper.start, fitted, lambda _: None)
     before, made = losses(model, queries), []
     for n, candidate in enumerate(some):
-        step(model, gradient(model, candidate), v, rate)
-        made.append(before - losses(model, queries))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(start[name])
+        made.append(stepper.effect([candidate], queries, before))
         if n % 20 == 0:
             print(f"  step {n} of {len(some)}", flush=True)
-    return torch.stack(made, dim=1)
+    names = [name for name, _ in stepper.start.chosen]
+    return torch.stack(made, dim=1).numpy(), dict(zip(names, stepper.moments, strict=True))
 
 
-def spearman(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float, float]:
-    """Return the mean over rows of the rank correlation, and a 95% bootstrap interval over rows."""
-    ranks = [x.argsort(dim=1).argsort(dim=1).double() for x in (left, right)]
-    a, b = (r - r.mean(dim=1, keepdim=True) for r in ranks)
-    each = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
-    picks = torch.randint(0, len(each), (9999, len(each)), generator=torch.Generator().manual_seed(0))
-    low, high = torch.quantile(each[picks].mean(dim=1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(each.mean()), low, high
+def agreement(score: torch.Tensor, real: Any) -> str:
+    """Return the mean over queries of the rank correlation, with a 95% bootstrap interval over them."""
+    each = spearman(score.numpy(), real)
+    (low,), (high,) = intervals(each[:, None])
+    return f"{each.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
 def sketches(model: Any, way: tuple[str, int, bool], corrector: Corrector | None, some: list[Tokens]) -> torch.Tensor:
@@ -253,14 +225,9 @@ def one_step(model: Any, options: argparse.Namespace) -> None:
     candidates = candidates[: options.candidates]
     print(f"{len(queries)} queries, {len(candidates)} candidates, rate {options.rate}", flush=True)
     started = time.perf_counter()
-    v: dict[str, torch.Tensor] = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     fitted = list(trained.values())[: options.fitted]
-    for sample in fitted:
-        for name, g in gradient(model, sample).items():
-            v[name].addcmul_(g, g, value=1 / len(fitted))
-    print(f"V of {len(fitted)} statements: {time.perf_counter() - started:.0f} s", flush=True)
-    real = truth(model, candidates, queries, v, options.rate)
-    print(f"steps done: {time.perf_counter() - started:.0f} s", flush=True)
+    real, v = truth(model, candidates, queries, fitted, options.rate)
+    print(f"V of {len(fitted)} statements, and steps: {time.perf_counter() - started:.0f} s", flush=True)
     moments = {name: Moments.of(each) for name, each in v.items()}
     matrices = {name: each for name, each in moments.items() if each.columns is not None}
     del v
@@ -280,7 +247,7 @@ def one_step(model: Any, options: argparse.Namespace) -> None:
         q, z = found[: len(queries)].double(), found[len(queries) :].double()
         dot = q @ z.T
         cosine = dot / q.norm(dim=1, keepdim=True) / z.norm(dim=1)
-        cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (spearman(s, real) for s in (cosine, dot))]
+        cells = [agreement(each, real) for each in (cosine, dot)]
         rows.append([name, *cells])
         print(f"  {name}: cosine {cells[0]}, dot {cells[1]}; {time.perf_counter() - started:.0f} s", flush=True)
     table("Agreement with one step of Adam", ["sketched as", "cosine: Spearman [95%]", "dot: Spearman [95%]"], rows)

@@ -20,7 +20,7 @@ import pytest
 import typer.main
 from conftest import named, qa_rows, write_jsonl
 
-from lark_store import Store, study
+from lark_store import Store, evaluate, study
 from lark_store.cli import app, main
 
 PROGRAM = Path(sys.executable).with_name("lark-store")
@@ -414,6 +414,12 @@ def test_a_command_and_each_of_its_parameters_has_a_help_text(path):
 def test_each_command_is_a_method_of_the_store_and_each_method_a_command():
     leaves = {"_".join(path) for path, command in COMMANDS.items() if not hasattr(command, "commands")}
     methods = {name for name in dir(Store) if not name.startswith("_") and callable(getattr(Store, name))}
-    twins = {"create" if name == "init" else name.replace("-", "_") for name in leaves if not name.startswith("study_")}
-    assert twins == methods - {"open", "close", "study_keep"}
+    twins = {
+        "create" if name == "init" else name.replace("-", "_")
+        for name in leaves
+        if not name.startswith(("study_", "evaluate_"))
+    }
+    assert twins == methods - {"open", "close", "study_keep", "evaluation_keep"}
     assert {name for name in leaves if name.startswith("study_")} == {f"study_{name}" for name in study.__all__}
+    kinds = {name.removeprefix("evaluate_") for name in leaves if name.startswith("evaluate_")}
+    assert {kind.replace("-", "_") for kind in kinds} == set(evaluate.__all__) - {"Outcome", "Scorer"}

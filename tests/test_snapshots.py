@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import closing
 
+import polars as pl
 import pytest
 from conftest import copy_store, named, text_rows, write_jsonl
 from sqlalchemy.exc import OperationalError
@@ -124,6 +125,9 @@ WRITES = {
     "variant_add": lambda store: store.variant_add("v", template="raw"),
     "sketcher_add": lambda store: store.sketcher_add("k"),
     "study_keep": lambda store: store.study_keep("s", recipe={}, environment={}, hashes={}),
+    "evaluation_keep": lambda store: store.evaluation_keep(
+        "e", kind="facts", recipe={}, environment={}, scores=pl.DataFrame()
+    ),
     "correction_fit": lambda store: store.correction_fit("base", samples=1),
     "ingest": lambda store: store.ingest(["base"], ["finetune"], ["raw"], sketcher="small"),
     "attribute": lambda store: store.attribute(["base"], queries="test", sketcher="small"),

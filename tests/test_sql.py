@@ -29,6 +29,7 @@ SKETCH = ["row_key", "sample_id", "ingest_run", "n_tokens", "n_loss_tokens", "lo
 SELF = ["self_influence", "learning_rate", "tracin"]
 CORRECTED = ["correction", "positions", "damping", "min_ndim", "power"]
 FITTED = ["samples_sha256", "recipe", "created_at"]
+EVALUATED = ["evaluation", "kind", "method", "measure", "query_id"]
 COLUMNS = {
     "checkpoints": [*NAMED, *CHECKPOINT],
     "checkpoint_metrics": ["checkpoint", "name", "value"],
@@ -37,6 +38,7 @@ COLUMNS = {
     "sketchers": [*NAMED, "k", "seed", "map_version", "dtype", "parameters", "exclude", *CORRECTED],
     "corrections": ["checkpoint", "kind", "origin", "sha256", "n_bytes", "sources", "n_samples", *FITTED],
     "studies": [*NAMED, "recipe", "environment", "hashes", "finished_at"],
+    "evaluations": [*EVALUATED, "trial", "value", "recipe", "environment", "finished_at"],
     "samples": ["source", "sample_id", "prompt", "response", "text", "label", "meta", "content_sha256"],
     "sketches": ["sketcher", "checkpoint", "source", "variant", *SKETCH],
     "ingest_runs": [*RUN, "ingest_run", "n_existing", "n_sketched", "n_failed", "seconds"],
@@ -59,7 +61,13 @@ COLUMNS = {
 # What the scored store holds: 2 checkpoints × (6 fine-tuning samples + 4 queries + 2 variants of 5 + 5 samples).
 SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 2, "samples": 20, "sketches": 60}
 SIZES |= {"self_influence": 60, "checkpoint_metrics": 2, "ingest_runs": 12, "failures": 0, "score_runs": 10}
-SIZES |= {"studies": 0, "corrections": 0, "influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
+SIZES |= {
+    "studies": 0,
+    "evaluations": 0,
+    "corrections": 0,
+    "influence": 2 * 4 * (6 + 20),
+    "source_influence": 2 * 4 * 5,
+}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lark_store.cli import ask, care, corrections, doors, manage, sql, study, trust, work
+from lark_store.cli import ask, care, corrections, doors, evaluate, manage, sql, study, trust, work
 from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import say
 from lark_store.errors import LarkStoreError
@@ -65,6 +65,7 @@ doors.register(app)
 care.register(app)
 trust.register(app)
 study.register(app)
+evaluate.register(app)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from lark_store.errors import NameTakenError, NameUnknownError, StoreBusyError, StoreError
-from lark_store.schema.catalog import Checkpoint, FormatVariant, Named, Sketcher, Source, Study
+from lark_store.schema.catalog import Checkpoint, Evaluation, FormatVariant, Named, Sketcher, Source, Study
 from lark_store.schema.names import check_name
 from lark_store.schema.vectors import VectorStore
 
@@ -28,6 +28,7 @@ V = TypeVar("V")
 
 _KINDS: dict[type[Named], tuple[str, str]] = {
     Study: ("study", "make one with `lark-store study run`"),
+    Evaluation: ("evaluation", "make one with `lark-store evaluate`"),
     Checkpoint: ("checkpoint", "add it with `lark-store checkpoint add`"),
     Source: ("source", "add it with `lark-store source add`"),
     FormatVariant: ("variant", "add it with `lark-store variant add`"),

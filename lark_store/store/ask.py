@@ -310,7 +310,8 @@ class Ask(Part):
         """Run one SELECT (DuckDB's SQL) over the store's views, read-only.
 
         Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, corrections, samples, ingest_runs,
-        score_runs, sketches (without vectors), self_influence, studies, failures, influence, source_influence.
+        score_runs, sketches (without vectors), self_influence, studies, evaluations, failures, influence,
+        source_influence.
 
         `parameters` are the values of `?` or `$1` (a sequence) or of `$name` (a mapping). The query ends with an error
         after `timeout` seconds, and when its work or its result needs more than `memory`; of a longer result the first

@@ -248,6 +248,32 @@ class Manage(Part):
             kept.environment, kept.hashes = environment, hashes
             kept.finished_at = now() if finished else None
 
+    def evaluation_keep(
+        self, name: str, *, kind: str, recipe: dict[str, Any], environment: dict[str, Any], scores: pl.DataFrame
+    ) -> None:
+        """Keep an evaluation's figures in the view `evaluations`, all at once; those kept before are replaced.
+
+        `scores` has the columns method, measure, query_id, trial (both may be null) and value.
+
+        Raises
+        ------
+        NameInvalidError, NameTakenError
+            The name stands for another recipe.
+        """
+        from sqlalchemy import delete, insert
+
+        from lark_store.schema.catalog import Evaluation, EvaluationScore, now
+
+        columns = ("method", "measure", "query_id", "trial", "value")
+        row = Evaluation(name=name, kind=kind, recipe=recipe, environment=environment)
+        with self._writable.session() as session:
+            kept = add_named(session, row, ("kind", "recipe"))
+            kept.environment, kept.finished_at = environment, now()
+            session.execute(delete(EvaluationScore).where(EvaluationScore.evaluation_id == kept.id))
+            rows = scores.select(columns).with_columns(evaluation_id=kept.id).to_dicts()
+            if rows:
+                session.execute(insert(EvaluationScore), rows)
+
     def show(self) -> Inventory:
         """Return what the store holds."""
         from lark_store.query.inventory import inventory

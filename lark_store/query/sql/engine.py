@@ -21,6 +21,8 @@ from lark_store.schema.catalog import (
     Checkpoint,
     CheckpointMetric,
     Correction,
+    Evaluation,
+    EvaluationScore,
     FormatVariant,
     IngestRun,
     Json,
@@ -55,6 +57,8 @@ _CATALOG: dict[str, type[Base]] = {
     "_ingest_run": IngestRun,
     "_score_run": ScoreRun,
     "_study": Study,
+    "_evaluation": Evaluation,
+    "_evaluation_score": EvaluationScore,
     "_correction": Correction,
 }
 
@@ -70,14 +74,13 @@ def _arrow(session: Session, kind: type[Base]) -> pa.Table:
         else pa.string()
         for column in columns
     }
-    rows = []
-    for row in session.scalars(select(kind)):
-        values = {column.key: getattr(row, column.key) for column in columns}
-        for column in columns:
-            if isinstance(column.type, Json):
-                values[column.key] = column.type.process_bind_param(values[column.key], None)  # type: ignore[arg-type]
-        rows.append(values)
-    return pa.Table.from_pylist(rows, schema=pa.schema(list(types.items())))
+    rows = session.execute(select(*columns)).all()
+    values = {column.key: [row[i] for row in rows] for i, column in enumerate(columns)}
+    for column in columns:
+        if isinstance(column.type, Json):
+            written = (column.type.process_bind_param(value, None) for value in values[column.key])  # type: ignore[arg-type]
+            values[column.key] = list(written)
+    return pa.Table.from_pydict(values, schema=pa.schema(list(types.items())))
 
 
 def connect(db: Database, *, stop: Stop | None = None, memory: int | None = None) -> duckdb.DuckDBPyConnection:

@@ -265,6 +265,24 @@ VIEWS = {
         | _ADDED,
         "SELECT name, recipe, environment, hashes, finished_at, created_at FROM _study",
     ),
+    "evaluations": View(
+        "How true a method's scores were found to be",
+        _text(
+            evaluation="name of the evaluation",
+            kind="lds, facts, causal, tail-patch, format or spearman",
+            method="the scores, as they were named",
+            measure="what was measured",
+            query_id="id of the query; null: of all",
+        )
+        | _whole(trial="number of the trial; null: there is one")
+        | _double(value="the figure")
+        | _text(recipe="how it was done, JSON", environment="versions and device, JSON")
+        | _columns(_TIME, finished_at="when it was done, UTC"),
+        """
+        SELECT e.name AS evaluation, e.kind, x.method, x.measure, x.query_id, x.trial, x.value, e.recipe,
+               e.environment, e.finished_at
+        FROM _evaluation_score x JOIN _evaluation e ON e.id = x.evaluation_id ORDER BY x.id""",
+    ),
     "failures": View(
         "A try of a sample that failed: a row for each try",
         _INGEST_RUN | _CHECKPOINT | _GROUP | _SAMPLE | _text(reason="why it failed"),

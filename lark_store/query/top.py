@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.query.coverage import notes_of
 from lark_store.query.groups import ADDING, LEXICAL, searched_groups
 from lark_store.query.index import find_index
 from lark_store.query.scores import Asked, Scores, Search, query_ids
@@ -102,6 +103,7 @@ class _Searcher:
             device=ranking.device,
             check=ranking.check,
         )
+        self.notes = notes_of(db, [group for term in question.terms for group in term.groups])
         rows = self.search.rows
         groups = rows.groups
         if rows.frame.is_empty() or self.search.null_only.all():
@@ -231,6 +233,7 @@ class _Searcher:
             null=self.null,
             recall=index.recall if index else None,
             candidates=index.candidates if index else None,
+            notes=self.notes,
         )
 
 

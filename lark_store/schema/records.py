@@ -91,6 +91,14 @@ class CorrectionInfo:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """The samples of one source to which an ingest keeps, and how they were chosen, for the recipe of its runs."""
+
+    ids: frozenset[str]
+    how: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RenderedSample:
     """A sample as a model sees it: its tokens as text pieces, and which of them are targets."""
 
@@ -196,8 +204,8 @@ class Hits:
 
     `frame` has the columns rank, score, noise (the score's standard deviation from sketching, in the score's unit),
     p_value and q_value (against `null`), source, stage, variant, sample_id and text; of a hybrid also cosine,
-    cosine_rank, bm25 and bm25_rank. What there is none of is null. Offers the Arrow stream interface, so polars,
-    pandas and DuckDB take it as it is.
+    cosine_rank, bm25 and bm25_rank. What there is none of is null. `notes` names the sources that were searched in
+    part. Offers the Arrow stream interface, so polars, pandas and DuckDB take it as it is.
     """
 
     frame: pl.DataFrame
@@ -213,6 +221,7 @@ class Hits:
     null: str = "none"
     recall: float | None = None
     candidates: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         return self.frame.__arrow_c_stream__(requested_schema)
@@ -234,9 +243,10 @@ class Hits:
         runs = ", ".join(map(str, self.ingest_runs))
         at = "" if self.query_checkpoint in self.checkpoint.split(", ") else f", query at `{self.query_checkpoint}`"
         under = f" where {self.condition}" if self.condition else ""
+        parts = "".join(f"\nsearched {note}" for note in self.notes)
         return (
             f"{self._kind} {self.method} over {self.n_searched} sketches at `{self.checkpoint}`{under}{at}, "
-            f"query as `{self.query_variant}`; ingest runs {runs}{self._significance}"
+            f"query as `{self.query_variant}`; ingest runs {runs}{parts}{self._significance}"
         )
 
     @property

@@ -117,7 +117,7 @@ def ft_pt(
     """
     with open_store(store, snapshot) as opened:
         frame = opened.ft_pt(checkpoint, queries=queries, query_variant=query_variant, sketcher=sketcher, method=method)
-        coverage = opened.coverage(checkpoint=checkpoint, sketcher=sketcher)
+        coverage = opened.coverage(sketcher=sketcher)
     emit(frame, form)
     say_coverage(coverage, frame)
 
@@ -226,7 +226,7 @@ def metrics(
         frame = opened.metrics(
             checkpoint=checkpoint, view=view, method=method, sketcher=sketcher, query_variant=query_variant
         )
-        coverage = opened.coverage(checkpoint=checkpoint, sketcher=sketcher, method=method)
+        coverage = opened.coverage(sketcher=sketcher, method=method)
     emit(frame, form)
     say_coverage(coverage, frame)
 
@@ -250,7 +250,7 @@ def coverage(
         frame = opened.coverage(checkpoint=checkpoint, sketcher=sketcher, method=method)
     emit(frame.drop("note"), form)
     for note in frame["note"].drop_nulls():
-        say(f"searched {note}")
+        say(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:

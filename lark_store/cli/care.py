@@ -95,7 +95,7 @@ def db_status(store: StoreOption = None, form: FormatOption = Format.table) -> N
         with open_store(store) as opened:
             notes = opened.coverage().filter(pl.col("chosen").is_not_null())["note"]
         for note in notes:
-            say(f"sketched {note}")
+            say(f"note: {note}")
 
 
 def db_upgrade(store: StoreOption = None) -> None:

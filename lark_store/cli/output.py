@@ -43,7 +43,7 @@ def say_coverage(coverage: pl.DataFrame, shown: pl.DataFrame) -> None:
         groups = groups.vstack(others.select(keys))
     of = coverage.join(groups, on=keys, how="semi", maintain_order="left")
     for note in of["note"].drop_nulls():
-        say(f"searched {note}")
+        say(f"note: {note}")
     part = of["chosen"].is_not_null()
     if part.any() and not part.all():
         whole = ", ".join(f"`{name}`" for name in of.filter(~part)["source"].unique(maintain_order=True))

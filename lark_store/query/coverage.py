@@ -46,13 +46,13 @@ def coverage(db: Database, checkpoint: str | None, sketcher: str | None, method:
     return _frame(db, wanted, scored)
 
 
-def notes_of(db: Database, groups: Collection[Group]) -> list[str]:
+def notes_of(db: Database, groups: Collection[Group]) -> tuple[str, ...]:
     """Return the notes on those groups of which not every sample has a sketch."""
     named = {(group.checkpoint.name, group.source.name, group.variant.name) for group in groups}
     at = {(group.sketcher.id, group.checkpoint.id) for group in groups}
     frames = [_frame(db, {"sketcher_id": by, "checkpoint_id": checkpoint}) for by, checkpoint in sorted(at)]
     rows = (row for frame in frames for row in frame.iter_rows(named=True))
-    return [r["note"] for r in rows if r["note"] and (r["checkpoint"], r["source"], r["variant"]) in named]
+    return tuple(r["note"] for r in rows if r["note"] and (r["checkpoint"], r["source"], r["variant"]) in named)
 
 
 def _scored(runs: Iterable[ScoreRun], method: str) -> dict[_Key, ScoreRun]:
@@ -69,28 +69,27 @@ def _key(run: IngestRun | ScoreRun) -> _Key:
 
 
 def _frame(db: Database, wanted: dict[str, int], scored: dict[_Key, ScoreRun] | None = None) -> pl.DataFrame:
-    runs = select(IngestRun).filter_by(status="done", **wanted).order_by(IngestRun.id)
+    done = select(IngestRun).filter_by(status="done", **wanted).order_by(IngestRun.id)
     loaded = (IngestRun.sketcher, IngestRun.checkpoint, IngestRun.source, IngestRun.variant)
     units: dict[_Key, list[IngestRun]] = {}
     with db.session() as session:
-        for run in session.scalars(runs.options(*map(joinedload, loaded))):
+        for run in session.scalars(done.options(*map(joinedload, loaded))):
             units.setdefault(_key(run), []).append(run)
     samples = db.vectors.table("samples") if units else None
     sizes: dict[str, int] = {}
     rows: list[tuple[Any, ...]] = []
-    for key, same in units.items():
-        run = same[0]
-        n_searched = sum(run.n_sketched for run in same)
-        if scored is not None:
-            if key not in scored:
-                continue
-            n_searched = scored[key].n_samples
-            same = [run for run in same if run.id in scored[key].recipe["ingest_runs"]]
+    for key, runs in units.items():
+        if scored is not None and key not in scored:
+            continue
+        of = None if scored is None else scored[key]
+        read = runs if of is None else [run for run in runs if run.id in of.recipe["ingest_runs"]]
+        n_searched = sum(run.n_sketched for run in runs) if of is None else of.n_samples
+        run = runs[0]
         source = run.source.name
         if source not in sizes:
             assert samples is not None
             sizes[source] = int(samples.count_rows(where(source=source)))
-        chosen = None if n_searched >= sizes[source] else _chosen(same)
+        chosen = None if n_searched >= sizes[source] else _chosen(read)
         note = _note(run, n_searched, sizes[source], chosen)
         names = (run.sketcher.name, run.checkpoint.name, source, run.source.stage, run.variant.name)
         rows.append((*names, sizes[source], n_searched, chosen, note))
@@ -115,4 +114,4 @@ def _note(run: IngestRun, n_searched: int, n_samples: int, chosen: str | None) -
         return None
     why = f"{chosen}; the rest was never looked at" if chosen else "the rest failed, or came later"
     of = f"`{run.source.name}` as `{run.variant.name}` at `{run.checkpoint.name}`"
-    return f"{n_searched:,} of {n_samples:,} samples of {of}: {why}"
+    return f"searched {n_searched:,} of {n_samples:,} samples of {of}: {why}"

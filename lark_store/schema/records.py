@@ -204,8 +204,9 @@ class Hits:
 
     `frame` has the columns rank, score, noise (the score's standard deviation from sketching, in the score's unit),
     p_value and q_value (against `null`), source, stage, variant, sample_id and text; of a hybrid also cosine,
-    cosine_rank, bm25 and bm25_rank. What there is none of is null. `notes` names the sources that were searched in
-    part. Offers the Arrow stream interface, so polars, pandas and DuckDB take it as it is.
+    cosine_rank, bm25 and bm25_rank. What there is none of is null. `notes` say what a reader has to know of it, such as
+    that a source was searched in part. Offers the Arrow stream interface, so polars, pandas and DuckDB take it as it
+    is.
     """
 
     frame: pl.DataFrame
@@ -221,7 +222,7 @@ class Hits:
     null: str = "none"
     recall: float | None = None
     candidates: int | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         return self.frame.__arrow_c_stream__(requested_schema)
@@ -243,10 +244,10 @@ class Hits:
         runs = ", ".join(map(str, self.ingest_runs))
         at = "" if self.query_checkpoint in self.checkpoint.split(", ") else f", query at `{self.query_checkpoint}`"
         under = f" where {self.condition}" if self.condition else ""
-        parts = "".join(f"\nsearched {note}" for note in self.notes)
         return (
             f"{self._kind} {self.method} over {self.n_searched} sketches at `{self.checkpoint}`{under}{at}, "
-            f"query as `{self.query_variant}`; ingest runs {runs}{parts}{self._significance}"
+            f"query as `{self.query_variant}`; ingest runs {runs}{self._significance}"
+            + "".join(f"\nnote: {note}" for note in self.notes)
         )
 
     @property

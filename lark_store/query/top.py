@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.query.coverage import notes_of
 from lark_store.query.groups import searched_groups
 from lark_store.query.index import find_index
 from lark_store.query.methods import BETWEEN
@@ -114,7 +115,8 @@ class _Searcher:
         self.variant_N = np.array([variants.index(group.variant.name) for group in groups])[of]
         self.stages = [group.source.stage for group in groups]
         self.null = self._null(sources)
-        self.notes = self.search.notes
+        coverage = notes_of(db, [group for term in question.terms for group in term.groups])
+        self.notes = (*coverage, *self.search.notes)
         self.null_source = sources.index(self.null) if self.null in sources else None
 
     def _null(self, sources: list[str]) -> str:

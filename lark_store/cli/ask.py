@@ -283,6 +283,8 @@ def metrics(
     Intervals are bootstrapped over queries; p-values are of paired permutation tests over queries. Both speak of
     queries like these, not of other models or seeds. `attribute` must have scored before.
     """
+    from lark_store.query.methods import Method
+
     with open_store(store, snapshot) as opened:
         frame = opened.metrics(
             checkpoint=checkpoint or None,
@@ -292,7 +294,8 @@ def metrics(
             sketcher=sketcher,
             query_variant=query_variant,
         )
-        coverage = opened.coverage(sketcher=sketcher, method=method)
+        scored = Method.of(method, over_checkpoints).name
+        coverage = opened.coverage(sketcher=sketcher, method=scored)
     emit(frame, form)
     say_coverage(coverage, frame)
 

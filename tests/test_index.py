@@ -149,7 +149,7 @@ def test_an_index_is_measured_and_says_so(built_copy):
     hits = built_copy.top("q100", approximate=True, **ASK)
     assert not hits.exact
     assert hits.how.startswith(
-        f"approximate (recall@10 {row['recall']:.3f} when measured, {row['candidates']} candidates) cosine over 86 "
+        f"approximate (recall@10 {row['recall']:.3f} when measured, {row['candidates']} candidates) small · cosine "
     )
     assert "against" not in hits.how
     assert hits.frame["p_value"].null_count() == hits.frame["q_value"].null_count() == 10

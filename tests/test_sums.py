@@ -261,6 +261,16 @@ def test_attribute_warns_in_its_report_and_on_stderr(scored_copy, orders):
     assert pl.DataFrame(printed.rows)["status"].to_list() == ["current"] * 5
 
 
+def test_each_of_several_notes_is_called_one(scored_copy, orders):
+    at = " ".join(f"-c {each}" for each in orders[1])
+    how = f"{at} --over-checkpoints sum --method centred --sketcher small -f json"
+    for command in ("attribute --queries test", "ft-pt"):
+        printed = lark(f"{command} {how}", store=scored_copy.path)
+        assert printed.code == 0, printed.err
+        assert printed.err.count("note: taken out at ") == 2
+        assert printed.err.count("note: the queries' mean loss rises from") == 1
+
+
 def test_checkpoints_that_are_not_summed_are_not_compared(scored_copy, orders):
     _, rising, _ = orders
     assert scored_copy.attribute(rising, **HOW)["note"].null_count() == 10

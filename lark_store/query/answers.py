@@ -57,7 +57,7 @@ def ft_pt(db: Database, wanted: Wanted, *, check: Callable[[], None] | None = No
     rows: list[tuple[Any, ...]] = []
     for question in ask(db, wanted):
         search = Search(db, question, check=check)
-        note = "\n".join(search.notes) or None
+        note = "\nnote: ".join(search.notes) or None
         rows += [(*row, note) for row in _compared(question, _phi(db, search))]
     if not rows:
         raise NothingToScoreError(

@@ -130,7 +130,7 @@ def attribute(
             _score(db, question, todo, memory, device, on_progress)
         is_new = todo and question.method.gradient in GEOMETRIES
         notes = Search(db, question, device=device, memory=memory).notes if is_new else rising_losses(db, question)
-        note = "\n".join(notes) or None
+        note = "\nnote: ".join(notes) or None
         rows += [(*_row(job, scored=job in todo), note) for job in jobs]
     if any(row[7] == "scored" for row in rows):
         for name in ("influence", "source_influence"):

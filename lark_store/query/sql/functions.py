@@ -127,7 +127,7 @@ def _top_influence(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.
             hits = answers.get(calls[number]["query"])
             if hits is not None:
                 more = {"checkpoint": wanted.checkpoints[-1], "query_id": hits.query_id, "scored_by": hits.score}
-                note = pl.lit("\n".join(hits.notes) or None, pl.String).alias("note")
+                note = pl.lit("\nnote: ".join(hits.notes) or None, pl.String).alias("note")
                 frames[number] = hits.frame.with_columns(*(pl.lit(v).alias(n) for n, v in more.items()), note)
     return frames
 

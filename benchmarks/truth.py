@@ -1,0 +1,180 @@
+"""Which score is true on a small model: all evaluations side by side (docs/results/truth.md).
+
+    python benchmarks/truth.py facts FACTS.jsonl MODEL_FOLDER OUT --facts 60 --half-sets 40
+
+FACTS.jsonl is what benchmarks/facts.py reads; MODEL_FOLDER is the model before fine-tuning. The statements of --facts
+facts are trained on, once and twice over (checkpoints base, epoch-1, epoch-2); those of --others facts are candidates
+that were never trained on. Every step goes on where it was stopped: run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from facts import statements
+
+from lark_store import Store, evaluate
+from lark_store.evaluate.training import Recipe, Start, losses, train
+from lark_store.ingest.gradients import pick_device
+from lark_store.ingest.models import load_model, load_tokenizer
+from lark_store.ingest.sources import Sample
+from lark_store.ingest.variants import Renderer, make_variant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SKETCHERS: dict[str, dict[str, Any]] = {
+    "linear": {"min_ndim": 2},
+    "tensor": {"correction": "tensor"},
+    "adam": {"correction": "adam", "min_ndim": 2},
+    "adam2": {"correction": "adam2", "min_ndim": 2},
+    "kfac": {"correction": "kfac"},
+    "ekfac": {"correction": "ekfac"},
+}
+RATE = 1e-4
+TEXT, ANSWER = "text", "answer"  # variants: the loss on all tokens of a statement, on the answer's of a query
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def data(options: argparse.Namespace) -> dict[str, Path]:
+    """Draw facts; returns the files of statements that are trained on, of others, and of queries."""
+    lines = options.facts_file.read_text(encoding="utf-8").splitlines()
+    drawn = random.Random(options.seed).sample([json.loads(line) for line in lines], options.facts + options.others)  # noqa: S311 (no secret)
+    trained, others = drawn[: options.facts], drawn[options.facts :]
+    queries = [
+        {"id": f["id"], "prompt": f["query"], "response": f["answer"], "fact": f["id"], "relation": f["relation"]}
+        for f in trained
+    ]
+    rows = {"finetune": statements(trained), "others": statements(others), "queries": queries}
+    return {name: write(options.out / "data" / f"{name}.jsonl", some) for name, some in rows.items()}
+
+
+def checkpoints(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, Path]:
+    """Fine-tune; returns the folders of the checkpoints, base first."""
+    folders = {"base": options.model} | {f"epoch-{n}": options.out / f"epoch-{n}" for n in (1, 2)}
+    if all((folder / "config.json").exists() for folder in folders.values()):
+        return folders
+    model, tokenizer = load_model(options.model, pick_device(options.device), "float32"), load_tokenizer(options.model)
+    renderers = {TEXT: Renderer(make_variant(TEXT, "raw", "text", 128), tokenizer)}
+    renderers[ANSWER] = Renderer(make_variant(ANSWER, "raw", "response", 128), tokenizer)
+    samples = tokens_of(files["finetune"], renderers[TEXT])
+    queries = tokens_of(files["queries"], renderers[ANSWER])
+    start = Start(model)
+    print(f"the queries' mean loss at base: {losses(model, queries).mean():.3f} nats", flush=True)
+    for n in (1, 2):
+        train(start, samples, Recipe(epochs=n, learning_rate=RATE), [options.seed])
+        model.save_pretrained(folders[f"epoch-{n}"])
+        tokenizer.save_pretrained(folders[f"epoch-{n}"])
+        print(f"at epoch-{n}: {losses(model, queries).mean():.3f} nats", flush=True)
+    return folders
+
+
+def tokens_of(path: Path, renderer: Renderer) -> list[Any]:
+    """Render the rows of a file."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    parts = ("prompt", "response", "text")
+    return [renderer.render(Sample(row["id"], **{part: row.get(part) for part in parts})) for row in rows]
+
+
+def fill(store: Store, options: argparse.Namespace) -> None:
+    """Add everything, fit and sketch."""
+    files = data(options)
+    for n, (name, folder) in enumerate(checkpoints(options, files).items()):
+        store.checkpoint_add(name, folder, epoch=n, learning_rate=RATE)
+    for name, stage in (("finetune", "finetune"), ("others", "pretrain"), ("queries", "query")):
+        store.source_add(name, files[name], stage=stage)
+    store.variant_add(TEXT, template="raw", targets="text", max_length=128)
+    store.variant_add(ANSWER, template="raw", targets="response", max_length=128)
+    for name, how in SKETCHERS.items():
+        store.sketcher_add(name, **how)
+    for checkpoint in options.checkpoints:
+        for kind in ("adam", "kfac", "ekfac"):
+            if any(how.get("correction") == kind for name, how in SKETCHERS.items() if name in options.sketchers):
+                fitted = store.correction_fit(checkpoint, kind=kind, variant=TEXT, samples=500, device=options.device)
+                print(f"{checkpoint}: {kind} from {fitted.n_samples} samples, {fitted.n_bytes:,} bytes", flush=True)
+        for sketcher in options.sketchers:
+            started, n = time.perf_counter(), 0
+            for source, variant in (("finetune", TEXT), ("others", TEXT), ("queries", ANSWER)):
+                report = store.ingest([checkpoint], [source], [variant], sketcher=sketcher, device=options.device)
+                assert report.n_failed == 0, report.failures
+                n += report.n_sketched
+            print(f"{checkpoint}, {sketcher}: {n} sketches, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def scores(options: argparse.Namespace) -> list[str]:
+    """Return the scores to compare, the paper's first."""
+    at = options.checkpoints
+    found = [f"{name}:cosine@{checkpoint}" for name in options.sketchers for checkpoint in at]
+    if len(at) > 1:
+        both = "+".join(at)
+        found += [f"{name}:cosine@{both}" for name in options.sketchers]
+    best = "adam" if "adam" in options.sketchers else options.sketchers[-1]
+    for name in dict.fromkeys(["lark", best]):
+        found += [f"{name}:{method}@{at[-1]}" for method in ("whitened", "centred", "hybrid", "dot")]
+        if len(at) > 1:
+            found.append(f"{name}:hybrid@{'+'.join(at)}")
+    return [*found, *options.rivals]
+
+
+def facts(options: argparse.Namespace) -> None:
+    """Evaluate on facts: retraining, who states the fact, and one real step."""
+    place = options.out / "lark.store"
+    with Store.open(place) if place.exists() else Store.create(place) as store:
+        fill(store, options)
+        how = {"variants": [TEXT], "query_variant": ANSWER, "queries": "queries", "device": options.device}
+        names = scores(options)
+        for what in options.evaluate:
+            started = time.perf_counter()
+            out = {"out": options.out / what, "name": f"{what}-{options.seed}"}
+            if what == "facts":
+                found = evaluate.facts(store, names, key="fact", sources=["finetune", "others"], **how, **out)
+            elif what == "causal":
+                some = {"sources": ["finetune", "others"], "max_samples": options.steps, "max_queries": options.asked}
+                at = {"checkpoint": options.checkpoints[0]}
+                found = evaluate.causal(store, names, **at, **some, **how, **out)  # type: ignore[arg-type]
+            else:
+                again = {"half_sets": options.half_sets, "seeds": options.seeds, "learning_rate": RATE}
+                found = evaluate.lds(store, names, checkpoint="base", sources=["finetune"], **again, **how, **out)  # type: ignore[arg-type]
+            print(f"\n{what}: {time.perf_counter() - started:.0f} s\n{found.notes}", flush=True)
+            found.table.write_csv(options.out / f"{what}.csv")
+            for row in found.table.iter_rows(named=True):
+                print(
+                    f"{row['measure']:>20} {row['method']:<32} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+                )
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["facts"])
+    parser.add_argument("facts_file", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--facts", type=int, default=60)
+    parser.add_argument("--others", type=int, default=30)
+    parser.add_argument("--half-sets", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--asked", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sketchers", nargs="+", default=["lark", *SKETCHERS])
+    parser.add_argument("--checkpoints", nargs="+", default=["base", "epoch-1"])
+    parser.add_argument("--rivals", nargs="*", default=["bm25", "random", "length", "same:relation"])
+    parser.add_argument("--evaluate", nargs="*", default=["facts", "lds", "causal"], choices=["facts", "lds", "causal"])
+    facts(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -3,25 +3,27 @@
     python benchmarks/corrections.py cost MODEL_FOLDER
     python benchmarks/corrections.py step MODEL_FOLDER FACTS_FOLDER      # as benchmarks/facts.py writes it
 
-`cost` sketches the same made-up tokens in each way in turn, round by round, and gives medians and ratios; every fifth
-token is taken for the template's. `step`: V, the mean squared gradient of the statements that are fine-tuned on, is
-measured whole. For each candidate statement one step of AdamW without decay is made from the model's weights, with V
-as the optimizer's second moment and the statement's gradient as its first; the truth is how much the loss of each
-query falls. Scores are of sketches at k = 65,536, as lark-store makes them; each query's rank correlation (Spearman)
-with its truth over the candidates is averaged over the queries.
+`cost` sketches the same made-up tokens in each way in turn, round by round, and gives medians and ratios of CPU time,
+which other work on the machine hardly touches; every fifth token is taken for the template's. `step`: V, the mean
+squared gradient of the statements that are fine-tuned on, is measured whole. For each candidate statement one step of
+AdamW without decay is made from the model's weights, with V as the optimizer's second moment and the statement's
+gradient as its first; the truth is how much the loss of each query falls. Scores are of sketches at k = 65,536, as
+lark-store makes them; each query's rank correlation (Spearman) with its truth over the candidates is averaged over the
+queries.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from ingest import K, in_turn, seconds, table, tokens
+from ingest import K, in_turn, table, tokens
 from rivals import pack, plain_floor
 
 from lark_store.evaluate.agree import spearman
@@ -70,6 +72,13 @@ def path_for(model: Any, way: tuple[str, int, bool], corrector: Corrector | None
 # --- what it costs -------------------------------------------------------------------------------------------------
 
 
+def seconds(work: Any) -> float:
+    """Time one call, in seconds of this process's CPU time."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
 def cost(model: Any, options: argparse.Namespace) -> None:
     """Time each way on the same batches."""
     made = tokens(options.samples, options.length, len(model.get_input_embeddings().weight))
@@ -79,7 +88,7 @@ def cost(model: Any, options: argparse.Namespace) -> None:
 
     def sketched(way: tuple[str, int, bool]) -> float:
         path = path_for(model, way)
-        spent = seconds(lambda: [path.sketch(batch) for batch in batches], CPU)
+        spent = seconds(lambda: [path.sketch(batch) for batch in batches])
         path.close()
         return spent / len(samples)
 
@@ -87,24 +96,28 @@ def cost(model: Any, options: argparse.Namespace) -> None:
         one = kind(model, CPU)
         if kind is EigenvalueSums:
             one.restore(_bases(model), 0)
-        spent = seconds(lambda: [one.take(sample, seed) for seed, sample in enumerate(samples[:4])], CPU)
+        spent = seconds(lambda: [one.take(sample, seed) for seed, sample in enumerate(samples[:4])])
         one.close()
-        return spent / 4
+        return spent / len(samples[:4])
 
-    ways: dict[str, Any] = {"plain forward and backward, batched": lambda: plain_floor(model, batches).whole}
+    ways: dict[str, Any] = {
+        "plain forward and backward, batched": lambda: plain_floor(model, batches).cpu_seconds / len(samples)
+    }
     ways |= {name: (lambda w=way: sketched(w)) for name, way in WAYS.items()}
     ways["correction fit --kind adam, a sample"] = lambda: fitting(MomentPass)
     ways["correction fit --kind kfac, a sample"] = lambda: fitting(CurvatureSums)
     ways["correction fit --kind ekfac, second pass, a sample"] = lambda: fitting(EigenvalueSums)
+    base = "none: the paper's"
+    ways = {name: way for name, way in ways.items() if name == base or re.search(options.only, name)}
     found = in_turn(ways, options.rounds)
-    ours = statistics.median(found["none: the paper's"])
+    ours = statistics.median(found[base])
     rows: list[list[Any]] = []
     for name, each in found.items():
         middle = statistics.median(each)
-        ratios = [mine / base for mine, base in zip(each, found["none: the paper's"], strict=True)]
+        ratios = [mine / theirs for mine, theirs in zip(each, found[base], strict=True)]
         rows.append([name, middle, f"{min(each):.3g} – {max(each):.3g}", middle / ours, statistics.median(ratios)])
     title = f"{options.length} tokens, {options.samples} samples, {options.rounds} rounds"
-    table(title, ["way", "s/sample, median", "range", "over none", "median of the rounds' ratios"], rows)
+    table(title, ["way", "CPU s/sample, median", "range", "over none", "median of the rounds' ratios"], rows)
     once(model)
     for least, what in ((0, "all parameters"), (2, "matrices alone")):
         chosen = choose_parameters(model, None, None, least)
@@ -139,7 +152,7 @@ def once(model: Any) -> None:
     for name, each in shapes.items():
         sides = [torch.randn(side.shape) for side in (each.rows, each.columns)]
         made[name] = type(each)(*(side @ side.mT / side.shape[1] for side in sides))
-    spent = seconds(lambda: curvature_corrector(made, DEFAULT_DAMPING, 0.5, CPU), CPU)
+    spent = seconds(lambda: curvature_corrector(made, DEFAULT_DAMPING, 0.5, CPU))
     print(f"kfac's inverse roots, once an ingest: {spent:.2f} s for one block, × {last + 1} blocks")
 
 
@@ -261,6 +274,7 @@ def main() -> None:
     parser.add_argument("facts", type=Path, nargs="?")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--only", default="", help="of `cost`: ways whose names match this regular expression")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--queries", type=int, default=24)

@@ -427,3 +427,11 @@ def test_what_is_no_weight_of_a_linear_layer_is_not_taken():
         linear_weights(model, choose_parameters(model, "norm", None))
     names = {name for name, _ in chosen_again(model)}
     assert all(name.endswith("proj.weight") for name in names)
+
+
+def test_a_model_without_linear_layers_has_no_curvature():
+    model = tiny("Llama")
+    for layer in model.model.layers:
+        layer.self_attn, layer.mlp = torch.nn.Identity(), torch.nn.Identity()
+    with pytest.raises(InputError, match="is the weight of a linear layer in the model's blocks"):
+        CurvatureSums(model, CPU)

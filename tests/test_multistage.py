@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import lark
 from test_correction_fit import files, rows, tokens_of
 from test_corrections import exact
+from test_lora import save_lora
 
 from lark_store import Store
 from lark_store.errors import CheckpointError, InputError, NameUnknownError
@@ -386,3 +387,18 @@ def test_an_answer_needs_no_files_of_a_checkpoint(scored_copy, tmp_path):
     hits = scored_copy.top("q100", checkpoint="base", sketcher="small", query_checkpoint="epoch-1")
     assert "not known from `base` (the weights of checkpoint `base`" in hits.notes[0]
     assert len(hits) == 10
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft uses it
+def test_adapters_alone_are_corrected_and_have_no_distance(store, tmp_path, checkpoints):
+    save_lora(tmp_path / "lora", checkpoints["base"])
+    store.checkpoint_add("lora", tmp_path / "lora")
+    for kind in POWERS:
+        store.sketcher_add(kind, k=1024, correction=kind)
+        report = store.ingest(["lora"], ["finetune"], ["chatml"], sketcher=kind)
+        assert report.n_failed == 0
+        taken = store.sketcher_show(kind, checkpoint="lora").filter("sketched")["parameter"]
+        assert taken.str.contains("lora_").all()
+        assert store.verify(sketcher=kind)["ok"].all()
+    with pytest.raises(CheckpointError, match="checkpoint `lora` is LoRA adapters, whose distance is not measured"):
+        store.checkpoint_distance("lora", "base")

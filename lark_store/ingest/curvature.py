@@ -49,6 +49,7 @@ from lark_store.ingest.corrections import (
     Moments,
     corrector_of,
 )
+from lark_store.ingest.gradients import choose_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,6 +95,18 @@ def linears_of(model: Any) -> list[Linear]:
         n_in, n_out = _heads(model, path, layer.weight.shape, inputs)
         found.append(Linear(names[id(layer.weight)], layer, inputs, {inputs: n_in, outputs: n_out}))
     return found
+
+
+def fitted_linears(model: Any) -> list[Linear]:
+    """Return the linear layers that factors are fitted for: of a model with adapters, the adapters' own.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    names = {name for name, _ in linear_weights(model, choose_parameters(model, None, None))}
+    return [linear for linear in linears_of(model) if linear.name in names]
 
 
 def _heads(model: Any, path: str, shape: torch.Size, inputs: str) -> tuple[int, int]:

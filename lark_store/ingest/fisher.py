@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from lark_store.ingest.batched import Tap
-from lark_store.ingest.curvature import Kronecker, by_blocks, eigen, linears_of
+from lark_store.ingest.curvature import Kronecker, by_blocks, eigen, fitted_linears
 from lark_store.ingest.gradients import FAULTS, check_tokens, failure, is_device_lost
 from lark_store.ingest.losses import Batch, target_logits
 from lark_store.ingest.variants import UnusableSampleError
@@ -117,7 +117,7 @@ class CurvatureSums:
     what = "second moments of inputs and output gradients"
 
     def __init__(self, model: Any, device: torch.device, before: Tensors | None = None) -> None:  # noqa: ARG002
-        self.linears = linears_of(model)
+        self.linears = fitted_linears(model)
         self.n = 0
         self.sums = self._empty(device)
         self.path = FisherPath(model, self.linears, device)
@@ -173,7 +173,7 @@ class EigenvalueSums:
     what = "eigenvalues"
 
     def __init__(self, model: Any, device: torch.device, before: Tensors | None = None) -> None:
-        self.linears, self.device = linears_of(model), device
+        self.linears, self.device = fitted_linears(model), device
         self.n = 0
         self.sums: Tensors = {} if before is None else self._bases(before)
         self.path = FisherPath(model, self.linears, device)

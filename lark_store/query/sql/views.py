@@ -138,7 +138,7 @@ VIEWS = {
             correction="none, tensor, adam, adam2, kfac or ekfac; imported",
             positions="all, or content: the template is masked",
         )
-        | _double(damping="added to moments or curvature, times their mean")
+        | _double(damping="added to second moments or curvature, times their mean")
         | _whole(min_ndim="dimensions that a parameter must have; null: any")
         | _double(power="of the inverse curvature: 0.5 or 1")
         | _ADDED,

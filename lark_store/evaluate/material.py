@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from numpy.typing import NDArray
 
     from lark_store.store import Store
 
@@ -56,19 +57,23 @@ class Material:
         """The queries' ids."""
         return [query.id for query in self.queries]
 
-    def own(self, key: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def own(self, key: str) -> NDArray[np.bool_]:
         """Tell which samples have the value of metadata `key` that each query has, (Q, N) bool.
 
         A value that is missing or empty is nobody's.
         """
+        numbers: dict[str, int] = {}
 
-        def value(text: Text) -> str | None:
+        def number(text: Text, nobody: int) -> int:
             found = text.sample.meta.get(key)
-            return None if found is None or found == "" else json.dumps(found, sort_keys=True)
+            if found is None or found == "":
+                return nobody
+            return numbers.setdefault(json.dumps(found, sort_keys=True), len(numbers))
 
-        of_samples = [value(sample) for sample in self.samples]
-        rows = [[mine is not None and mine == each for each in of_samples] for mine in map(value, self.queries)]
-        return np.array(rows, dtype=bool).reshape(len(self.queries), len(self.samples))
+        of_queries = np.array([number(query, -1) for query in self.queries])
+        of_samples = np.array([number(sample, -2) for sample in self.samples])
+        found: NDArray[np.bool_] = of_queries[:, None] == of_samples[None, :]
+        return found
 
 
 def gather(

@@ -36,13 +36,15 @@ _CORPUS = """
 class Given:
     """What a rival is given beside queries and samples: what its name was followed by, and how to compute.
 
-    `spec` is the whole name, `argument` what follows `:`, `checkpoints` what follows `@`.
+    `spec` is the whole name, `argument` what follows `:`, `checkpoints` what follows `@`; `note` takes
+    what a reader of the figures has to know.
     """
 
     device: str = "auto"
     precision: str = "float32"
     seed: int = 0
     on_progress: OnProgress = lambda _: None
+    note: Callable[[str], None] = lambda _: None
     spec: str = ""
     argument: str | None = None
     checkpoints: tuple[str, ...] = ()

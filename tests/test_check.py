@@ -339,13 +339,15 @@ IN_A_FOLDER = (
 )
 
 
-@pytest.mark.parametrize(
-    ("break_it", "expected"),
-    [
+def cases(broken):
+    """Return what is broken and the findings, as parameters of a test."""
+    return [
         pytest.param(*case, id=name, marks=[pytest.mark.folder] if name in IN_A_FOLDER else [])
-        for name, case in (BREAKS | LOSSES).items()
-    ],
-)
+        for name, case in broken.items()
+    ]
+
+
+@pytest.mark.parametrize(("break_it", "expected"), cases(BREAKS | LOSSES))
 def test_what_was_broken_is_found_by_name(scored_copy, break_it, expected):
     break_it(scored_copy)
     assert set(found(scored_copy)) == expected

@@ -262,6 +262,7 @@ def test_an_older_store_whose_schema_became_newer_is_left_alone(old):
     assert bytes_of(old) == before
 
 
+@pytest.mark.folder
 @each(OLDER)
 def test_an_older_store_of_somebody_else_is_not_upgraded(old, open_to_all):  # noqa: F811
     path = shutil.copytree(old, open_to_all / "old.store")

@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import text_rows, write_jsonl
+from conftest import named, text_rows, write_jsonl
 from test_cli import lark
 
 from lark_store.errors import InputError, NameTakenError, NothingToScoreError
@@ -263,7 +263,7 @@ def test_a_kill_loses_the_rows_in_hand_at_most_and_the_next_import_goes_on(store
     np.save(tmp_path / "many.npy", array)
     ids = lines(tmp_path / "many.txt", [f"many-{i}" for i in range(n)])
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", KILLED, store.path, tmp_path], env=environment, check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, named(store.path), tmp_path], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     assert stored(store).is_empty()
     assert store.sql("SELECT status, n_sketched FROM ingest_runs").rows() == [("running", 128)]

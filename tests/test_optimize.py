@@ -58,6 +58,7 @@ def test_optimize_makes_few_files_of_many_and_keeps_every_row(store):
     assert store._db.vectors.read(name, ["sample_id"], where(row_key="700")).rows() == [("700",)]
 
 
+@pytest.mark.folder
 def test_optimize_takes_what_was_removed_off_the_disk(scored_copy, tmp_path):
     rare = "zanzibar-7351"
     path = write_jsonl(tmp_path / "rare.jsonl", [*text_rows(40, "plain"), {"id": "s", "text": f"The word {rare}."}])
@@ -167,6 +168,7 @@ def test_old_versions_that_are_young_are_kept(store):
         store.db_optimize(keep_versions_days=-1)
 
 
+@pytest.mark.folder
 def test_status_tells_what_is_on_the_disk(scored_copy):
     scored_copy.snapshot_create("now")
     tables = Store.db_status(scored_copy.path).tables
@@ -235,6 +237,7 @@ def test_what_an_open_store_keeps_in_memory_is_bounded_however_much_is_written(s
     assert 0 < made[0].size_bytes <= 120_000
 
 
+@pytest.mark.folder
 def test_work_leaves_no_lock_file_of_its_name(scored_copy, tmp_path):
     scored_copy.source_add("more", write_jsonl(tmp_path / "more.jsonl", text_rows(2)), stage="pretrain")
     scored_copy.ingest(["base"], ["more"], ["raw"], sketcher="small")

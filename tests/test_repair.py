@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import named, text_rows, write_jsonl
-from test_check import BREAKS, LOSSES, change, found, orphan, sketches, small, table
+from test_check import BREAKS, LOSSES, cases, change, found, orphan, sketches, small, table
 from test_cli import lark
 from test_ingest import rows
 
@@ -48,8 +48,8 @@ def whole(scored_path):
         return content(store), samples(store)
 
 
-@pytest.mark.parametrize("break_it", [b for b, _ in BREAKS.values()], ids=BREAKS.keys())
-def test_what_can_be_made_again_is_mended_and_is_then_what_it_was(scored_copy, whole, break_it):
+@pytest.mark.parametrize(("break_it", "_"), cases(BREAKS))
+def test_what_can_be_made_again_is_mended_and_is_then_what_it_was(scored_copy, whole, break_it, _):
     break_it(scored_copy)
     before = {(severity, what) for severity, what, _ in found(scored_copy)}
     kept = samples(scored_copy)
@@ -65,8 +65,8 @@ def test_what_can_be_made_again_is_mended_and_is_then_what_it_was(scored_copy, w
     assert found(scored_copy) == []
 
 
-@pytest.mark.parametrize("break_it", [b for b, _ in LOSSES.values()], ids=LOSSES.keys())
-def test_what_can_not_be_made_again_is_left_and_said(scored_copy, break_it):
+@pytest.mark.parametrize(("break_it", "_"), cases(LOSSES))
+def test_what_can_not_be_made_again_is_left_and_said(scored_copy, break_it, _):
     break_it(scored_copy)
     before = scored_copy.db_check()
     files = {path for path in scored_copy.path.rglob("*") if path.is_file()}

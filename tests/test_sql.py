@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 
 import numpy as np
 import polars as pl
 import pytest
-from conftest import copy_store
+from conftest import copy_store, named
 
 from lark_store import Store
 from lark_store.cli.sql import sql
@@ -112,9 +111,9 @@ def test_the_documented_columns_and_types_are_duckdbs(empty, view):
 
 
 def test_self_influence_is_the_squared_norm_and_tracin_weighs_it_by_the_learning_rate(scored_copy):
-    with contextlib.closing(sqlite3.connect(scored_copy.path / "catalog.sqlite")) as db, db:
-        db.execute("UPDATE checkpoint SET learning_rate = 0.5 WHERE name = 'base'")
-        db.execute("UPDATE checkpoint SET learning_rate = NULL WHERE name = 'epoch-1'")
+    with scored_copy._db.engine.begin() as db:
+        db.exec_driver_sql("UPDATE checkpoint SET learning_rate = 0.5 WHERE name = 'base'")
+        db.exec_driver_sql("UPDATE checkpoint SET learning_rate = NULL WHERE name = 'epoch-1'")
     key = "checkpoint, source, variant, sample_id"
     made = scored_copy.sql(f"SELECT {key}, self_influence, learning_rate, tracin FROM self_influence ORDER BY ALL")
     norms = scored_copy.sql(f"SELECT {key}, grad_norm FROM sketches ORDER BY ALL")
@@ -156,8 +155,8 @@ def test_times_are_times_and_recipes_are_json(scored):
 
 
 def set_status(store, table, status, number):
-    with contextlib.closing(sqlite3.connect(store.path / "catalog.sqlite")) as db, db:
-        db.execute(f"UPDATE {table} SET status = ? WHERE id = ?", (status, number))
+    with store._db.engine.begin() as db:
+        db.exec_driver_sql(f"UPDATE {table} SET status = '{status}' WHERE id = {number}")
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed", "superseded"])
@@ -329,7 +328,7 @@ def test_times_are_utc_wherever_the_machine_stands(scored_path):
     query = (
         "SELECT right(started_at::VARCHAR, 3) AS zone, ('2026-01-01 02:00Z'::TIMESTAMPTZ)::DATE AS day FROM score_runs"
     )
-    code = f"import lark_store; print(lark_store.Store.open({str(scored_path)!r}).sql({query!r}).write_json())"
+    code = f"import lark_store; print(lark_store.Store.open({named(scored_path)!r}).sql({query!r}).write_json())"
     environment = os.environ | {"TZ": "America/New_York"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)[0] == {"zone": "+00", "day": "2026-01-01"}

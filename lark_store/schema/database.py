@@ -100,7 +100,8 @@ def find(session: Session, kind: type[N], name: str) -> N:
     NameUnknownError
         With the nearest name as its hint.
     """
-    row = session.scalar(select(kind).where(kind.name == name))
+    may_be = "\0" not in name  # which PostgreSQL takes in no text
+    row = session.scalar(select(kind).where(kind.name == name)) if may_be else None
     if row is None:
         label, how = _KINDS[kind]
         raise NameUnknownError.of(label, name, session.scalars(select(kind.name)), how)

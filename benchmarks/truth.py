@@ -108,7 +108,7 @@ def fill(store: Store, options: argparse.Namespace) -> None:
             for source, variant in (("finetune", TEXT), ("others", TEXT), ("queries", ANSWER)):
                 report = store.ingest([checkpoint], [source], [variant], sketcher=sketcher, device=options.device)
                 assert report.n_failed == 0, report.failures
-                n += report.n_sketched
+                n += report.units["n_sketched"].sum()
             print(f"{checkpoint}, {sketcher}: {n} sketches, {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 SKETCHERS: dict[str, dict[str, Any]] = {
     "linear": {"min_ndim": 2},
+    "masked": {"min_ndim": 2, "mask_template": True},
     "tensor": {"correction": "tensor"},
-    "adam": {"correction": "adam", "min_ndim": 2},
-    "adam2": {"correction": "adam2", "min_ndim": 2},
+    "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},  # as every store has it
+    "adam2": {"correction": "adam2", "min_ndim": 2, "mask_template": True},
     "kfac": {"correction": "kfac"},
     "ekfac": {"correction": "ekfac"},
 }

@@ -71,7 +71,7 @@ def tokens_of(store, checkpoints, source, variant="chatml", n=None):
 @pytest.fixture
 def adam(store):
     """The store with corrected sketchers, nothing fitted."""
-    store.sketcher_add("adam", k=K, correction="adam", min_ndim=2, mask_template=True)
+    store.sketcher_add("step", k=K, correction="adam", min_ndim=2, mask_template=True)
     store.sketcher_add("adam2", k=K, correction="adam2", damping=0.01)
     store.sketcher_add("tensor", k=K, correction="tensor")
     return store
@@ -120,10 +120,10 @@ def test_a_sketcher_that_makes_no_sense_is_refused(store, options, fact):
 
 
 def test_a_sketchers_name_never_changes_its_correction(adam):
-    assert adam.sketcher_add("adam", k=K, correction="adam", min_ndim=2, mask_template=True).damping == 0.1
+    assert adam.sketcher_add("step", k=K, correction="adam", min_ndim=2, mask_template=True).damping == 0.1
     for other in ({"correction": "adam2"}, {"damping": 0.2}, {"min_ndim": None}, {"mask_template": False}):
         with pytest.raises(NameTakenError):
-            adam.sketcher_add("adam", **({"k": K, "correction": "adam", "min_ndim": 2, "mask_template": True} | other))
+            adam.sketcher_add("step", **({"k": K, "correction": "adam", "min_ndim": 2, "mask_template": True} | other))
 
 
 def test_matrices_alone_are_what_min_ndim_takes(adam):
@@ -281,8 +281,8 @@ def test_second_moments_are_those_of_the_saved_optimizer(store, trained, place):
         else:
             torch.testing.assert_close(stored[f"{name}/rows"], v, rtol=1e-5, atol=0)
     assert store.correction_fit("trained", from_optimizer=path).is_new is False
-    store.sketcher_add("adam", k=K, correction="adam")
-    report = store.ingest(["trained"], ["finetune", "test"], ["chatml"], sketcher="adam")
+    store.sketcher_add("step", k=K, correction="adam")
+    report = store.ingest(["trained"], ["finetune", "test"], ["chatml"], sketcher="step")
     assert report.notes == []
     assert report.n_failed == 0
 
@@ -360,18 +360,18 @@ def test_an_ingest_fits_what_is_missing_and_its_sketches_can_be_asked(adam, sket
 def test_a_query_that_is_typed_in_is_corrected_as_the_stored_one(adam):
     from lark_store.schema.records import NewText
 
-    adam.ingest(["base"], ["finetune", "test"], ["chatml"], sketcher="adam")
+    adam.ingest(["base"], ["finetune", "test"], ["chatml"], sketcher="step")
     prompt, response = adam.sql("select prompt, response from samples where sample_id = 'q101'").row(0)
-    stored = adam.top("q101", checkpoint="base", sketcher="adam", k=6).frame
+    stored = adam.top("q101", checkpoint="base", sketcher="step", k=6).frame
     new = NewText(prompt=prompt, response=response)
-    typed = adam.top(new=new, checkpoint="base", sketcher="adam", k=6, query_variant="chatml").frame
+    typed = adam.top(new=new, checkpoint="base", sketcher="step", k=6, query_variant="chatml").frame
     assert typed["sample_id"].to_list() == stored["sample_id"].to_list()
     np.testing.assert_allclose(typed["score"], stored["score"], atol=2e-3)
 
 
 def test_ingest_takes_what_was_fitted_before(adam):
     made = adam.correction_fit("base", sources=["songs"], variant="raw")
-    report = adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
+    report = adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="step")
     assert report.notes == []
     assert adam.sql("select recipe->>'correction_sha256' from ingest_runs").item() == made.sha256
     adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="small")
@@ -381,7 +381,7 @@ def test_ingest_takes_what_was_fitted_before(adam):
 
 def test_without_a_source_to_fine_tune_on_the_ingests_own_are_taken(adam):
     adam.source_remove("finetune")
-    report = adam.ingest(["base"], ["songs"], ["raw"], sketcher="adam")
+    report = adam.ingest(["base"], ["songs"], ["raw"], sketcher="step")
     assert "fitted to 5 samples of songs, as `raw`" in report.notes[0]
 
 
@@ -397,7 +397,7 @@ def test_factors_that_sketches_were_made_with_are_not_replaced(adam):
     second = adam.correction_fit("base", samples=4)  # nothing was made with the first
     assert files(adam) == [name_of(second)]
     assert first.sha256 != second.sha256
-    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
+    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="step")
     seen = []
     with pytest.raises(InputError, match="with others they could not be compared"):
         adam.correction_fit("base", samples=3, on_progress=seen.append)
@@ -408,18 +408,18 @@ def test_factors_that_sketches_were_made_with_are_not_replaced(adam):
 
 @pytest.mark.parametrize("harm", ["gone", "changed"])
 def test_factors_that_are_lost_are_an_error_and_the_same_fit_brings_them_back(adam, harm, tmp_path):
-    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
+    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="step")
     [name], before, vectors = files(adam), content(adam), adam._db.vectors.files
     vectors.delete_file(name)
     if harm == "changed":
         (tmp_path / "changed").write_bytes(before[:-4] + b"\0\0\0\1")
         vectors.upload_file(str(tmp_path / "changed"), name)
     with pytest.raises(StoreError, match=r"corrections/.* (can't be read|are not what was written)") as caught:
-        adam.ingest(["base"], ["test"], ["chatml"], sketcher="adam")
+        adam.ingest(["base"], ["test"], ["chatml"], sketcher="step")
     assert "lark-store correction fit --kind adam --checkpoint base" in caught.value.hint
     assert adam.correction_fit("base").n_samples == 6
     assert content(adam) == before
-    assert adam.ingest(["base"], ["test"], ["chatml"], sketcher="adam").n_failed == 0
+    assert adam.ingest(["base"], ["test"], ["chatml"], sketcher="step").n_failed == 0
 
 
 @pytest.mark.parametrize("harm", ["lack", "have another shape for"])
@@ -436,7 +436,7 @@ def test_factors_that_do_not_fit_are_refused(adam, harm):
         checkpoint = find(session, Checkpoint, "base")
     factors.keep(adam._db, tensors_of(moments), factors.Correction(**facts), checkpoint)
     with pytest.raises(CheckpointError, match=f"{harm} `{name}`"):
-        adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
+        adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="step")
     adam.sketcher_add("attention", k=K, correction="adam", parameters="self_attn")
     assert adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="attention").n_failed == 0
 
@@ -450,22 +450,22 @@ def test_an_ingest_whose_factors_are_replaced_before_it_begins_is_told(adam, mon
 
     monkeypatch.setattr(factors, "check_same", replaced)
     with pytest.raises(StoreError, match="were replaced by another process"):
-        adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
+        adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="step")
 
 
 def test_verify_says_when_the_factors_are_others(adam):
-    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
+    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="step")
     with adam._db.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE ingest_run SET recipe = replace(recipe, 'correction_sha256', 'other')")
     with pytest.raises(CheckpointError, match="are not those of ingest run 1"):
-        adam.verify(sketcher="adam")
+        adam.verify(sketcher="step")
 
 
 # --- keeping -------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_goes_takes_its_factors_along(adam):
-    adam.ingest(["base", "epoch-1"], ["finetune"], ["chatml"], sketcher="adam")
+    adam.ingest(["base", "epoch-1"], ["finetune"], ["chatml"], sketcher="step")
     assert len(files(adam)) == 2
     planned = adam.checkpoint_remove("base", dry_run=True)
     assert len(files(adam)) == 2
@@ -491,14 +491,14 @@ def test_a_file_that_another_checkpoint_or_a_snapshot_needs_stays(adam, checkpoi
 
 
 def test_a_backup_has_the_factors(adam, tmp_path):
-    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="adam")
+    adam.ingest(["base"], ["finetune"], ["chatml"], sketcher="step")
     adam.db_backup(tmp_path / "backup")
     Store.db_restore(tmp_path / "backup", to=tmp_path / "restored")
     with Store.open(tmp_path / "restored") as restored:
         assert restored.db_check().filter(severity="error").is_empty()
-        report = restored.ingest(["base"], ["test"], ["chatml"], sketcher="adam")
+        report = restored.ingest(["base"], ["test"], ["chatml"], sketcher="step")
         assert (report.notes, report.n_failed) == ([], 0)
-        assert restored.verify(sketcher="adam")["ok"].all()
+        assert restored.verify(sketcher="step")["ok"].all()
 
 
 def upload(store, name, content, tmp_path):
@@ -545,8 +545,8 @@ def test_a_fit_holds_off_the_removal_of_its_checkpoint(adam):
 
 def test_the_commands(store, tmp_path):
     path = store.path
-    line = f"sketcher add adam -k {K} --correction adam --min-ndim 2 --mask-template"
-    said = "sketcher `adam`: k = 1024, seed 0, float16, correction adam (damping 0.1), parameters of 2 dimensions and "
+    line = f"sketcher add step -k {K} --correction adam --min-ndim 2 --mask-template"
+    said = "sketcher `step`: k = 1024, seed 0, float16, correction adam (damping 0.1), parameters of 2 dimensions and "
     assert lark(line, store=path).err == f"{said}more, template masked\n"
     fit = "correction fit -c base -s finetune --samples 4"
     made = lark(fit, store=path)
@@ -554,10 +554,10 @@ def test_the_commands(store, tmp_path):
     last = f"correction `adam` of checkpoint `base`: from 4 samples of finetune, 0.01 MiB, {sha256[:12]}"
     assert (made.code, made.out, made.err.splitlines()[-1]) == (0, "", last)
     assert lark(fit, store=path).err == f"{last}, there already\n"
-    assert lark("ingest -c base -s finetune --variant chatml --sketcher adam", store=path).code == 0
-    missing = lark("ingest -c epoch-1 -s finetune --variant chatml --sketcher adam", store=path)
+    assert lark("ingest -c base -s finetune --variant chatml --sketcher step", store=path).code == 0
+    missing = lark("ingest -c epoch-1 -s finetune --variant chatml --sketcher step", store=path)
     assert "note: the second moments of checkpoint `epoch-1` were missing, and were fitted to 6" in missing.err
-    [shown] = [row for row in lark("show -f json", store=path).rows["sketchers"] if row["name"] == "adam"]
+    [shown] = [row for row in lark("show -f json", store=path).rows["sketchers"] if row["name"] == "step"]
     assert (shown["correction"], shown["positions"], shown["min_ndim"]) == ("adam", "content", 2)
     wrong = lark(f"correction fit -c base --from-optimizer {tmp_path}", store=path)
     assert wrong.code == 1

@@ -59,7 +59,7 @@ COLUMNS = {
     "source_influence": [*SCORED, "max", "argmax", "mean", "std", "n"],
 }
 # What the scored store holds: 2 checkpoints × (6 fine-tuning samples + 4 queries + 2 variants of 5 + 5 samples).
-SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 2, "samples": 20, "sketches": 60}
+SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 3, "samples": 20, "sketches": 60}
 SIZES |= {"self_influence": 60, "checkpoint_metrics": 2, "ingest_runs": 12, "failures": 0, "score_runs": 10}
 SIZES |= {"coverage": 12, "studies": 0, "evaluations": 0, "corrections": 0}
 SIZES |= {"influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
@@ -92,7 +92,7 @@ def test_a_view_has_its_columns_with_or_without_rows(empty, scored, view):
     frames = [store.sql(f"SELECT * FROM {view}") for store in (empty, scored)]
     assert [sorted(frame.columns) for frame in frames] == [sorted(COLUMNS[view])] * 2
     assert frames[0].schema == frames[1].schema
-    assert len(frames[0]) == {"variants": 2, "sketchers": 1}.get(view, 0)
+    assert len(frames[0]) == {"variants": 2, "sketchers": 2}.get(view, 0)
     assert len(frames[1]) == SIZES[view]
 
 

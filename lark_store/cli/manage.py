@@ -219,7 +219,7 @@ def sketcher_add(
 
     Example: `lark-store sketcher add last-layers --parameters 'model\.layers\.2[4-9]\.'`
 
-    Example: `lark-store sketcher add adam --correction adam --min-ndim 2 --mask-template`
+    Example: `lark-store sketcher add adam2 --correction adam2 --min-ndim 2 --mask-template`
 
     Example: `lark-store sketcher add ekfac-1 --correction ekfac --power 1`
     """

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lark_store.ingest.gradients import Chosen
     from lark_store.ingest.oporp import Placement
 
+BUILT_IN: dict[str, dict[str, Any]] = {  # the paper's, and the geometry of a step of Adam
+    "lark": {},
+    "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},
+}
 IMPORTED = "imported"  # the `correction` and `positions` of a sketcher whose sketches were made elsewhere
 
 

@@ -34,7 +34,7 @@ class Store(Manage, Work, Ask, Doors, Care, Trust):
 
     @classmethod
     def create(cls, path: str | Path | None = None, *, vectors: str | None = None) -> Self:
-        """Make a fresh store with the variants `raw` and `chatml` and the sketcher `lark`, and open it.
+        """Make a fresh store with the variants `raw` and `chatml` and the sketchers `lark` and `adam`, and open it.
 
         `path` is a folder that does not exist yet (default: `LARK_STORE` or `./lark.store`), or `postgresql://…`, a
         database in which there is no store yet. `vectors` is where the vectors go: a folder or a URL `s3://…`, `gs://…`

@@ -17,7 +17,6 @@ from lark_store.schema.catalog import Base, StoreMeta
 from lark_store.schema.location import VERSION_TABLE, Location
 from lark_store.schema.paths import exists, is_file
 from lark_store.schema.vectors import VectorStore
-from lark_store.store.part import DEFAULT_SKETCHER
 
 
 def make(location: Location, vectors: str | None) -> None:
@@ -79,7 +78,7 @@ def _taken(location: Location, said: str) -> StoreExistsError:
 
 def _build(location: Location, vectors: str | None) -> None:
     """Build the vectors, then the catalog in one transaction."""
-    from lark_store.ingest.sketchers import make_sketcher
+    from lark_store.ingest import sketchers
     from lark_store.ingest.variants import BUILT_IN, DEFAULT_MAX_LENGTH, make_variant
     from lark_store.upkeep.backup import uploading
 
@@ -91,7 +90,8 @@ def _build(location: Location, vectors: str | None) -> None:
         with location.catalog.migrating() as connection:
             migrations.build(connection)
             with Session(connection) as session:
-                session.add_all([meta, *variants, make_sketcher(DEFAULT_SKETCHER)])
+                session.add_all([meta, *variants])
+                session.add_all(sketchers.make_sketcher(name, **how) for name, how in sketchers.BUILT_IN.items())
                 session.commit()  # into the connection's transaction
     engine = location.catalog.engine()
     engine.connect().close()  # SQLite keeps the way of its log from the first connection on

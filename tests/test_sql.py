@@ -41,6 +41,7 @@ COLUMNS = {
     "evaluations": [*EVALUATED, "trial", "value", "recipe", "environment", "finished_at"],
     "samples": ["source", "sample_id", "prompt", "response", "text", "label", "meta", "content_sha256"],
     "sketches": ["sketcher", "checkpoint", "source", "variant", *SKETCH],
+    "coverage": ["sketcher", "checkpoint", "source", "variant", "n_samples", "n_sketched", "chosen"],
     "ingest_runs": [*RUN, "ingest_run", "n_existing", "n_sketched", "n_failed", "seconds"],
     "failures": ["ingest_run", "checkpoint", "source", "variant", "sample_id", "reason"],
     "score_runs": [
@@ -61,6 +62,7 @@ COLUMNS = {
 SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 2, "samples": 20, "sketches": 60}
 SIZES |= {"self_influence": 60, "checkpoint_metrics": 2, "ingest_runs": 12, "failures": 0, "score_runs": 10}
 SIZES |= {
+    "coverage": 12,
     "studies": 0,
     "evaluations": 0,
     "corrections": 0,

@@ -25,7 +25,7 @@ from lark_store.cli.options import (
     VariantsOption,
     open_store,
 )
-from lark_store.cli.output import ProgressBar, emit, say
+from lark_store.cli.output import ProgressBar, emit, say, say_coverage
 
 
 def top(
@@ -171,7 +171,9 @@ def ft_pt(
             method=method,
             over_checkpoints=over_checkpoints,
         )
+        coverage = opened.coverage(sketcher=sketcher)
     emit(frame, form)
+    say_coverage(coverage, frame)
 
 
 def trajectory(
@@ -278,12 +280,36 @@ def metrics(
         frame = opened.metrics(
             checkpoint=checkpoint, view=view, method=method, sketcher=sketcher, query_variant=query_variant
         )
+        coverage = opened.coverage(sketcher=sketcher, method=method)
     emit(frame, form)
+    say_coverage(coverage, frame)
+
+
+def coverage(
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", "-c", metavar="NAME", help="Only this checkpoint (default: all).")
+    ] = None,
+    sketcher: Annotated[
+        str | None, typer.Option("--sketcher", metavar="NAME", help="Only this sketcher (default: all).")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Of what `attribute` scored by this method (default: of what is sketched).")
+    ] = None,
+    store: StoreOption = None,
+    snapshot: SnapshotOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Print how much of each source was looked at: answers about a source are about that part of it."""
+    with open_store(store, snapshot) as opened:
+        frame = opened.coverage(checkpoint=checkpoint, sketcher=sketcher, method=method)
+    emit(frame.drop("note"), form)
+    for note in frame["note"].drop_nulls():
+        say(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:
     """Put these commands into the tree."""
-    for command in (top, scores, metrics, ft_pt, trajectory, similar_text, self_influence):
+    for command in (top, scores, metrics, coverage, ft_pt, trajectory, similar_text, self_influence):
         app.command()(command)
     group = typer.Typer(help="The approximate search.", no_args_is_help=True, rich_markup_mode="markdown")
     group.command("build")(index_build)

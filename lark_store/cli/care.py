@@ -84,12 +84,18 @@ def db_optimize(
 
 def db_status(store: StoreOption = None, form: FormatOption = Format.table) -> None:
     """Print what each table takes on disk; on stderr, the store's schema version and this lark-store's."""
+    import polars as pl
+
     from lark_store.store import Store
 
     status = Store.db_status(store)
     say(f"store {status.schema}, lark-store {status.newest}")
     if status.schema == status.newest:
         emit(status.tables, form)
+        with open_store(store) as opened:
+            notes = opened.coverage().filter(pl.col("chosen").is_not_null())["note"]
+        for note in notes:
+            say(f"note: {note}")
 
 
 def db_upgrade(store: StoreOption = None) -> None:

@@ -97,6 +97,20 @@ BatchTokensOption = Annotated[
     int | None,
     typer.Option(metavar="N", help="Tokens of a batch, padding included (default: 1,024 on a CPU, 8,192 on CUDA)."),
 ]
+CandidatesOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Only candidates: of each source the N samples nearest to each query."),
+]
+ByOption = Annotated[
+    str | None, typer.Option(help="How candidates are near: `bm25` (default) or `embedding`, with `--encoder`.")
+]
+CandidateQueriesOption = Annotated[
+    str | None,
+    typer.Option("--queries", "-q", metavar="NAME", help="The queries that candidates are near to, if several."),
+]
+EncoderOption = Annotated[
+    str | None, typer.Option(metavar="PLACE", help="A sentence encoder: a folder or a hub name like `org/model`.")
+]
 CheckpointingOption = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")]
 
 

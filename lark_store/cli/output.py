@@ -34,6 +34,22 @@ def say(message: str, *, everywhere: bool = False) -> None:
         print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr)  # noqa: T201
 
 
+def say_coverage(coverage: pl.DataFrame, shown: pl.DataFrame) -> None:
+    """Say which of the groups shown were searched in part, and whether others beside them were searched whole."""
+    keys = ["checkpoint", "source", "variant"]
+    groups = shown.select(keys)
+    if "against_source" in shown.columns:
+        others = shown.select("checkpoint", source="against_source", variant="against_variant")
+        groups = groups.vstack(others.select(keys))
+    of = coverage.join(groups, on=keys, how="semi", maintain_order="left")
+    for note in of["note"].drop_nulls():
+        say(f"note: {note}")
+    part = of["chosen"].is_not_null()
+    if part.any() and not part.all():
+        whole = ", ".join(f"`{name}`" for name in of.filter(~part)["source"].unique(maintain_order=True))
+        say(f"note: of {whole} all was searched: comparisons favour it over the sources that were searched in part")
+
+
 def _number(value: float, *, integral: bool) -> str:
     if isinstance(value, int) or (integral and abs(value) < 1e15):
         return f"{int(value):,}"

@@ -49,7 +49,7 @@ def sql(
     """Run one SELECT over the store (DuckDB's SQL, read-only); without a query, open a shell for many.
 
     Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, corrections, samples, ingest_runs,
-    score_runs, sketches (without vectors), self_influence, studies, evaluations, failures, influence,
+    score_runs, sketches (without vectors), coverage, self_influence, studies, evaluations, failures, influence,
     source_influence. `--schema` prints their columns.
 
     Example: `lark-store sql "select source, variant, avg(max) from source_influence where checkpoint = 'epoch-2' group

@@ -9,9 +9,13 @@ import typer
 from lark_store.cli.options import (
     DEFAULT_SKETCHER,
     BatchTokensOption,
+    ByOption,
+    CandidateQueriesOption,
+    CandidatesOption,
     CheckpointingOption,
     CheckpointsOption,
     DeviceOption,
+    EncoderOption,
     Format,
     FormatOption,
     LimitOption,
@@ -44,6 +48,10 @@ def ingest(
     precision: PrecisionOption = "auto",
     batch_tokens: BatchTokensOption = None,
     gradient_checkpointing: CheckpointingOption = False,
+    candidates: CandidatesOption = None,
+    by: ByOption = None,
+    queries: CandidateQueriesOption = None,
+    encoder: EncoderOption = None,
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
@@ -52,7 +60,11 @@ def ingest(
     Safe to stop at any moment: run it again and it does what is missing. On several GPUs:
     `torchrun --nproc-per-node 8 --no-python lark-store ingest …`.
 
+    Of a source too large to sketch, `--candidates` takes what is nearest to some queries; `coverage` tells the rest.
+
     Example: `lark-store ingest --checkpoint epoch-2 --source finetune --source pubmed --variant chatml`
+
+    Example: `lark-store ingest --checkpoint epoch-2 --source pubmed --variant raw --candidates 2000 --queries test`
     """
     if dry_run:
         plan(
@@ -65,6 +77,10 @@ def ingest(
             precision,
             batch_tokens,
             gradient_checkpointing,
+            candidates,
+            by,
+            queries,
+            encoder,
             store,
             form,
         )
@@ -80,6 +96,10 @@ def ingest(
             precision=precision,
             batch_tokens=batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
+            candidates=candidates,
+            by=by,
+            queries=queries,
+            encoder=encoder,
             on_progress=bar,
         )
     if not is_first_rank():
@@ -109,6 +129,10 @@ def plan(
     precision: PrecisionOption = "auto",
     batch_tokens: BatchTokensOption = None,
     gradient_checkpointing: CheckpointingOption = False,
+    candidates: CandidatesOption = None,
+    by: ByOption = None,
+    queries: CandidateQueriesOption = None,
+    encoder: EncoderOption = None,
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
@@ -129,6 +153,10 @@ def plan(
             precision=precision,
             batch_tokens=batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
+            candidates=candidates,
+            by=by,
+            queries=queries,
+            encoder=encoder,
             on_progress=bar,
         )
     _print_plan(report, form)

@@ -37,6 +37,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+SENTENCE_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json")  # of a sentence encoder
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _folder(path: str, revision: str | None, *, fetch: bool = True) -> tuple[Pat
         got = snapshot_download(
             path,
             revision=revision,
-            allow_patterns=[_WEIGHTS, *_TOKENIZER_FILES, "*.safetensors.index.json", adapters.CONFIG],
+            allow_patterns=[_WEIGHTS, *_TOKENIZER_FILES, "*.safetensors.index.json", adapters.CONFIG, *SENTENCE_FILES],
             local_files_only=not fetch,
         )
     except Exception as error:  # the library raises many kinds: offline, unknown, gated, broken off
@@ -131,7 +132,7 @@ def _model_files(folder: Path, named: str) -> list[Path]:
     weights = list(folder.glob(_WEIGHTS))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"`{named}` has no config.json", "a checkpoint is a folder made by `save_pretrained`")
-    _check_kernels(_read_json(folder / "config.json"), named)
+    _check_kernels(read_json(folder / "config.json"), named)
     if not weights:
         raise CheckpointError(
             f"`{named}` has no .safetensors file",
@@ -142,7 +143,7 @@ def _model_files(folder: Path, named: str) -> list[Path]:
     return weights
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a file of a checkpoint that holds one JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +172,7 @@ def _check_kernels(config: dict[str, Any], named: str) -> None:
 
 def _check_shards(folder: Path, named: str) -> None:
     """Make sure that an index names files beside it: what lies elsewhere isn't hashed, and may be anything."""
-    shards = _read_json(folder / _INDEX).get("weight_map")
+    shards = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(
             f"`{named}` has a {_INDEX} without a `weight_map`", "save it again with `save_pretrained`"
@@ -236,7 +237,7 @@ def add_checkpoint(
         raise InputError(f"step {step} is out of range", "a step counts optimizer steps from 0")
     files = examine(path, revision)
     local = Path(path).is_dir()
-    config = _read_json(files.base / "config.json")
+    config = read_json(files.base / "config.json")
     row = Checkpoint(
         name=name,
         model=model or (str(config.get("model_type", "unknown")) if local else path),

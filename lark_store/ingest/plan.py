@@ -60,7 +60,8 @@ _CHECKPOINTS = {
 
 def plan(db: Database, request: Request, on_progress: OnProgress | None = None) -> PlanReport:
     """Say what an ingest will take; see `Store.plan`."""
-    sketcher, plans = prepare(db, request)
+    prepare(db, request)  # a wrong name is said before anything is computed
+    sketcher, plans = prepare(db, request, request.choose() if request.choose else {})
     device = pick_device(request.device)
     units: list[dict[str, Any]] = []
     checkpoints: list[dict[str, Any]] = []

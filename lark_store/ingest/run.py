@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from lark_store.ingest.gradients import SketchPath
     from lark_store.ingest.oporp import Placement
     from lark_store.schema.catalog import IngestRun
-    from lark_store.schema.records import CorrectionInfo
+    from lark_store.schema.records import Chosen, CorrectionInfo
 
 _COUNTS = ("n_samples", "n_existing", "n_sketched", "n_failed", "run")
 _UNITS = (
@@ -73,6 +73,7 @@ class Request:
     precision: str = "auto"
     batch_tokens: int | None = None
     gradient_checkpointing: bool = False
+    choose: Callable[[], dict[str, Chosen]] | None = None  # what is taken of some sources, by name; of others all
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Unit:
     checkpoint: Checkpoint
     source: Source
     variant: FormatVariant
+    chosen: Chosen | None = None
     n_samples: int = 0
     pending: set[str] = field(default_factory=set)
 
@@ -112,7 +114,8 @@ def ingest(db: Database, request: Request, on_progress: OnProgress | None = None
     """Sketch what is missing; see `Store.ingest`."""
     with joined() as ranks:
         ranks.once(lambda: _check(db, request))  # a wrong name is said once
-        sketcher, plans = prepare(db, request)
+        chosen = ranks.once(request.choose) if request.choose else {}
+        sketcher, plans = prepare(db, request, chosen)
         device = pick_device(request.device)
         report: list[dict[str, Any]] = []
         notes: list[str] = []
@@ -123,8 +126,11 @@ def ingest(db: Database, request: Request, on_progress: OnProgress | None = None
     return make_report(db, report, notes)
 
 
-def prepare(db: Database, request: Request) -> tuple[Sketcher, list[Callable[[], Plan]]]:
+def prepare(
+    db: Database, request: Request, chosen: dict[str, Chosen] | None = None
+) -> tuple[Sketcher, list[Callable[[], Plan]]]:
     """Find what a request names; returns the sketcher and, for each checkpoint, what makes its plan."""
+    chosen = chosen or {}
     if request.limit is not None and request.limit < 1:
         raise InputError(f"a limit of {request.limit} leaves nothing to do", "leave `--limit` out to take all")
     if request.batch_tokens is not None and request.batch_tokens < 1:
@@ -136,7 +142,9 @@ def prepare(db: Database, request: Request) -> tuple[Sketcher, list[Callable[[],
         variants = [find(session, FormatVariant, name) for name in request.variants]
 
     def plan(checkpoint: Checkpoint) -> Plan:
-        return _plan(sketcher, checkpoint, [Unit(checkpoint, s, v) for s in sources for v in variants])
+        return _plan(
+            sketcher, checkpoint, [Unit(checkpoint, s, v, chosen.get(s.name)) for s in sources for v in variants]
+        )
 
     return sketcher, [partial(plan, checkpoint) for checkpoint in checkpoints]
 
@@ -157,6 +165,8 @@ def fill(db: Database, fingerprint: str, unit: Unit, limit: int | None) -> None:
     """Find which of a unit's samples have no sketch yet."""
     ids = db.vectors.read("samples", ["sample_id"], where(source=unit.source.name))["sample_id"]
     wanted = ids if limit is None else ids.head(limit)
+    if unit.chosen is not None:
+        wanted = ids.filter(ids.is_in(list(unit.chosen.ids)))
     unit.n_samples = len(wanted)
     unit.pending = set(wanted)
     drop_existing(db, fingerprint, unit)
@@ -303,7 +313,7 @@ class _Worker:
     def _begin(self, unit: Unit, renderer: Renderer) -> IngestRun:
         still_there(self.db, unit.checkpoint, unit.source, unit.variant)  # it may have been removed before the lock
         drop_existing(self.db, self.plan.fingerprint, unit)  # another process may have been here
-        run = ledger.begin(self.db, self._ids(unit), self._how(renderer), unit.n_samples - len(unit.pending))
+        run = ledger.begin(self.db, self._ids(unit), self._how(unit, renderer), unit.n_samples - len(unit.pending))
         factors.check_same(self.db, unit.checkpoint, self.factors_sha256)
         return run
 
@@ -316,7 +326,7 @@ class _Worker:
             "variant_id": unit.variant.id,
         }
 
-    def _how(self, renderer: Renderer) -> dict[str, Any]:
+    def _how(self, unit: Unit, renderer: Renderer) -> dict[str, Any]:
         """Say how sketches are made: runs that agree on this, and on the unit, can go on from one another."""
         recipe: dict[str, Any] = {
             "weights_sha256": self.plan.checkpoint.weights_sha256,
@@ -337,6 +347,8 @@ class _Worker:
         }
         if self.factors_sha256 is not None:
             recipe[factors.RECIPE_KEY] = self.factors_sha256
+        if unit.chosen is not None:
+            recipe["candidates"] = unit.chosen.how
         return {"recipe": recipe, "versions": ledger.versions(), "device": ledger.device_name(self.device)}
 
     def _sketch_all(self, unit: Unit, renderer: Renderer, writer: SketchWriter) -> None:

@@ -30,10 +30,13 @@ _FRAMES = {
             SELECT checkpoint, source, variant, ingest_run, count(*) AS n FROM failures GROUP BY ALL
         )
         SELECT r.sketcher, r.checkpoint, r.source, r.variant, sum(r.n_sketched)::BIGINT AS sketches,
+               any_value(w.n_samples) AS samples, any_value(w.chosen) AS chosen,
                coalesce(last(f.n ORDER BY r.ingest_run), 0) AS failed,
                last(r.status ORDER BY r.ingest_run) AS status,
                sum(r.n_sketched * k.k * CASE k.dtype WHEN 'float16' THEN 2 ELSE 4 END)::BIGINT AS bytes
         FROM ingest_runs r JOIN sketchers k ON k.name = r.sketcher LEFT JOIN failed f USING (ingest_run)
+        LEFT JOIN coverage w ON (w.sketcher, w.checkpoint, w.source, w.variant)
+                              = (r.sketcher, r.checkpoint, r.source, r.variant)
         GROUP BY ALL ORDER BY min(r.ingest_run)""",
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.query.coverage import notes_of
 from lark_store.query.groups import searched_groups
 from lark_store.query.index import find_index
 from lark_store.query.methods import BETWEEN
@@ -103,6 +104,7 @@ class _Searcher:
             device=ranking.device,
             check=ranking.check,
         )
+        self.notes = notes_of(db, [group for term in question.terms for group in term.groups])
         rows = self.search.rows
         groups = rows.groups
         if rows.frame.is_empty() or self.search.null_only.all():
@@ -234,6 +236,7 @@ class _Searcher:
             null=self.null,
             recall=index.recall if index else None,
             candidates=index.candidates if index else None,
+            notes=self.notes,
         )
 
 

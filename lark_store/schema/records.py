@@ -93,6 +93,14 @@ class CorrectionInfo:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """The samples of one source to which an ingest keeps, and how they were chosen, for the recipe of its runs."""
+
+    ids: frozenset[str]
+    how: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RenderedSample:
     """A sample as a model sees it: its tokens as text pieces, and which of them are targets."""
 
@@ -199,8 +207,8 @@ class Hits:
     `frame` has the columns rank, score, noise (the score's standard deviation from sketching, in the score's unit),
     p_value and q_value (against `null`), source, stage, variant, sample_id and text; of a hybrid also cosine,
     cosine_rank, bm25 and bm25_rank. What there is none of is null. `score` names what is shown, as `lark · cosine`;
-    `notes` say what a reader has to know of it. Offers the Arrow stream interface, so polars, pandas and DuckDB take it
-    as it is.
+    `notes` say what a reader has to know of it, such as that a source was searched in part. Offers the Arrow stream
+    interface, so polars, pandas and DuckDB take it as it is.
     """
 
     frame: pl.DataFrame

@@ -101,8 +101,10 @@ INDICES = {
         "ingest_run": "bitmap",
         "row_key": "btree",
     },
+    "embeddings": {"source": "bitmap", "sample_id": "btree"},
 }
 SKETCH_PREFIX = "sketches_"
+EMBEDDING_PREFIX = "embeddings_"
 SKETCH_COLUMNS = (
     "row_key",
     "checkpoint",
@@ -135,6 +137,12 @@ def sketch_schema(k: int, dtype: str) -> pa.Schema:
     scalars = [_field(name, kinds.get(name, pa.string())) for name in SKETCH_COLUMNS]
     code = _field("code", pa.list_(pa.uint8(), code_bytes(k)))
     return pa.schema([*scalars, code, _field("vector", pa.list_(value, k))])
+
+
+def embedding_schema(dimensions: int) -> pa.Schema:
+    """Return the schema of a table of samples' embeddings: unit vectors, (dimensions,) float32, and whose they are."""
+    names = [_field(name, pa.string()) for name in ("source", "sample_id", "content_sha256")]
+    return pa.schema([*names, _field("vector", pa.list_(pa.float32(), dimensions))])
 
 
 def sketch_rows(rows: list[dict[str, Any]], vectors_NK: NDArray[Any], schema: pa.Schema) -> pa.Table:
@@ -271,6 +279,10 @@ class VectorStore:
             return self.table(name)
         return self.connection.create_table(name, schema=sketch_schema(k, dtype), exist_ok=True)
 
+    def embeddings(self, name: str, dimensions: int) -> Any:
+        """Open the table of an encoder's embeddings, made if it is not there."""
+        return self.connection.create_table(name, schema=embedding_schema(dimensions), exist_ok=True)
+
     def append(self, table: Any, rows: pa.Table) -> int:
         """Add rows in one commit: all or nothing. Returns the version that holds them."""
         return int(table.add(rows).version)
@@ -282,7 +294,14 @@ class VectorStore:
 
     def sketch_tables(self) -> list[str]:
         """Return the names of the tables of sketches that are whole."""
-        return sorted(name for name in self.table_names() if name.startswith(SKETCH_PREFIX) and self.has(name))
+        return self._of_kind(SKETCH_PREFIX)
+
+    def embedding_tables(self) -> list[str]:
+        """Return the names of the tables of embeddings that are whole."""
+        return self._of_kind(EMBEDDING_PREFIX)
+
+    def _of_kind(self, prefix: str) -> list[str]:
+        return sorted(name for name in self.table_names() if name.startswith(prefix) and self.has(name))
 
     def write_files(self, table: Any, rows: pa.Table) -> list[str]:
         """Write rows to data files that no version of the table has yet; returns what `append_files` takes."""
@@ -308,12 +327,11 @@ class VectorStore:
 
         Another process may be doing the same: after a few conflicts it is left to that one. An index is speed alone.
         """
-        kind = "sketches" if table.name.startswith(SKETCH_PREFIX) else table.name
         if table.count_rows() == 0:
             return
         for attempt in range(_INDEX_ATTEMPTS):
             try:
-                self._build_indices(table, INDICES[kind])
+                self._build_indices(table, INDICES[kind_of(table.name)])
             except (OSError, RuntimeError) as error:
                 if "conflict" not in str(error).lower():
                     raise
@@ -353,6 +371,16 @@ class VectorStore:
     def _scanner(self, table: str, columns: Iterable[str], filter_: str | None, batch_rows: int) -> Any:
         dataset = self.table(table).to_lance()
         return dataset.scanner(columns=list(columns), filter=filter_, batch_size=batch_rows)
+
+
+def kind_of(table: str) -> str:
+    """Return what a table's rows are, a key of `INDICES`: the tables of sketches and of embeddings are several.
+
+    >>> kind_of("sketches_01234567")
+    'sketches'
+    """
+    kind = next((prefix for prefix in (SKETCH_PREFIX, EMBEDDING_PREFIX) if table.startswith(prefix)), table)
+    return kind.removesuffix("_")
 
 
 def sketch_table(fingerprint: str) -> str:

@@ -278,6 +278,24 @@ class Ask(Part):
 
         return measure(self._db, checkpoint, view, method, sketcher, query_variant)
 
+    def coverage(
+        self, *, checkpoint: str | None = None, sketcher: str | None = None, method: str | None = None
+    ) -> pl.DataFrame:
+        """Return how much of each source was looked at: of what is sketched or, with `method`, of what it scored.
+
+        A row per sketcher, checkpoint, source and variant with n_samples (that the source has now), n_searched
+        (sketches of committed runs, or samples that `attribute` scored), chosen (how they were chosen, where not all
+        were to be taken) and note (in words, where it is not all). What is said of a source, its highest influence
+        above all, is said of the samples that were searched.
+
+        Raises
+        ------
+        NameUnknownError, InputError
+        """
+        from lark_store.query.coverage import coverage
+
+        return coverage(self._db, checkpoint, sketcher, method)
+
     def sql(
         self,
         query: str,
@@ -290,7 +308,7 @@ class Ask(Part):
         """Run one SELECT (DuckDB's SQL) over the store's views, read-only.
 
         Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, corrections, samples, ingest_runs,
-        score_runs, sketches (without vectors), self_influence, studies, evaluations, failures, influence,
+        score_runs, sketches (without vectors), coverage, self_influence, studies, evaluations, failures, influence,
         source_influence.
 
         `parameters` are the values of `?` or `$1` (a sequence) or of `$name` (a mapping). The query ends with an error

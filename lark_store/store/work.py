@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lark_store.schema.locks import scoring
+from lark_store.store.choose import Candidates
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class Work(Part):
         precision: str = "auto",
         batch_tokens: int | None = None,
         gradient_checkpointing: bool = False,
+        candidates: int | None = None,
+        by: str | None = None,
+        queries: str | None = None,
+        encoder: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> IngestReport:
         """Sketch the loss gradient of every sample that is not sketched yet.
@@ -78,6 +83,13 @@ class Work(Part):
         and the report's `notes` say so. A sketcher whose correction has factors gets them fitted where the checkpoint
         has none, to 500 samples of the sources of stage `finetune` (without one: of those given).
 
+        With `candidates`, of each source that is no query only the samples nearest to the `queries` (a source of stage
+        `query`, needed where there are several) are taken: for each query that many, by `bm25` (the default; samples
+        without a common word are left out) or by `embedding`, the cosine of the vectors of an `encoder` (a folder or
+        hub name; mean pooling, or what its own files say). Embeddings are kept in the store. The runs' recipes, `top`
+        and `coverage` say that the rest was never looked at; a larger number, other queries or an ingest without
+        `candidates` add what is missing.
+
         Under `torchrun` the samples are shared out among the processes, all of which must call it.
 
         Raises
@@ -86,9 +98,12 @@ class Work(Part):
         """
         from lark_store.ingest.run import Request, ingest
 
+        db = self._writable
+        wanted = Candidates(candidates, by, queries, None if encoder is None else str(encoder))
+        choose = wanted.choice(db, sources, limit=limit, device=device, keep=True, on_progress=on_progress)
         names = (list(checkpoints), list(sources), list(variants), sketcher)
-        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
-        return ingest(self._writable, request, on_progress)
+        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing, choose)
+        return ingest(db, request, on_progress)
 
     def plan(
         self,
@@ -102,12 +117,17 @@ class Work(Part):
         precision: str = "auto",
         batch_tokens: int | None = None,
         gradient_checkpointing: bool = False,
+        candidates: int | None = None,
+        by: str | None = None,
+        queries: str | None = None,
+        encoder: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> PlanReport:
         """Say what an `ingest` with the same arguments would take: sketches, bytes, time and memory.
 
         Nothing is written and no weights are loaded: a few batches of the samples' lengths are run through a model of
-        the checkpoint's config.
+        the checkpoint's config. To choose candidates by embedding, the encoder makes those that are not kept yet: that
+        takes the time that the ingest's first step will take.
 
         Raises
         ------
@@ -116,8 +136,10 @@ class Work(Part):
         from lark_store.ingest.plan import plan
         from lark_store.ingest.run import Request
 
+        wanted = Candidates(candidates, by, queries, None if encoder is None else str(encoder))
+        choose = wanted.choice(self._db, sources, limit=limit, device=device, keep=False, on_progress=on_progress)
         names = (list(checkpoints), list(sources), list(variants), sketcher)
-        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing)
+        request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing, choose)
         return plan(self._db, request, on_progress)
 
     def verify(

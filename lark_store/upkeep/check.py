@@ -19,7 +19,7 @@ from lark_store.upkeep.check_files import (
     check_locks,
     check_snapshots,
 )
-from lark_store.upkeep.check_rows import check_failures, check_samples, check_scores
+from lark_store.upkeep.check_rows import check_embeddings, check_failures, check_samples, check_scores
 from lark_store.upkeep.check_sketches import check_ingest_runs, check_sketches
 from lark_store.upkeep.findings import Finding
 from lark_store.upkeep.moment import Moment, take
@@ -83,6 +83,7 @@ def look(at: Moment, *, deep: bool, on_progress: OnProgress | None = None) -> li
     tell("sketches")
     found += check_sketches(at, samples, deep=deep)
     found += check_ingest_runs(at)
+    found += check_embeddings(at, samples)
     tell("scores")
     there = at.vectors.table_names()
     if "failures" in there:

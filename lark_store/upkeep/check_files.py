@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lark_store.schema.retry import retried
-from lark_store.schema.vectors import INDICES, SKETCH_PREFIX, TABLES, VectorStore, where
+from lark_store.schema.vectors import INDICES, TABLES, VectorStore, kind_of, where
 from lark_store.upkeep.findings import Finding, Mend, shown
 from lark_store.upkeep.moment import FAULTS, Moment, first_line
 from lark_store.upkeep.orphans import NEEDED, Files, files_of, remove_orphans
@@ -114,7 +114,7 @@ def check_indices(at: Moment) -> Iterator[Finding]:
     if not at.nobody:
         return
     for name in at.vectors.table_names():
-        kind = "sketches" if name.startswith(SKETCH_PREFIX) else name
+        kind = kind_of(name)
         if kind not in INDICES or kind == "failures":  # failures are few, and no index is kept up for them
             continue
         try:

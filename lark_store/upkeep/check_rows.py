@@ -11,7 +11,8 @@ import polars as pl
 from lark_store.schema.catalog import ScoreRun, Source
 from lark_store.schema.hashes import content_hash
 from lark_store.schema.retry import retried
-from lark_store.upkeep.check_sketches import delete_rows
+from lark_store.schema.vectors import kind_of
+from lark_store.upkeep.check_sketches import delete_rows, deletion
 from lark_store.upkeep.findings import Finding, Mend, shown
 from lark_store.upkeep.moment import FAULTS, Moment, duplicates, first_line, hashes, run_filter, stream
 
@@ -79,6 +80,35 @@ def _doubled_samples(at: Moment) -> Iterator[Finding]:
     if others:
         detail = f"samples of one id with different contents, see {shown(names)}; {_RESTORE}"
         yield Finding("error", "duplicate key", "samples", others, detail)
+
+
+def check_embeddings(at: Moment, samples: NDArray[np.uint64] | None) -> Iterator[Finding]:
+    """Yield embeddings that are there twice, and those of samples that are not in the store."""
+    for table in (name for name in at.vectors.table_names() if kind_of(name) == "embeddings"):
+        try:
+            rows = duplicates(at.vectors, table, _SAMPLE_KEYS, []).sort("_rowid")
+            extra = rows.filter(~pl.struct(_SAMPLE_KEYS).is_first_distinct())["_rowid"].to_numpy()
+            if len(extra):
+                yield Finding(
+                    "error",
+                    "duplicate key",
+                    table,
+                    len(extra),
+                    "embeddings that are there twice",
+                    deletion(table, extra),
+                )
+            if samples is None:
+                continue
+            orphans = [
+                frame["_rowid"].to_numpy()[~np.isin(hashes(frame, _SAMPLE_KEYS), samples)]
+                for frame in stream(at.vectors, table, _SAMPLE_KEYS)
+            ]
+            gone = np.concatenate(orphans) if orphans else np.empty(0, np.uint64)
+            if len(gone):
+                detail = "embeddings of samples that are not in the store"
+                yield Finding("warning", "orphan rows", table, len(gone), detail, deletion(table, gone))
+        except FAULTS as error:
+            yield Finding("error", "unreadable", table, 1, f"{first_line(error)}; restore it from a backup")
 
 
 def _per_run(at: Moment, table: str, column: str) -> dict[int, int]:

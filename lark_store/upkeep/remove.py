@@ -5,9 +5,9 @@ that was killed is there to be run again, and does what is left. Before it, in t
 
 1. The catalog, in one transaction: score runs that depend on what goes are `superseded`, and where a source or
    checkpoint goes its ingest runs too. From here on no answer is made of them: readers take `done` runs only.
-2. Sketches, failures and influence rows, a commit per table. A reader sees a table before or after its commit. A sample
-   between the two has no sketch, as one that was not ingested yet: the truth, should the removal end here. Then
-   the next ingest would sketch it again (and take up what is left of superseded ingest runs).
+2. Sketches, embeddings, failures and influence rows, a commit per table. A reader sees a table before or after its
+   commit. A sample between the two has no sketch, as one that was not ingested yet: the truth, should the removal end
+   here. Then the next ingest would sketch it again (and take up what is left of superseded ingest runs).
 3. The counts of ingest runs that stay; or the files of a checkpoint's corrections, and the catalog's rows of runs
    that go. Rows of runs are deleted only when no vector row has their number, since SQLite gives the number of a
    deleted row to the next.
@@ -129,10 +129,16 @@ def _forget(sweep: _Sweep, source: str, ids: list[str]) -> None:
     runs = _supersede(sweep, source, _touched(db, source, ids))
     for table in db.vectors.sketch_tables():
         sweep.delete("sketch", table, chosen)
+    _delete_embeddings(sweep, chosen)
     sweep.delete("failure", "failures", chosen)
     sweep.delete_scores(runs)
     if not sweep.dry_run:
         _count_again(db, source)
+
+
+def _delete_embeddings(sweep: _Sweep, condition: str) -> None:
+    for table in sweep.db.vectors.embedding_tables():
+        sweep.delete("embedding", table, condition)
 
 
 def _touched(db: Database, source: str, ids: list[str]) -> list[_Group]:
@@ -230,6 +236,7 @@ def _remove(sweep: _Sweep, kind: type[Source | Checkpoint], name: str) -> None:
     sweep.delete("failure", "failures", of_name)
     sweep.delete_scores([run.id for run in score_runs])
     if isinstance(found, Source):
+        _delete_embeddings(sweep, of_name)
         sweep.delete("sample", "samples", of_name)
     elif not sweep.dry_run:
         _discard_corrections(sweep, found)

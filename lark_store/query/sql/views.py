@@ -233,6 +233,27 @@ VIEWS = {
         ),
         "SELECT r.sketcher, x.* FROM _sketches x JOIN ingest_runs r USING (ingest_run) WHERE r.status = 'done'",
     ),
+    "coverage": View(
+        "How much of a source was sketched: answers are about that part",
+        _SKETCHER
+        | _CHECKPOINT
+        | _GROUP
+        | _whole(n_samples="samples that the source has now", n_sketched="samples that have a sketch")
+        | _text(chosen="how these were chosen; null: all were to be taken"),
+        """
+        WITH sizes AS (SELECT source, count(*) AS n_samples FROM _samples GROUP BY ALL),
+        taken AS (
+            SELECT *, recipe->'candidates' AS of, coalesce(
+                'candidates by ' || (of->>'by') || ' for `' || (of->>'queries') || '`',
+                'the first ' || (recipe->>'limit')) AS words
+            FROM ingest_runs WHERE status = 'done'
+        )
+        SELECT r.sketcher, r.checkpoint, r.source, r.variant, coalesce(any_value(z.n_samples), 0) AS n_samples,
+               sum(r.n_sketched)::BIGINT AS n_sketched,
+               CASE WHEN count(*) = count(words) AND sum(r.n_sketched) < coalesce(any_value(z.n_samples), 0)
+                    THEN string_agg(DISTINCT words, ' and ' ORDER BY words) END AS chosen
+        FROM taken r LEFT JOIN sizes z ON z.source = r.source GROUP BY ALL""",
+    ),
     "self_influence": View(
         "A sample's influence on itself at a checkpoint",
         _SKETCHER

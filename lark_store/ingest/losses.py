@@ -112,12 +112,17 @@ class Batch:
 
 def sample_losses(model: Any, batch: Batch) -> torch.Tensor:
     """Return each sample's mean cross-entropy over its targets, (B,) float32 in nats."""
-    with _only_needed_rows(model, batch):
-        logits = model(**batch.inputs(model), use_cache=False).logits
-    narrowed = logits.shape[:2] == (1, sum(batch.n_targets))
-    logits_NV = (logits[0] if narrowed else logits[batch.predictors]).float()
+    logits_NV = target_logits(model, batch).float()
     losses_N = functional.cross_entropy(logits_NV, batch.labels(logits_NV), reduction="none")
     return torch.stack([part.mean() for part in torch.split(losses_N, batch.n_targets)])
+
+
+def target_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Go forward; returns the logits that predict each target, (N, V)."""
+    with _only_needed_rows(model, batch):
+        logits: torch.Tensor = model(**batch.inputs(model), use_cache=False).logits
+    narrowed = logits.shape[:2] == (1, sum(batch.n_targets))
+    return logits[0] if narrowed else logits[batch.predictors]
 
 
 @contextmanager

@@ -200,11 +200,18 @@ class Ask(Part):
         return trajectory(self._db, query, sample_id, wanted)
 
     def similar_text(
-        self, query: str | None = None, *, text: str | None = None, k: int = 10, sources: Sequence[str] = ()
+        self,
+        query: str | None = None,
+        *,
+        text: str | None = None,
+        k: int = 10,
+        sources: Sequence[str] = (),
+        method: str = "bm25",
     ) -> pl.DataFrame:
-        """Return the `k` samples whose texts share most with a query's, or with any `text`, by BM25.
+        """Return the `k` samples whose texts share most with a query's, or with any `text`, by a `method` of BM25.
 
-        Columns: rank, score, source, stage, sample_id, text. See `lark_store.query.lexical`.
+        The methods are `bm25`, `bm25plus` and `bm25-okapi`. Columns: rank, score, source, stage, sample_id, text. See
+        `lark_store.query.lexical`.
 
         Raises
         ------
@@ -212,7 +219,7 @@ class Ask(Part):
         """
         from lark_store.query.answers import similar_text
 
-        return similar_text(self._db, query, text=text, k=k, sources=sources)
+        return similar_text(self._db, query, text=text, k=k, sources=sources, method=method)
 
     def self_influence(
         self,

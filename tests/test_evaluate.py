@@ -114,10 +114,12 @@ def test_more_half_sets_and_seeds_go_on_from_what_is_there(store, tmp_path):
     after = losses_in(tmp_path)
     assert (after[:3] == before).all()
     assert len(after) == 8
-    assert set(made.table["measure"]) == {"lds", "lds of one seed", "ceiling"}
-    ceiling = made.values.filter(measure="ceiling")
-    assert ceiling["method"].unique().to_list() == ["another seed"]
-    assert sorted(ceiling["trial"].unique()) == [0, 1]
+    assert made.table.select("measure", "method").rows() == [
+        ("lds", "length"), ("lds of one seed", "length"), ("lds of one seed", "another seed (ceiling)")
+    ]  # fmt: skip
+    ceiling = made.values.filter(method="another seed (ceiling)").sort("query_id")["value"]
+    two = after.reshape(2, 4, 5)
+    assert ceiling.to_list() == pytest.approx([stats.spearmanr(*two[:, :, q]).statistic for q in range(5)])
 
 
 def _killed(path, out, after):
@@ -197,6 +199,16 @@ def test_the_store_s_scores_are_those_of_top(store, tmp_path):
         own = total["sample_id"].str.starts_with(f"f{i}-")
         expected.append(1 / (own.arg_true()[0] + 1))
     assert mrr.to_list() == expected
+
+
+def test_bm25_is_the_store_s(store):
+    asked = {"sources": ["finetune"], "variants": ["chatml"], "queries": "test", "query_variant": "chatml"}
+    material = gather(store, **asked)
+    made = RIVALS["bm25"](material, Given())
+    for query, row in zip(material.queries, made, strict=True):
+        expected = store.similar_text(query.id, k=100).sort("sample_id")
+        assert expected["sample_id"].to_list() == [text.id for text in material.samples]
+        assert row.tolist() == expected["score"].to_list()
 
 
 def test_the_rerank_protocol_asks_among_its_own_bm25_s_the_same_answer_s_and_others(store, tmp_path, monkeypatch):
@@ -476,5 +488,29 @@ def test_the_command_prints_what_the_function_returns(store, tmp_path):
     same = evaluate.facts(store, ["bm25", "small:cosine@base"], key="fact", at=(2,), out=tmp_path / "b")
     assert made.rows == same.table.to_dicts()
     assert f"kept as `{same.name}`" in made.err
-    line = f"evaluate lds --score length -c base --half-sets 3 --max-samples 6 --out {tmp_path / 'a'} -f json"
-    assert [row["measure"] for row in lark(line, store=path).rows] == ["lds"]
+
+
+@pytest.mark.parametrize(
+    ("line", "measures"),
+    [
+        ("lds -c base --half-sets 3 --epochs 2 --batch-size 2 --weight-decay 0.1 --max-samples 6", ["lds"] * 2),
+        ("causal -c base --optimizer sgd --max-samples 3 --max-queries 2", ["spearman", "spearman", "sign", "sign"]),
+        ("tail-patch -c base -k 2 --moment-samples 2 --max-queries 2", ["log-probability"] * 3),
+        ("format --variant raw --variant chatml", ["format"] * 2),
+        ("spearman --reference bm25 --seed 3", ["spearman"] * 2),
+    ],
+)
+def test_each_kind_has_a_command(store, tmp_path, line, measures):
+    path = named(Path(store.path))
+    made = lark(f"evaluate {line} --score length --score random --out {tmp_path} --name mine -f json", store=path)
+    assert made.code == 0, made.err
+    assert [row["measure"] for row in made.rows] == measures
+    assert store.sql("select distinct kind from evaluations").item() == line.split()[0]
+    assert (tmp_path / "mine.svg").is_file()
+
+
+def test_a_folder_that_can_not_be_written_is_a_clear_error(store, tmp_path):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    made = lark(f"evaluate facts --score bm25 --key fact --out {tmp_path / 'file'}", store=named(Path(store.path)))
+    assert made.code == 1
+    assert made.err.startswith(f"error: `{tmp_path / 'file'}` is no folder\n\nhint: ")

@@ -392,16 +392,6 @@ def test_a_rival_that_can_not_be_asked_is_a_clear_error(material, spec, error, m
     assert message in str(raised.value)
 
 
-def test_similar_texts_by_another_method(path):
-    with Store.open(path) as store:
-        plus = store.similar_text("q100", method="bm25plus")
-        assert plus["score"].to_list() != store.similar_text("q100")["score"].to_list()
-        with pytest.raises(InputError, match="`cosine` does not compare texts"):
-            store.similar_text("q100", method="cosine")
-    rows = lark("similar-text q100 --method bm25plus -f json", store=named(path)).rows
-    assert [row["score"] for row in rows] == pytest.approx(plus["score"].to_list())
-
-
 def test_parameters_are_split_as_they_were_joined(material):
     held = Parameters((model := load(material.store, "neox", "cpu").model), list(model.named_parameters()))
     whole = held.gradients(load(material.store, "neox", "cpu").tokens(material.samples[:2]))

@@ -209,14 +209,13 @@ def similar_text(
     text: Annotated[str | None, typer.Option(help="Any text instead.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
     source: SourcesOption = None,
-    method: Annotated[str, typer.Option(help="`bm25`, `bm25plus` or `bm25-okapi`.")] = "bm25",
     store: StoreOption = None,
     snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Print the samples whose texts share most with a query's, by BM25."""
     with open_store(store, snapshot) as opened:
-        emit(opened.similar_text(query, text=text, k=k, sources=source or (), method=method), form)
+        emit(opened.similar_text(query, text=text, k=k, sources=source or ()), form)
 
 
 def self_influence(

@@ -23,10 +23,10 @@ def spearman(score_QN: NDArray[Any], truth_QN: NDArray[Any]) -> Floats:
     from scipy.stats import rankdata
 
     a, b = (rankdata(x, axis=1) - (x.shape[1] + 1) / 2 for x in (score_QN, truth_QN))
-    size_a, size_b = np.sqrt((a**2).sum(axis=1)), np.sqrt((b**2).sum(axis=1))
-    both = size_a * size_b
+    spread_a, spread_b = (a**2).sum(axis=1), (b**2).sum(axis=1)
+    both = np.sqrt(spread_a * spread_b)
     found: Floats = np.divide((a * b).sum(axis=1), both, out=np.zeros(len(a)), where=both > 0)
-    return np.where(size_b > 0, found, np.nan)
+    return np.where(spread_b > 0, found, np.nan)
 
 
 def auc(score_QN: NDArray[Any], is_positive_N: NDArray[np.bool_]) -> Floats:

@@ -37,23 +37,22 @@ _ROW = 26  # pixels
 def chart(kind: str, table: pl.DataFrame) -> Figure:
     """Draw a table of `Outcome`: a point per method, a rule for its interval, a dashed line where nothing is."""
     title, under = _TITLES[kind]
-    methods = list(dict.fromkeys(table["method"]))
-    nothing = _NOTHING.get(kind, 0.0)
-    base = alt.Chart(data(table.with_columns(nothing=nothing)))
-    y = alt.Y("method:N", sort=methods, title=None)
     x = alt.X("value:Q", title="mean over queries, 95% interval", scale=alt.Scale(zero=False))
     shown = tips(
         method="scores", value=("mean", ".3f"), low=("95% from", ".3f"), high=("to", ".3f"), n_queries="queries"
     )
-    colour = alt.value(OTHERS[0])
-    layers = alt.layer(
-        base.mark_rule(color=QUIET, strokeDash=[2, 3]).encode(x="nothing:Q"),
-        base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q", y=y, color=colour),
-        base.mark_point(size=64, filled=True, opacity=1).encode(x=x, y=y, color=colour, tooltip=shown),
-    ).properties(width=WIDTH * 0.6, height=_ROW * len(methods))
-    row = alt.Row("measure:N", sort=list(dict.fromkeys(table["measure"])), title=None)
-    drawn = layers.facet(row=row).resolve_scale(x="independent", y="independent")
-    return styled(drawn.properties(title=titled(title, under)))
+    panels = []
+    for (measure,), rows in table.group_by("measure", maintain_order=True):
+        base = alt.Chart(data(rows.with_columns(nothing=_NOTHING.get(kind, 0.0))))
+        y = alt.Y("method:N", sort=rows["method"].to_list(), title=None)
+        panel = alt.layer(
+            base.mark_rule(color=QUIET, strokeDash=[2, 3]).encode(x="nothing:Q"),
+            base.mark_rule(strokeWidth=2, color=OTHERS[0]).encode(x="low:Q", x2="high:Q", y=y),
+            base.mark_point(size=64, filled=True, opacity=1, color=OTHERS[0]).encode(x=x, y=y, tooltip=shown),
+        )
+        name = alt.TitleParams(text=str(measure), fontSize=12.5, offset=4)
+        panels.append(panel.properties(width=WIDTH, height=_ROW * len(rows), title=name))
+    return styled(alt.vconcat(*panels).resolve_scale(x="shared").properties(title=titled(title, under)))
 
 
 def save(drawn: Figure, folder: Path, name: str) -> list[Path]:

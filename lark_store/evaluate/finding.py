@@ -21,6 +21,7 @@ import numpy as np
 
 from lark_store.errors import InputError
 from lark_store.evaluate.task import Task
+from lark_store.store.part import clear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 OF_EACH = 100  # candidates of each sort in the rerank protocol
 
 
+@clear
 def facts(
     store: Store,
     scores: Sequence[Asked],

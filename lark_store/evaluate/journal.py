@@ -62,7 +62,6 @@ def journal(folder: Path, kind: str, identity: dict[str, Any]) -> Iterator[Journ
     ------
     StoreBusyError
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{digest(identity)[:12]}.jsonl"
     path.touch()
     try:

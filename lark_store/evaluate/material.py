@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from numpy.typing import NDArray
 
     from lark_store.store import Store
 
@@ -55,19 +57,23 @@ class Material:
         """The queries' ids."""
         return [query.id for query in self.queries]
 
-    def own(self, key: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def own(self, key: str) -> NDArray[np.bool_]:
         """Tell which samples have the value of metadata `key` that each query has, (Q, N) bool.
 
         A value that is missing or empty is nobody's.
         """
+        numbers: dict[str, int] = {}
 
-        def value(text: Text) -> str | None:
+        def number(text: Text, nobody: int) -> int:
             found = text.sample.meta.get(key)
-            return None if found is None or found == "" else json.dumps(found, sort_keys=True)
+            if found is None or found == "":
+                return nobody
+            return numbers.setdefault(json.dumps(found, sort_keys=True), len(numbers))
 
-        of_samples = [value(sample) for sample in self.samples]
-        rows = [[mine is not None and mine == each for each in of_samples] for mine in map(value, self.queries)]
-        return np.array(rows, dtype=bool).reshape(len(self.queries), len(self.samples))
+        of_queries = np.array([number(query, -1) for query in self.queries])
+        of_samples = np.array([number(sample, -2) for sample in self.samples])
+        found: NDArray[np.bool_] = of_queries[:, None] == of_samples[None, :]
+        return found
 
 
 def gather(
@@ -155,24 +161,38 @@ def folder_of(store: Store, checkpoint: str) -> Path:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model at a checkpoint with its tokenizer, on a device."""
+    """A checkpoint's model and tokenizer, loaded when they are first looked at."""
 
     store: Store
-    model: Any
-    tokenizer: Any
+    folder: Path
     device: torch.device
+    precision: str = "float32"
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, in evaluation mode."""
+        from lark_store.ingest.models import load_model
+
+        return load_model(self.folder, self.device, self.precision)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        from lark_store.ingest.models import load_tokenizer
+
+        return load_tokenizer(self.folder)
 
     def tokens(self, texts: Iterable[Text]) -> list[Tokens]:
-        """Render texts, each in its variant.
+        """Render texts, each in its variant; takes no weights.
 
         Raises
         ------
         InputError
             One of them can't be rendered.
         """
-        from lark_store.ingest.models import context_length
+        from lark_store.ingest.models import context_length, meta_model
 
-        context, renderers, made = context_length(self.model), {}, []
+        context, renderers, made = context_length(meta_model(self.folder)), {}, []
         for text in texts:
             if text.variant not in renderers:
                 renderers[text.variant] = Renderer(_variant(self.store, text.variant), self.tokenizer, context)
@@ -194,14 +214,12 @@ def _variant(store: Store, name: str) -> FormatVariant:
 
 
 def load(store: Store, checkpoint: str, device: str = "auto", precision: str = "float32") -> Loaded:
-    """Load the model of a checkpoint.
+    """Return the model of a checkpoint, whose files are compared with those that were added.
 
     Raises
     ------
     NameUnknownError, CheckpointError, CheckpointChangedError, InputError
     """
     from lark_store.ingest.gradients import pick_device
-    from lark_store.ingest.models import load_model, load_tokenizer
 
-    folder, place = folder_of(store, checkpoint), pick_device(device)
-    return Loaded(store, load_model(folder, place, precision), load_tokenizer(folder), place)
+    return Loaded(store, folder_of(store, checkpoint), pick_device(device), precision)

@@ -12,6 +12,7 @@ from lark_store.errors import InputError
 from lark_store.evaluate import agree
 from lark_store.evaluate.scorers import matrices
 from lark_store.evaluate.task import Task
+from lark_store.store.part import clear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lark_store.store import Store
 
 
+@clear
 def spearman(store: Store, scores: Sequence[Asked], *, reference: Asked, **options: Unpack[Options]) -> Outcome:
     """Correlate scores with a reference's, query by query, over all candidates. The measure is `spearman`.
 

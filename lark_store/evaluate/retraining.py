@@ -6,8 +6,8 @@ one checkpoint; L_j(q) is the query's loss afterwards. For each query
     LDS(q) = Spearman over j of ( Σ_{z ∈ S_j} score(z, q),  −L_j(q) )
 
 and the figure is the mean over queries. With several seeds of training, L_j is the mean over seeds (measure `lds`);
-`lds of one seed` is the mean over the seeds of the LDS against each one's losses, and `ceiling` how well the losses of
-one seed foretell another's: what a second training would reach as a score.
+`lds of one seed` is the mean over the seeds of the LDS against each one's losses; there `another seed (ceiling)` is the
+mean over pairs of seeds of how well the losses of one foretell the other's: what a second training reaches as a score.
 
 The interval is over queries. Which half sets were drawn is another source of noise, which it does not have: with m sets
 a single rank correlation has a standard error of about 1/√(m − 1), partly shared by all queries. Differences between
@@ -19,7 +19,7 @@ Shape letters: Q queries, N samples, M half sets, S seeds.
 from __future__ import annotations
 
 from dataclasses import asdict
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from lark_store.evaluate.journal import digest, journal
 from lark_store.evaluate.task import Task
 from lark_store.evaluate.training import Recipe, Start, losses, train
 from lark_store.schema.records import Progress
+from lark_store.store.part import clear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
     from lark_store.evaluate.task import Options, Outcome
     from lark_store.store import Store
 
-ANOTHER = "another seed"
+ANOTHER = "another seed (ceiling)"
 
 
+@clear
 def lds(
     store: Store,
     scores: Sequence[Asked],
@@ -62,8 +64,8 @@ def lds(
     """Retrain on random half sets from a checkpoint, and correlate summed scores with the queries' losses.
 
     Each half set's losses are on the disk before the next is trained: killed and run again, it goes on, and more half
-    sets or seeds can be added later. Trains by AdamW with one learning rate and shuffled batches. Measures: `lds`, and
-    with several seeds `lds of one seed` and `ceiling` (method `another seed`).
+    sets or seeds can be added later. Trains by AdamW with one learning rate and shuffled batches. Measures: `lds` and,
+    with several seeds, `lds of one seed`, where a method `another seed (ceiling)` is added.
 
     Raises
     ------
@@ -97,8 +99,8 @@ def lds(
         task.add(name, "lds", spearman(summed_QM, -loss_SMQ.mean(axis=0).T))
         for seed in range(seeds if seeds > 1 else 0):
             task.add(name, "lds of one seed", spearman(summed_QM, -loss_SMQ[seed].T), trial=seed)
-    for trial, (one, other) in enumerate(permutations(range(seeds), 2)):
-        task.add(ANOTHER, "ceiling", spearman(loss_SMQ[one].T, loss_SMQ[other].T), trial=trial)
+    for trial, (one, other) in enumerate(combinations(range(seeds), 2)):
+        task.add(ANOTHER, "lds of one seed", spearman(loss_SMQ[one].T, loss_SMQ[other].T), trial=trial)
     return task.finish(checkpoint=checkpoint, half_sets=half_sets, seeds=seeds, **asdict(recipe))
 
 
@@ -114,15 +116,14 @@ def _retrained(
     task: Task, checkpoint: str, recipe: Recipe, member_MN: NDArray[np.bool_], seeds: int
 ) -> NDArray[np.float64]:
     """Return the queries' losses after training on each half set, (S, M, Q), in nats per target token."""
-    loaded = task.load(checkpoint)
+    loaded, start = task.load(checkpoint), None
     samples, queries = loaded.tokens(task.material.samples), loaded.tokens(task.material.queries)
-    start = Start(loaded.model)
     pieces = {f"seed {s}, half set {j}": (s, j) for s in range(seeds) for j in range(len(member_MN))}
     with journal(Path(task.out), "lds", _identity(task, checkpoint, recipe, samples, queries)) as kept:
         for done, (piece, (seed, j)) in enumerate(pieces.items()):
             if piece not in kept.done:
-                some = [samples[i] for i in np.flatnonzero(member_MN[j])]
-                train(start, some, recipe, [task.seed, seed, j])
+                start = start or Start(loaded.model)
+                train(start, [samples[i] for i in np.flatnonzero(member_MN[j])], recipe, [task.seed, seed, j])
                 kept.add(piece, losses(loaded.model, queries).tolist())
             assert task.on_progress is not None
             task.on_progress(Progress("retraining on half sets", done + 1, len(pieces)))

@@ -33,6 +33,7 @@ from lark_store.evaluate.steps import OPTIMIZERS, Stepper, second_moments
 from lark_store.evaluate.task import Task
 from lark_store.evaluate.training import losses
 from lark_store.schema.records import Progress
+from lark_store.store.part import clear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,6 +55,7 @@ FIRST = 0.1  # the share of the samples whose signs are looked at
 BESIDE = ("random", "bm25")
 
 
+@clear
 def causal(
     store: Store,
     scores: Sequence[Asked],
@@ -106,6 +108,7 @@ def right_signs(score_QN: NDArray[Any], effect_QN: Floats) -> Floats:
     return found
 
 
+@clear
 def tail_patch(
     store: Store,
     scores: Sequence[Asked],
@@ -199,7 +202,7 @@ class _Steps:
 
     def __init__(self, task: Task, how: Step, loaded: Loaded, moments: list[Tokens], kept: Journal) -> None:
         self.samples, self.queries = loaded.tokens(task.material.samples), loaded.tokens(task.material.queries)
-        self._task, self._how, self._model, self._tuned_on, self._kept = task, how, loaded.model, moments, kept
+        self._task, self._how, self._loaded, self._tuned_on, self._kept = task, how, loaded, moments, kept
         self._hash_Q, self._hash_N = [_hash(t) for t in self.queries], [_hash(t) for t in self.samples]
         self._before: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -210,7 +213,7 @@ class _Steps:
             queries = [self.queries[q] for q in asked]
             before = self._before.get(tuple(asked))
             if before is None:  # in the same batches as afterwards, so that rounding is the same
-                before = self._before[tuple(asked)] = losses(self._model, queries)
+                before = self._before[tuple(asked)] = losses(self._loaded.model, queries)
             found = self._stepper.effect([self.samples[i] for i in some], queries, before)
             if not found.isfinite().all():
                 raise InputError("after a step, a query's loss is no number", "lower the learning rate")
@@ -219,7 +222,7 @@ class _Steps:
 
     @cached_property
     def _stepper(self) -> Stepper:
-        stepper = Stepper(self._model, self._how.learning_rate)
+        stepper = Stepper(self._loaded.model, self._how.learning_rate)
         if self._how.optimizer == "adam":
             n = len(self._tuned_on)
             stepper.moments = second_moments(

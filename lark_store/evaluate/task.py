@@ -21,6 +21,7 @@ from lark_store.evaluate.material import gather, load
 from lark_store.evaluate.rivals import Given
 from lark_store.evaluate.scorers import matrices
 from lark_store.query.compare import Figure
+from lark_store.schema.names import check_name
 from lark_store.study.files import writing
 from lark_store.study.groups import evaluated, numbers
 
@@ -116,6 +117,12 @@ class Task:
         for what, n in (("queries", self.max_queries), ("samples", self.max_samples)):
             if n is not None and n < 1:
                 raise InputError(f"{n} {what} are none", "name a number of 1 or more")
+        if self.name is not None:
+            check_name(self.name)
+        try:
+            Path(self.out).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"`{self.out}` is no folder", "name another with `--out`") from error
 
     @cached_property
     def material(self) -> Material:

@@ -21,6 +21,7 @@ import numpy as np
 from lark_store.errors import InputError
 from lark_store.evaluate.agree import auc
 from lark_store.evaluate.task import Task
+from lark_store.store.part import clear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Sort = tuple[NDArray[np.bool_], NDArray[np.bool_]]  # which samples are compared, and which of them are positive
 
 
+@clear
 def format(  # noqa: A001 (the command's name)
     store: Store,
     scores: Sequence[Asked],

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError
 from lark_store.query.groups import Wanted, ask
 from lark_store.query.lexical import open_lexical, texts_of
-from lark_store.query.methods import LEXICAL, Method
+from lark_store.query.methods import Method
 from lark_store.query.scores import Search, query_ids
 from lark_store.query.scoring import load_queries
 from lark_store.query.significance import sketch_noise
@@ -186,13 +186,7 @@ def _unknown(db: Database, what: str, name: str, by: Sketcher) -> LarkStoreError
 
 
 def similar_text(
-    db: Database,
-    query: str | None,
-    *,
-    text: str | None = None,
-    k: int = 10,
-    sources: Sequence[str] = (),
-    method: str = "bm25",
+    db: Database, query: str | None, *, text: str | None = None, k: int = 10, sources: Sequence[str] = ()
 ) -> pl.DataFrame:
     """Rank samples by BM25 against a query's text, or any text; see `Store.similar_text`."""
     if k < 1:
@@ -200,13 +194,10 @@ def similar_text(
     if (query is None) == (text is None):
         fact = "one query is needed" if query is None else "an id and a text are two queries"
         raise InputError(fact, "give the id of a query, or a text")
-    if method not in LEXICAL:
-        named = ", ".join(f"`{each}`" for each in LEXICAL)
-        raise InputError(f"`{method}` does not compare texts", f"the methods are {named}")
     with db.session() as session:
         stages = {name: find(session, Source, name).stage for name in sources}
         every = {source.name: source.stage for source in session.scalars(select(Source))}
-    lexical = open_lexical(db, method)
+    lexical = open_lexical(db, "bm25")
     asked = text if text is not None else _text_of(db, str(query), every)
     frame = lexical.documents.with_columns(score=pl.Series(lexical.scores([asked])[0]))
     if stages:

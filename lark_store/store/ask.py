@@ -200,18 +200,11 @@ class Ask(Part):
         return trajectory(self._db, query, sample_id, wanted)
 
     def similar_text(
-        self,
-        query: str | None = None,
-        *,
-        text: str | None = None,
-        k: int = 10,
-        sources: Sequence[str] = (),
-        method: str = "bm25",
+        self, query: str | None = None, *, text: str | None = None, k: int = 10, sources: Sequence[str] = ()
     ) -> pl.DataFrame:
-        """Return the `k` samples whose texts share most with a query's, or with any `text`, by a `method` of BM25.
+        """Return the `k` samples whose texts share most with a query's, or with any `text`, by BM25.
 
-        The methods are `bm25`, `bm25plus` and `bm25-okapi`. Columns: rank, score, source, stage, sample_id, text. See
-        `lark_store.query.lexical`.
+        Columns: rank, score, source, stage, sample_id, text. See `lark_store.query.lexical`.
 
         Raises
         ------
@@ -219,7 +212,7 @@ class Ask(Part):
         """
         from lark_store.query.answers import similar_text
 
-        return similar_text(self._db, query, text=text, k=k, sources=sources, method=method)
+        return similar_text(self._db, query, text=text, k=k, sources=sources)
 
     def self_influence(
         self,

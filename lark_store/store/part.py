@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from lark_store.errors import LarkStoreError
 from lark_store.schema.database import read_only
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
     from lark_store.schema.database import Database
 
+P = ParamSpec("P")
+R = TypeVar("R")
 DEFAULT_SKETCHER = "lark"
 DEFAULT_PATH = "lark.store"
 ENVIRONMENT = "LARK_STORE"
 
 
-def _clear(method: Callable[..., Any]) -> Callable[..., Any]:
+def clear(method: Callable[P, R]) -> Callable[P, R]:
     """Return a method that raises the machine's faults as errors of ours."""
 
     @wraps(method)
-    def clear(*args: Any, **kwargs: Any) -> Any:
+    def cleared(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(*args, **kwargs)
         except LarkStoreError:
@@ -37,7 +39,7 @@ def _clear(method: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise known from error
 
-    return clear
+    return cleared
 
 
 class Part:
@@ -50,9 +52,9 @@ class Part:
             if name.startswith("_") or isinstance(member, property):
                 continue
             if isinstance(member, staticmethod | classmethod):
-                setattr(cls, name, type(member)(_clear(member.__func__)))
+                setattr(cls, name, type(member)(clear(member.__func__)))
             elif callable(member):
-                setattr(cls, name, _clear(member))
+                setattr(cls, name, clear(member))
 
     @property
     def _writable(self) -> Database:

@@ -24,7 +24,9 @@ METHODS = {
 }
 CALLED = {"cosine": "LARK (cosine)", "bm25": "BM25", "bm25-okapi": "BM25 Okapi"}
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke")
-Figure = alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart  # `alt.layer` may return a facet
+Figure = (
+    alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.VConcatChart
+)  # `alt.layer` may return a facet
 
 INK, QUIET, LINES = "#1f2328", "#57606a", "#d9dee3"
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"

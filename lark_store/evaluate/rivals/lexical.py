@@ -1,4 +1,7 @@
-"""BM25 over the texts, as the store reads them: no model, no sketch."""
+"""BM25 over the texts, as the store reads them: no model, no sketch.
+
+Shape letters: Q queries, N samples.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,41 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from lark_store.errors import InputError
+from lark_store.query.lexical import BM25S, Lexical, words
+
 if TYPE_CHECKING:
     from lark_store.evaluate.material import Material
     from lark_store.evaluate.rivals.given import Given, Matrix
 
+_CORPUS = """
+    SELECT x.source, x.sample_id, coalesce(x.text, x.prompt || chr(10) || x.response) AS text
+    FROM samples x JOIN sources s ON s.name = x.source WHERE s.stage <> 'query'"""
+
 
 def bm25(material: Material, given: Given) -> Matrix:
-    """Score by Lucene's BM25 (Robertson & Zaragoza 2009), as the store's `similar_text` does, (Q, N)."""
+    """Score by Lucene's BM25 over the texts of all samples that are no query, as the store's `bm25` does, (Q, N)."""
     del given
     return _scored(material, "bm25")
 
 
 def bm25plus(material: Material, given: Given) -> Matrix:
-    """Score by BM25+ (Lv & Zhai 2011, δ = 1), in which a word that occurs counts however long the text is, (Q, N)."""
+    """Score by BM25+ (Lv & Zhai 2011), in which a word that occurs counts however long the text is, (Q, N)."""
     del given
     return _scored(material, "bm25plus")
 
 
 def _scored(material: Material, engine: str) -> Matrix:
-    sources = list(dict.fromkeys(text.source for text in material.samples))
-    keys = pl.DataFrame([(t.source, t.id) for t in material.samples], ["source", "sample_id"], orient="row")
-    n = len(keys) + 1_000_000  # a source's samples may not all be candidates
-    rows = []
-    for query in material.queries:
-        found = material.store.similar_text(text=query.whole, k=n, sources=sources, method=engine)
-        scores = keys.join(
-            found.select("source", "sample_id", "score"), on=["source", "sample_id"], how="left", maintain_order="left"
-        )
-        rows.append(scores["score"].to_numpy())
-    return np.stack(rows)
+    import bm25s
+
+    corpus = material.store.sql(_CORPUS)
+    index = bm25s.BM25(**BM25S[engine])
+    index.index(words(corpus["text"].to_list()), show_progress=False)
+    keys = ["source", "sample_id"]
+    wanted = pl.DataFrame([(text.source, text.id) for text in material.samples], keys, orient="row")
+    numbered = corpus.select(keys).with_row_index("_place")
+    places = wanted.join(numbered, on=keys, how="left", maintain_order="left")["_place"]
+    if places.null_count():
+        raise InputError("candidates of stage `query` are not in BM25's corpus", "name sources of another stage")
+    lexical = Lexical(engine, corpus.select(keys), index)
+    return np.concatenate([lexical.scores([query.whole])[:, places.to_numpy()] for query in material.queries])

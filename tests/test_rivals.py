@@ -210,6 +210,11 @@ def test_queries_in_blocks_give_the_same(material, monkeypatch):
         np.testing.assert_allclose(scores(material, spec), expected, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["cg:1@llama", "arnoldi:2@llama", "trak:256,damping=1@llama", "cka@llama"])
+def test_in_half_precision_scores_are_about_the_same(material, spec):
+    assert close(scores(material, spec, precision="bfloat16"), scores(material, spec), 0.2)
+
+
 # --- arnoldi -------------------------------------------------------------------------------------------------------
 
 

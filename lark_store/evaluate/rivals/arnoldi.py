@@ -56,7 +56,7 @@ def arnoldi(material: Material, given: Given) -> Matrix:
     held = parameters_of(material.store, loaded, how.sketcher)
     _check_memory(given, steps, held.size)
     matrix = GaussNewton(held, loaded.tokens(tuned_on(material, how.samples, given.seed)))
-    start_P = torch.randn(held.size, generator=torch.Generator().manual_seed(given.seed)).to(held.chosen[0][1])
+    start_P = torch.randn(held.size, generator=torch.Generator().manual_seed(given.seed)).to(held.device)
     basis = solvers.arnoldi(
         matrix.product, start_P, how.rank, steps, lambda step: given.say("eigenvectors", step, steps)
     )

@@ -90,7 +90,8 @@ class GaussNewton:
 
                 chunk = max(1, _TOGETHER // p_MV.numel())
                 for start in range(0, len(v_QP), chunk):
-                    h_CMV = torch.func.vmap(through)(self.held.split(v_QP[start : start + chunk]))
+                    parts = self.held.split(v_QP[start : start + chunk])
+                    h_CMV = torch.func.vmap(through)({name: v.to(self._at[name].dtype) for name, v in parts.items()})
                     for q, h_MV in enumerate(h_CMV):
                         self._add(pull(h_MV), made_QP[start + q])
         return made_QP

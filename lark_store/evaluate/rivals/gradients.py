@@ -74,8 +74,8 @@ class Parameters:
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
     def gradient(self, sample: Tokens) -> torch.Tensor:
-        """Return the gradient of a sample's mean loss, (P,)."""
-        return torch.cat([g.flatten() for g in self.parts(sample)])
+        """Return the gradient of a sample's mean loss, (P,) float32."""
+        return torch.cat([g.flatten().float() for g in self.parts(sample)])
 
     def gradients(self, samples: Sequence[Tokens]) -> torch.Tensor:
         """Return the gradients of some samples' mean losses, (N, P)."""

@@ -234,7 +234,7 @@ VIEWS = {
         "SELECT r.sketcher, x.* FROM _sketches x JOIN ingest_runs r USING (ingest_run) WHERE r.status = 'done'",
     ),
     "coverage": View(
-        "How much of a source was sketched: answers are about that part",
+        "How much of a source was looked at",
         _SKETCHER
         | _CHECKPOINT
         | _GROUP

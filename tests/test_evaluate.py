@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,13 @@ def test_the_store_s_scores_are_those_of_top(store, tmp_path):
         own = total["sample_id"].str.starts_with(f"f{i}-")
         expected.append(1 / (own.arg_true()[0] + 1))
     assert mrr.to_list() == expected
+
+
+def test_what_the_store_says_of_its_scores_is_a_note(store, tmp_path, monkeypatch):
+    scores = Store.scores
+    monkeypatch.setattr(Store, "scores", lambda *a, **k: replace(scores(*a, **k), notes=("it is overfitted",)))
+    made = evaluate.facts(store, ["small:cosine@base"], key="fact", out=tmp_path)
+    assert "small:cosine@base: it is overfitted" in made.notes
 
 
 def test_bm25_is_the_store_s(store):

@@ -75,7 +75,7 @@ def material(store):
 
 
 def scores(material, spec, notes=None, **how):
-    given = Given(device="cpu", notes=[] if notes is None else notes, **how)
+    given = Given(device="cpu", note=[].append if notes is None else notes.append, **how)
     return matrices(material, [spec], given)[spec]
 
 

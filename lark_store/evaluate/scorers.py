@@ -85,12 +85,10 @@ def _named(material: Material, spec: str, how: Given) -> Matrix:
         raise NameUnknownError.of("score", name, known, "sketch with `lark-store ingest`")
     if not checkpoints:
         raise InputError(f"`{spec}` names no checkpoint", f"say `{spec}@CHECKPOINT`; several are joined by `+`")
-    return of_store(material, spec, name, argument or "cosine", checkpoints, how.device)
+    return of_store(material, spec, name, argument or "cosine", checkpoints, how)
 
 
-def of_store(
-    material: Material, spec: str, sketcher: str, method: str, checkpoints: list[str], device: str = "auto"
-) -> Matrix:
+def of_store(material: Material, spec: str, sketcher: str, method: str, checkpoints: list[str], how: Given) -> Matrix:
     """Return what the store's sketches give, summed over checkpoints, (Q, N) float32.
 
     Raises
@@ -112,8 +110,10 @@ def of_store(
         sketcher=sketcher,
         method=method,
         over_checkpoints=joined,
-        device=device,
+        device=how.device,
     )
+    for note in found.notes:
+        how.note(f"{spec}: {note}")
     numbered = found.samples.with_row_index("_place")
     places = wanted.join(numbered, on=columns, how="left", maintain_order="left")["_place"]
     if places.null_count():

@@ -142,7 +142,7 @@ class Task:
     def given(self) -> Given:
         """What rivals are given."""
         assert self.on_progress is not None
-        return Given(self.device, self.precision, self.seed, self.on_progress, self.notes)
+        return Given(self.device, self.precision, self.seed, self.on_progress, self.notes.append)
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:

@@ -67,7 +67,7 @@ def arnoldi(material: Material, given: Given) -> Matrix:
             rows.append(basis.project(held.gradient(tokens)))
             given.say("scores", i + 1, len(texts))
         made.append(torch.stack(rows))
-    given.notes.append(
+    given.note(
         f"`{given.spec}`: {len(basis.values_R)} eigenvalues from {float(basis.values_R[0]):.3g} to "
         f"{float(basis.values_R[-1]):.3g}, G of {len(matrix.samples)} samples and {held.size} parameters"
     )

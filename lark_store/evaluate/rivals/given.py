@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lark_store.errors import InputError
@@ -10,6 +10,7 @@ from lark_store.evaluate.material import folder_of, load
 from lark_store.schema.records import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -26,15 +27,15 @@ S = TypeVar("S")
 class Given:
     """What a rival is given beside queries and samples: what its name was followed by, and how to compute.
 
-    `spec` is the whole name, `argument` what follows `:`, `checkpoints` what follows `@`. What a reader has to know of
-    the scores is added to `notes`.
+    `spec` is the whole name, `argument` what follows `:`, `checkpoints` what follows `@`. `note` takes what a
+    reader of the figures has to know.
     """
 
     device: str = "auto"
     precision: str = "float32"
     seed: int = 0
     on_progress: OnProgress = lambda _: None
-    notes: list[str] = field(default_factory=list)
+    note: Callable[[str], None] = lambda _: None
     spec: str = ""
     argument: str | None = None
     checkpoints: tuple[str, ...] = ()

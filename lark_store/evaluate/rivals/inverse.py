@@ -124,7 +124,7 @@ def _scores(material: Material, given: Given, how: Inverse, solve: Solve) -> Mat
     both = (loaded.tokens(material.queries), loaded.tokens(material.samples))
     scores = influence(held, both, solved, _VECTORS, given)
     residual = max(each.residual for each in found)
-    given.notes.append(
+    given.note(
         f"`{given.spec}`: λ = {ridge:.3g}, G of {len(matrix.samples)} samples and {held.size} parameters; residual "
         f"{residual:.1e} after {max(each.steps for each in found)} steps"
         + ("" if residual <= 2 * how.tolerance else f", not below {how.tolerance:.0e}: say more `steps=`")

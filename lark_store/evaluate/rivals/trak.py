@@ -62,7 +62,7 @@ def trak(material: Material, given: Given) -> Matrix:
     oporp = Oporp(how.k, given.seed)
     given.folders(material)  # a checkpoint that is not there is named before the first one's hours
     if how.k >= len(material.samples) and not how.damping:
-        given.notes.append(
+        given.note(
             f"`{given.spec}`: k = {how.k} is not below the {len(material.samples)} samples, so the kernel fits each of "
             "them alone: say a `damping=`"
         )

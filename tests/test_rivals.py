@@ -156,6 +156,34 @@ def test_products_are_those_of_the_dense_gauss_newton_matrix(material, dense):
     assert product.diagonal_mean(0) == pytest.approx(float(matrix.diagonal().mean()), rel=0.15)
 
 
+class Backwards(torch.autograd.Function):
+    """An activation that knows its derivative backwards alone, as many fused kernels do."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient
+
+
+class Fused(torch.nn.Module):
+    def forward(self, x):
+        return Backwards.apply(x)
+
+
+def test_a_model_without_derivatives_forwards_is_a_clear_error(material):
+    product = products(material, "neox")
+    product.held.model.gpt_neox.layers[0].mlp.act = Fused()
+    with pytest.raises(CheckpointError, match="the model can't be gone through forwards"):
+        product.product(torch.randn(1, product.held.size))
+
+
 def inverse(material, dense, damping):
     """The scores of a dense solve."""
     name, made, matrix = dense

@@ -16,8 +16,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lark_store.errors import CheckpointError
 from lark_store.evaluate.material import gather
 from lark_store.ingest.batches import batches, budget
+from lark_store.ingest.checkpoints import first_line
+from lark_store.ingest.gradients import is_out_of_memory
 from lark_store.ingest.losses import Batch, target_logits
 
 if TYPE_CHECKING:
@@ -73,7 +76,24 @@ class GaussNewton:
         self._at = {name: p.detach() for name, p in held.chosen}
 
     def product(self, v_QP: torch.Tensor, some: Sequence[int] | None = None) -> torch.Tensor:
-        """Return G v for each v, (Q, P); with `some`, G of these samples alone."""
+        """Return G v for each v, (Q, P); with `some`, G of these samples alone.
+
+        Raises
+        ------
+        CheckpointError
+            The model has a part without derivatives forwards.
+        """
+        try:
+            return self._product(v_QP, some)
+        except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(
+                f"the model can't be gone through forwards: {first_line(error)}",
+                "`cg`, `lissa` and `arnoldi` need derivatives that some kernels lack",
+            ) from error
+
+    def _product(self, v_QP: torch.Tensor, some: Sequence[int] | None) -> torch.Tensor:
         samples = self.samples if some is None else [self.samples[i] for i in some]
         made_QP = torch.zeros_like(v_QP)
         for batch in self._batches(samples):

@@ -36,7 +36,7 @@ _KEPT_FROM = 2_000  # documents; a smaller index is made faster than it is read
 _TEXT = pl.coalesce("text", pl.concat_str(["prompt", "response"], separator="\n"))
 _KEYS = "documents.parquet"
 # δ = 1 is that of Lv & Zhai (2011), who made BM25+: a word that occurs counts, however long the text.
-_BM25S: dict[str, dict[str, Any]] = {"bm25": {"method": "lucene"}, "bm25plus": {"method": "bm25+", "delta": 1.0}}
+BM25S: dict[str, dict[str, Any]] = {"bm25": {"method": "lucene"}, "bm25plus": {"method": "bm25+", "delta": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _open(db: Database, engine: str, version: int) -> Lexical:
         return Lexical(engine, documents, BM25Okapi(words(texts)))
     import bm25s
 
-    index = bm25s.BM25(**_BM25S[engine])
+    index = bm25s.BM25(**BM25S[engine])
     index.index(words(texts), show_progress=False)
     if engine == "bm25" and len(documents) >= _KEPT_FROM:
         _keep(index, documents, kept)

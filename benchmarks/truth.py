@@ -33,6 +33,7 @@ SKETCHERS: dict[str, dict[str, Any]] = {
     "masked": {"min_ndim": 2, "mask_template": True},
     "tensor": {"correction": "tensor"},
     "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},  # as every store has it
+    "adam-unmasked": {"correction": "adam", "min_ndim": 2},
     "adam2": {"correction": "adam2", "min_ndim": 2, "mask_template": True},
     "kfac": {"correction": "kfac"},
     "ekfac": {"correction": "ekfac"},

@@ -161,15 +161,16 @@ def test_an_older_schema_is_not_opened_and_not_changed(path, catalog, next_schem
 
 
 def test_an_upgrade_brings_the_newest_schema_and_keeps_a_backup(path, catalog, next_schema):
-    execute(catalog, "UPDATE sketcher SET name = 'kept'")
+    execute(catalog, "UPDATE sketcher SET name = 'kept' WHERE name = 'lark'")
     next_schema(MIGRATION)
     backup = Store.db_upgrade(path)
     assert versions(path) == (NEXT, NEXT)
     assert "note" in [row[1] for row in execute(catalog, "PRAGMA table_info(source)")]
-    assert execute(catalog, "SELECT name FROM sketcher") == execute(backup, "SELECT name FROM sketcher") == [("kept",)]
+    names = "SELECT name FROM sketcher ORDER BY id"
+    assert execute(catalog, names) == execute(backup, names) == [("kept",), ("adam",)]
     assert execute(backup, f"SELECT version_num FROM {VERSION_TABLE}") == [(NOW,)]
     with Store.open(path) as opened:
-        assert opened.show().sketchers["name"].to_list() == ["kept"]
+        assert opened.show().sketchers["name"].to_list() == ["kept", "adam"]
     assert Store.db_upgrade(path) is None
 
 

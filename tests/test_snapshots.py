@@ -168,7 +168,7 @@ def test_a_snapshot_is_read_only(scored_copy):
 def test_every_method_that_writes_is_among_those_that_are_refused():
     reads = {"top", "metrics", "sql", "show", "plan", "verify", "variant_show", "sketcher_show", "snapshot_list"}
     reads |= {"ft_pt", "coverage", "trajectory", "similar_text", "self_influence", "export", "scores"}
-    reads |= {"checkpoint_distance"}  # keeps what it measures, where it may
+    reads |= {"checkpoint_distance"}
     others = {"create", "open", "close", "path", "place", "db_status", "db_upgrade", "db_restore", "doctor"}
     methods = {name for name in dir(Store) if not name.startswith("_")}
     assert methods - reads - others == set(WRITES)

@@ -90,8 +90,7 @@ def checkpoint_distance(
 ) -> None:
     """Print how far a checkpoint's weights are from another's: ‖θ − θ₀‖ / ‖θ₀‖.
 
-    It is measured once and kept as a metric of the checkpoint. `top` and `attribute` print it where samples and queries
-    are at different checkpoints.
+    It is measured once. `top` and `attribute` print it where samples and queries are at different checkpoints.
     """
     with open_store(store) as opened:
         typer.echo(f"{opened.checkpoint_distance(name, origin):.6g}")

@@ -6,45 +6,58 @@ first. The relative distance ‖θ − θ₀‖ / ‖θ₀‖ says whether that 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from sqlalchemy import select
 
 from lark_store.errors import CheckpointError
 from lark_store.ingest.adapters import find_adapters
 from lark_store.ingest.checkpoints import verify, weight_files
-from lark_store.schema.catalog import Checkpoint, CheckpointMetric
+from lark_store.schema.catalog import Checkpoint
 from lark_store.schema.database import find
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lark_store.schema.database import Database
 
 
 def distance(db: Database, name: str, origin: str) -> float:
-    """Return the distance of a checkpoint from another, once measured kept as its metric; see `Store`.
-
-    In a snapshot, which is only read, it is measured each time unless it was kept before.
+    """Return the distance of a checkpoint from another, measured once for two sets of weights; see `Store`.
 
     Raises
     ------
     NameUnknownError, CheckpointError, CheckpointChangedError
     """
-    metric = f"distance-from:{origin}"
     with db.session() as session:
         one, other = find(session, Checkpoint, name), find(session, Checkpoint, origin)
-        known = session.scalar(select(CheckpointMetric).filter_by(checkpoint_id=one.id, name=metric))
-    if known is not None:
-        return known.value
+    kept = kept_at(db, one, other)
+    if kept.is_file():
+        return float(kept.read_text(encoding="utf-8"))
     found = measured(_weights(one), _weights(other), (name, origin))
-    if not db.is_snapshot:
-        with db.session() as session:
-            session.merge(CheckpointMetric(checkpoint_id=one.id, name=metric, value=found))
+    _keep(found, kept)
     return found
+
+
+def kept_at(db: Database, one: Checkpoint, other: Checkpoint) -> Path:
+    """Return where the distance of two sets of weights is kept, among what may be lost."""
+    both = hashlib.sha256(f"{one.weights_sha256} {other.weights_sha256}".encode()).hexdigest()
+    return db.location.cache / "distances" / both[:32]
+
+
+def _keep(found: float, place: Path) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=place.parent)
+    except OSError:  # a store that can only be read: it is measured each time
+        return
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(repr(found))
+    Path(draft).replace(place)
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Path]:

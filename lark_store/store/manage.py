@@ -64,8 +64,8 @@ class Manage(Part):
     def checkpoint_distance(self, name: str, origin: str) -> float:
         """Return how far a checkpoint's weights θ are from another's: ‖θ − θ₀‖ / ‖θ₀‖ over all tensors.
 
-        Measured once, from their files, tensor by tensor, and kept as the metric `distance-from:ORIGIN` of the
-        checkpoint; in a snapshot it is not kept. Influence over two stages of training supposes that it is small.
+        Measured once, from their files, tensor by tensor, and kept in the store's cache. Influence over two stages of
+        training supposes that it is small.
 
         Raises
         ------

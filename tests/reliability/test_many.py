@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import pytest
 from conftest import qa_rows, save_checkpoint, text_rows, write_jsonl
 from places import FolderPlace, Place, cluster_place
@@ -243,6 +244,7 @@ def test_four_that_upgrade_an_older_store_at_once_upgrade_it_once(runner, files,
     begin(runner, place, files)
     runner.run(place, "snapshot", "create", "then")
     expected = read(place)
+    expected["sketchers"] = expected["sketchers"].filter(pl.col("name") != "adam")  # no older store has it
     refused, before = 0, {}
     for version in ["0001", "0002", "0003"] * UPGRADES:
         place.older(version)

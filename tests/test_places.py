@@ -22,6 +22,7 @@ from test_migrations import FAILING, MIGRATION, NEXT, NOW, next_schema  # noqa: 
 from lark_store import Store
 from lark_store.errors import NotAStoreError, OlderSchemaError, StoreBusyError, StoreError, StoreExistsError
 from lark_store.schema.catalog import Base
+from lark_store.schema.faults import fault_of
 from lark_store.schema.location import VERSION_TABLE, Location
 from lark_store.schema.locks import maintenance, working
 
@@ -272,6 +273,13 @@ def test_a_wrong_place_is_said_and_nothing_is_made(server, tmp_path, store, vect
     assert "secret" not in done.err
     with psycopg.connect(url) as connection:
         assert connection.execute("SELECT * FROM pg_tables WHERE schemaname = current_schema()").fetchall() == []
+
+
+def test_a_number_within_a_name_is_no_status():
+    at = "http://127.0.0.1:9/lab/t6b/data/1014014034.lance"
+    fault = fault_of(OSError(f"Generic S3 error: error sending request for url ({at})"))
+    assert fault.fact == "the bucket of the vectors can't be used: the server does not answer"
+    assert "keys" in fault_of(OSError(f"Generic S3 error: {at}: status 403")).fact
 
 
 def test_a_bucket_that_does_not_answer_is_said(made, place):

@@ -36,7 +36,7 @@ _BUCKET = re.compile(
 )
 _BUCKET_SAYS = {
     r"nosuchbucket": "there is no such bucket",
-    r"credential|accessdenied|access denied|invalidaccesskey|signaturedoesnotmatch|forbidden|401|403": (
+    r"credential|accessdenied|access denied|invalidaccesskey|signaturedoesnotmatch|forbidden|\b40[13]\b": (
         "the keys are missing or wrong"
     ),
     r"connect|sending request|timed? ?out|dns": "the server does not answer",

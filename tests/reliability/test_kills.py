@@ -22,7 +22,7 @@ from script import differences, make_files, orphans, read
 
 from lark_store import Store
 
-KILLS = int(os.environ.get("LARK_KILLS", "12"))
+KILLS = int(os.environ.get("LARK_KILLS", "8"))
 SEED = int(os.environ.get("LARK_SEED", "0"))
 
 

@@ -374,6 +374,9 @@ def test_where_samples_and_queries_are_at_two_checkpoints_their_distance_is_said
     attribute = "attribute -c base -q test --query-checkpoint epoch-1 --sketcher small"
     assert lark(attribute, store=path).err.endswith(f"{note}\n")
     assert "distance" not in lark("attribute -c base -q test --sketcher small", store=path).err
+    how = {"queries": "test", "query_checkpoint": "epoch-1", "sketcher": "small", "method": "dot"}
+    report = scored_copy.attribute(["base", "epoch-1"], **how)
+    assert set(report.select("checkpoint", "note").unique().rows()) == {("base", note), ("epoch-1", None)}
 
 
 def test_an_answer_needs_no_files_of_a_checkpoint(scored_copy, tmp_path, monkeypatch):

@@ -114,7 +114,7 @@ def test_a_random_draw_is_the_seed_s_and_no_prefix_of_the_file(place):
 
 def test_likeness_takes_each_query_s_best_in_turn(place):
     paths = pools.build(recipe(place))
-    queries = [pools.text_of(sample) for sample in pools.read(paths["test"])]
+    queries = [sample.whole for sample in pools.read(paths["test"])]
     ranked = [sorted(range(len(ORGANS)), key=lambda i: -scores[i]) for scores in lucene(ORGANS, queries)]
     assert len({ranks[0] for ranks in ranked}) > 1
     expected = dict.fromkeys(ranks[place] for place in range(len(ORGANS)) for ranks in ranked)

@@ -32,7 +32,6 @@ from lark_store.cli.options import (
     open_store,
 )
 from lark_store.cli.output import ProgressBar, emit, emit_frames, emit_noted, is_first_rank, say
-from lark_store.store.distance import distance_note
 
 if TYPE_CHECKING:
     from lark_store.schema.records import IngestReport, PlanReport
@@ -254,10 +253,7 @@ def attribute(
             device=device,
             on_progress=bar,
         )
-        note = distance_note(opened.checkpoint_distance, query_checkpoint or checkpoint[0], checkpoint)
     emit_noted(report, form)
-    if note:
-        say(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:

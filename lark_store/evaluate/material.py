@@ -40,8 +40,7 @@ class Text:
     @property
     def whole(self) -> str:
         """The text, a prompt and its response as one, as BM25 reads it."""
-        sample = self.sample
-        return sample.text if sample.text is not None else f"{sample.prompt}\n{sample.response}"
+        return self.sample.whole
 
 
 @dataclass(frozen=True)

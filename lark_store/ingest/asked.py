@@ -102,5 +102,4 @@ def sketch_new(
         path.close()
     if isinstance(made, UnusableSampleError):
         raise InputError(f"the query can't be sketched: {made}", "another checkpoint or text may do")
-    text = sample.text if sample.text is not None else f"{sample.prompt}\n{sample.response}"
-    return NewQuery(made, fingerprint(by, placements), text)
+    return NewQuery(made, fingerprint(by, placements), sample.whole)

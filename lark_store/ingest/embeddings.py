@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from lark_store.ingest.batches import windows
+from lark_store.ingest.sources import Sample
 from lark_store.schema.locks import working
 from lark_store.schema.records import Progress
 from lark_store.schema.vectors import where
@@ -108,8 +109,8 @@ class Embeddings:
         for batch in self.db.vectors.scan("samples", [*_IDENTITY, *_TEXTS], where(source=source)):
             for row in batch.to_pylist():
                 if row["sample_id"] in wanted:
-                    text = row["text"] if row["text"] is not None else f"{row['prompt']}\n{row['response']}"
-                    yield row["sample_id"], row["content_sha256"], text
+                    sha256 = row.pop("content_sha256")
+                    yield row["sample_id"], sha256, Sample(**row).whole
 
     def _keep(self, source: str, rows: pl.DataFrame, unit_ND: NDArray[np.float32]) -> None:
         table: Any = self.db.vectors.embeddings(self.encoder.table, unit_ND.shape[1])

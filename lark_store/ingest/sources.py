@@ -45,6 +45,11 @@ class Sample:
         """The hash of what is learned from: prompt, response and text."""
         return content_hash(self.prompt, self.response, self.text)
 
+    @property
+    def whole(self) -> str:
+        """The text, a prompt and its response as one."""
+        return self.text if self.text is not None else f"{self.prompt}\n{self.response}"
+
 
 # --- rows to samples -----------------------------------------------------------------------------------------------
 

@@ -56,17 +56,12 @@ def is_what_was_written(vectors: VectorStore, sha256: str) -> bool:
         return file_hash(copy) == sha256
 
 
-def discard_file(vectors: VectorStore, name: str) -> None:
-    """Delete a file of factors."""
-    vectors.files.delete_file(name)
-
-
 def discard(db: Database, sha256: str, row_id: int) -> None:
     """Delete the file of a row that goes, unless another row names it or a snapshot might."""
     with db.session() as session:
         others = session.scalar(select(Correction.id).where(Correction.sha256 == sha256, Correction.id != row_id))
     if others is None and not db.location.snapshots.names() and file_name(sha256) in factor_files(db.vectors):
-        discard_file(db.vectors, file_name(sha256))
+        db.vectors.files.delete_file(file_name(sha256))
 
 
 def draft_name(checkpoint_id: int, kind: str, number: int) -> str:

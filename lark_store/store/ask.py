@@ -94,12 +94,7 @@ class Ask(Part):
         """Say how far the query's checkpoint is from the samples', where they are two."""
         from dataclasses import replace
 
-        def measure(name: str, origin: str) -> float:
-            from lark_store.ingest.distance import distance
-
-            return distance(self._db, name, origin)
-
-        note = distance_note(measure, hits.query_checkpoint, hits.checkpoint.split(" + "))
+        note = distance_note(self._db, hits.query_checkpoint, hits.checkpoint.split(" + "))
         return replace(hits, notes=(*hits.notes, note)) if note else hits
 
     def _top_of_new(self, new: NewText, wanted: Wanted, ranking: Ranking) -> Hits:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lark_store.schema.locks import scoring
 from lark_store.store.choose import Candidates
+from lark_store.store.distance import distance_note
 from lark_store.store.part import DEFAULT_SKETCHER, Part
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Work(Part):
         `lr-weighted` by learning rate) their scores are summed and kept under the last of them, as `cosine-sum` and so
         on; `tracin` is `dot-lr-weighted`. `dot` is the default when the queries' sketches come from another checkpoint,
         the two-stage dot product of the multi-stage literature. Returns a row per group: scored, or current already;
-        `scored_by` names the score, `note` warns of an overfitted checkpoint.
+        `scored_by` names the score, `note` warns of an overfitted checkpoint and says how far the queries' is from it.
 
         Raises
         ------
@@ -213,4 +214,17 @@ class Work(Part):
             questions = [
                 question for names in passes for question in ask(db, Wanted(names, sketcher, queries, sources, (), *of))
             ]
-            return attribute(db, questions, hits=hits, memory=memory, device=device, on_progress=on_progress)
+            report = attribute(db, questions, hits=hits, memory=memory, device=device, on_progress=on_progress)
+        return report if query_checkpoint is None else self._with_distances(report, query_checkpoint)
+
+    def _with_distances(self, report: pl.DataFrame, query_checkpoint: str) -> pl.DataFrame:
+        """Say in the notes how far the queries' checkpoint is from each other one."""
+        import polars as pl
+
+        far = {name: distance_note(self._db, query_checkpoint, [name]) for name in report["checkpoint"].unique()}
+        said = pl.col("checkpoint").replace_strict(far, return_dtype=pl.String)
+        return report.with_columns(
+            note=pl.when(said.is_null())
+            .then("note")
+            .otherwise(pl.concat_str("note", said, separator="\nnote: ", ignore_nulls=True))
+        )

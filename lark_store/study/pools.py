@@ -108,8 +108,8 @@ def _alike(source: Source, samples: list[Sample], queries: list[Sample], wanted:
     """
     import bm25s
 
-    texts = words([text_of(sample) for sample in samples])
-    asked = [query for query in words([text_of(query) for query in queries]) if query]
+    texts = words([sample.whole for sample in samples])
+    asked = [query for query in words([query.whole for query in queries]) if query]
     if {word for text in texts for word in text}.isdisjoint(word for query in asked for word in query):
         raise InputError(
             f"no text of `{source.name}` has a word in common with the queries",
@@ -123,11 +123,6 @@ def _alike(source: Source, samples: list[Sample], queries: list[Sample], wanted:
         if place not in taken:
             taken.add(int(place))
             yield int(place)
-
-
-def text_of(sample: Sample) -> str:
-    """Return a sample's text, a prompt and its response as one."""
-    return sample.text if sample.text is not None else f"{sample.prompt}\n{sample.response}"
 
 
 def _apart(name: str, samples: list[Sample], asked: list[Sample], what: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select
 
 from lark_store.schema.catalog import Correction
-from lark_store.schema.corrections import discard_file, factor_files, file_name, is_what_was_written
+from lark_store.schema.corrections import factor_files, file_name, is_what_was_written
 from lark_store.upkeep.findings import Finding, Mend, shown
 
 if TYPE_CHECKING:
@@ -43,4 +43,4 @@ def _remove(db: Database, names: list[str]) -> None:
         needed = {file_name(sha256) for sha256 in session.scalars(select(Correction.sha256))}
     for name in names:
         if name not in needed:
-            discard_file(db.vectors, name)
+            db.vectors.files.delete_file(name)

@@ -1,10 +1,13 @@
 """Which score is true on a small model: all evaluations side by side (docs/results/truth.md).
 
-    python benchmarks/truth.py facts FACTS.jsonl MODEL_FOLDER OUT --facts 60 --half-sets 40
+    python benchmarks/truth.py FACTS.jsonl MODEL_FOLDER OUT --facts 60 --half-sets 40
 
 FACTS.jsonl is what benchmarks/facts.py reads; MODEL_FOLDER is the model before fine-tuning. The statements of --facts
 facts are trained on, once and twice over (checkpoints base, epoch-1, epoch-2); those of --others facts are candidates
 that were never trained on. Every step goes on where it was stopped: run the same command again.
+
+`--evaluate whole` is `causal` once more for --asked queries, by the cosine of whole gradients of weight matrices and of
+their sketches: what sketching costs. It holds the queries' gradients, 0.54 GB each of SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -16,14 +19,22 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from facts import statements
 
 from lark_store import Store, evaluate
+from lark_store.evaluate.material import load
 from lark_store.evaluate.training import Recipe, Start, losses, train
+from lark_store.ingest.corrections import Corrector
+from lark_store.ingest.factors import corrector_for
 from lark_store.ingest.gradients import pick_device
+from lark_store.ingest.losses import Batch, sample_losses
 from lark_store.ingest.models import load_model, load_tokenizer
+from lark_store.ingest.sketchers import placements_of
 from lark_store.ingest.sources import Sample
 from lark_store.ingest.variants import Renderer, make_variant
+from lark_store.schema.catalog import Checkpoint, Sketcher
+from lark_store.schema.database import find
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -129,6 +140,58 @@ def scores(options: argparse.Namespace) -> list[str]:
     return [*found, *options.rivals]
 
 
+def whole(store: Store, options: argparse.Namespace) -> list[Any]:
+    """Return scores by whole gradients, plain and in Adam's geometry, and by their sketches."""
+    made: dict[str, Any] = {}
+
+    def scorer(kind: str) -> evaluate.Scorer:
+        def score(material: Any) -> Any:
+            made.update(made or cosines(store, options, material))
+            return made[kind]
+
+        return evaluate.Scorer(f"{kind}, whole", score)
+
+    at = options.checkpoints[0]
+    return [scorer("linear"), scorer("adam"), f"linear:cosine@{at}", f"adam-unmasked:cosine@{at}"]
+
+
+def cosines(store: Store, options: argparse.Namespace, material: Any) -> dict[str, Any]:
+    """Return the cosines of matrices' whole gradients, (queries, samples): plain, and corrected as the store does."""
+    at = options.checkpoints[0]
+    device = pick_device(options.device)
+    loaded = load(store, at, options.device)
+    with store._db.session() as session:  # noqa: SLF001 - the factors have no public face
+        checkpoint, sketcher = find(session, Checkpoint, at), find(session, Sketcher, "adam-unmasked")
+    placements = placements_of(sketcher, loaded.model)
+    corrector, _ = corrector_for(store._db, sketcher, checkpoint, placements, device)  # noqa: SLF001
+    queries = [matrices(loaded.model, tokens) for tokens in loaded.tokens(material.queries)]
+    columns: dict[str, list[list[float]]] = {"linear": [], "adam": []}
+    for tokens in loaded.tokens(material.samples):
+        sample = matrices(loaded.model, tokens)
+        for kind, corrected in (("linear", Corrector()), ("adam", corrector)):
+            columns[kind].append([cosine(corrected, query, sample) for query in queries])
+    return {kind: torch.tensor(rows).T.numpy() for kind, rows in columns.items()}
+
+
+def matrices(model: Any, tokens: Any) -> dict[str, torch.Tensor]:
+    """Return a text's whole gradient, of the weight matrices."""
+    model.requires_grad_(True)
+    sample_losses(model, Batch([tokens], model.device)).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.dim() > 1}
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
+    return found
+
+
+def cosine(corrector: Corrector, left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Return the cosine of two corrected gradients."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for name, mine in left.items():
+        a, b = corrector.whole(name, mine), corrector.whole(name, right[name])
+        sums += torch.stack([(x * y).sum(dtype=torch.float64).cpu() for x, y in ((a, b), (a, a), (b, b))])
+    return float(sums[0] / (sums[1] * sums[2]).sqrt())
+
+
 def facts(options: argparse.Namespace) -> None:
     """Evaluate on facts: retraining, who states the fact, and one real step."""
     place = options.out / "lark.store"
@@ -141,7 +204,9 @@ def facts(options: argparse.Namespace) -> None:
             out = {"out": options.out / what, "name": f"{what}-{options.seed}"}
             if what == "facts":
                 found = evaluate.facts(store, names, key="fact", sources=["finetune", "others"], **how, **out)
-            elif what == "causal":
+            elif what in {"causal", "whole"}:
+                out["out"] = options.out / "causal"  # the same steps
+                names = whole(store, options) if what == "whole" else names
                 some = {"sources": ["finetune", "others"], "max_samples": options.steps, "max_queries": options.asked}
                 at = {"checkpoint": options.checkpoints[0]}
                 found = evaluate.causal(store, names, **at, **some, **how, **out)  # type: ignore[arg-type]
@@ -159,7 +224,6 @@ def facts(options: argparse.Namespace) -> None:
 def main() -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["facts"])
     parser.add_argument("facts_file", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
@@ -174,7 +238,8 @@ def main() -> None:
     parser.add_argument("--sketchers", nargs="+", default=["lark", *SKETCHERS])
     parser.add_argument("--checkpoints", nargs="+", default=["base", "epoch-1"])
     parser.add_argument("--rivals", nargs="*", default=["bm25", "random", "length", "same:relation"])
-    parser.add_argument("--evaluate", nargs="*", default=["facts", "lds", "causal"], choices=["facts", "lds", "causal"])
+    kinds = ["facts", "lds", "causal", "whole"]
+    parser.add_argument("--evaluate", nargs="*", default=kinds[:3], choices=kinds)
     facts(parser.parse_args())
 
 

@@ -222,6 +222,15 @@ def test_one_maintenance_at_a_time(made, place):
         made.db_optimize()
 
 
+def test_a_lock_that_was_let_go_is_free_at_once(made, place):
+    location, held = Location.of(place[0]), "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    with psycopg.connect(place[0], autocommit=True) as connection:
+        for _ in range(300):  # the server finds out that a connection is closed a moment later
+            with maintenance(location):
+                assert connection.execute(held).fetchone() == (1,)
+            assert connection.execute(held).fetchone() == (0,)
+
+
 def test_work_whose_lock_was_lost_writes_nothing_more(made, place, checkpoints, tmp_path, monkeypatch):
     made.checkpoint_add("base", checkpoints["base"])
     made.source_add("songs", write_jsonl(tmp_path / "songs.jsonl", text_rows(5)), stage="pretrain")

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -235,8 +235,11 @@ class ServerLock:
         self._held.add(self)
 
     def release(self) -> None:
-        """Let it go: it ends with its connection."""
+        """Let it go. It would end with its connection, but only when the server finds that closed, a moment later."""
         if self._connection is not None:
+            with suppress(DBAPIError):  # it is gone already, and the lock with it
+                if not self._connection.invalidated:
+                    self._connection.execute(text(f"SELECT pg_advisory_unlock({_KEY})"), {"name": self._name})
             self._connection.close()
             self._connection = None
             self._held.discard(self)

@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from lark_store.schema.catalog import Checkpoint, Sketcher
 from lark_store.schema.database import find
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 SKETCHERS: dict[str, dict[str, Any]] = {
     "linear": {"min_ndim": 2},
@@ -45,6 +46,8 @@ SKETCHERS: dict[str, dict[str, Any]] = {
     "tensor": {"correction": "tensor"},
     "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},  # as every store has it
     "adam-unmasked": {"correction": "adam", "min_ndim": 2},
+    "adam-262k": {"correction": "adam", "min_ndim": 2, "k": 262_144},
+    "adam-1m": {"correction": "adam", "min_ndim": 2, "k": 1_048_576},
     "adam2": {"correction": "adam2", "min_ndim": 2, "mask_template": True},
     "kfac": {"correction": "kfac"},
     "ekfac": {"correction": "ekfac"},
@@ -109,20 +112,29 @@ def fill(store: Store, options: argparse.Namespace) -> None:
         store.source_add(name, files[name], stage=stage)
     store.variant_add(TEXT, template="raw", targets="text", max_length=128)
     store.variant_add(ANSWER, template="raw", targets="response", max_length=128)
-    for name, how in SKETCHERS.items():
-        store.sketcher_add(name, **how)
+    units = [("finetune", (TEXT,)), ("others", (TEXT,)), ("queries", (ANSWER,))]
     for checkpoint in options.checkpoints:
-        for kind in ("adam", "kfac", "ekfac"):
-            if any(how.get("correction") == kind for name, how in SKETCHERS.items() if name in options.sketchers):
-                fitted = store.correction_fit(checkpoint, kind=kind, variant=TEXT, samples=500, device=options.device)
-                print(f"{checkpoint}: {kind} from {fitted.n_samples} samples, {fitted.n_bytes:,} bytes", flush=True)
-        for sketcher in options.sketchers:
-            started, n = time.perf_counter(), 0
-            for source, variant in (("finetune", TEXT), ("others", TEXT), ("queries", ANSWER)):
-                report = store.ingest([checkpoint], [source], [variant], sketcher=sketcher, device=options.device)
-                assert report.n_failed == 0, report.failures
-                n += report.units["n_sketched"].sum()
-            print(f"{checkpoint}, {sketcher}: {n} sketches, {time.perf_counter() - started:.0f} s", flush=True)
+        sketch(store, options, checkpoint, units, TEXT)
+
+
+def sketch(
+    store: Store, options: argparse.Namespace, checkpoint: str, units: Iterable[tuple[str, Any]], variant: str
+) -> None:
+    """Add the sketchers asked for, fit what they need to the fine-tuning samples, and sketch sources in variants."""
+    for name in options.sketchers:
+        if name in SKETCHERS:
+            store.sketcher_add(name, **SKETCHERS[name])
+    for kind in ("adam", "kfac", "ekfac"):
+        if any(SKETCHERS[name].get("correction") == kind for name in options.sketchers if name in SKETCHERS):
+            fitted = store.correction_fit(checkpoint, kind=kind, variant=variant, samples=500, device=options.device)
+            print(f"{checkpoint}: {kind} from {fitted.n_samples} samples, {fitted.n_bytes:,} bytes", flush=True)
+    for sketcher in options.sketchers:
+        started, n = time.perf_counter(), 0
+        for source, variants in units:
+            report = store.ingest([checkpoint], [source], variants, sketcher=sketcher, device=options.device)
+            assert report.n_failed == 0, report.failures
+            n += report.units["n_sketched"].sum()
+        print(f"{checkpoint}, {sketcher}: {n} sketches, {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def scores(options: argparse.Namespace) -> list[str]:
@@ -197,28 +209,35 @@ def facts(options: argparse.Namespace) -> None:
     place = options.out / "lark.store"
     with Store.open(place) if place.exists() else Store.create(place) as store:
         fill(store, options)
-        how = {"variants": [TEXT], "query_variant": ANSWER, "queries": "queries", "device": options.device}
         names = scores(options)
         for what in options.evaluate:
-            started = time.perf_counter()
-            out = {"out": options.out / what, "name": f"{what}-{options.seed}"}
-            if what == "facts":
-                found = evaluate.facts(store, names, key="fact", sources=["finetune", "others"], **how, **out)
-            elif what in {"causal", "whole"}:
-                out["out"] = options.out / "causal"  # the same steps
-                names = whole(store, options) if what == "whole" else names
-                some = {"sources": ["finetune", "others"], "max_samples": options.steps, "max_queries": options.asked}
-                at = {"checkpoint": options.checkpoints[0]}
-                found = evaluate.causal(store, names, **at, **some, **how, **out)  # type: ignore[arg-type]
-            else:
-                again = {"half_sets": options.half_sets, "seeds": options.seeds, "learning_rate": RATE}
-                found = evaluate.lds(store, names, checkpoint="base", sources=["finetune"], **again, **how, **out)  # type: ignore[arg-type]
-            print(f"\n{what}: {time.perf_counter() - started:.0f} s\n{found.notes}", flush=True)
-            found.table.write_csv(options.out / f"{what}.csv")
-            for row in found.table.iter_rows(named=True):
-                print(
-                    f"{row['measure']:>20} {row['method']:<32} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-                )
+            call = asked(store, names, what, options)
+            show(what, options, call)
+
+
+def asked(store: Store, names: list[Any], what: str, options: argparse.Namespace) -> Callable[[], Any]:
+    """Return the evaluation asked for."""
+    how: dict[str, Any] = {"variants": [TEXT], "query_variant": ANSWER, "queries": "queries", "device": options.device}
+    how |= {"out": options.out / what, "name": f"{what}-{options.seed}"}
+    if what == "facts":
+        return partial(evaluate.facts, store, names, key="fact", sources=["finetune", "others"], **how)
+    if what == "lds":
+        again = {"half_sets": options.half_sets, "seeds": options.seeds, "learning_rate": RATE}
+        return partial(evaluate.lds, store, names, checkpoint="base", sources=["finetune"], **again, **how)
+    how["out"] = options.out / "causal"  # the same steps
+    how |= {"max_samples": options.steps, "max_queries": options.asked, "checkpoint": options.checkpoints[0]}
+    names = whole(store, options) if what == "whole" else names
+    return partial(evaluate.causal, store, names, sources=["finetune", "others"], **how)
+
+
+def show(what: str, options: argparse.Namespace, call: Callable[[], Any]) -> None:
+    """Run an evaluation, print its table and keep it."""
+    started = time.perf_counter()
+    found = call()
+    print(f"\n{what}: {time.perf_counter() - started:.0f} s\n{found.notes}", flush=True)
+    found.table.write_csv(options.out / f"{what}.csv")
+    for row in found.table.iter_rows(named=True):
+        print(f"{row['measure']:>20} {row['method']:<32} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""Which score is true of chats: the same evaluations as benchmarks/truth.py on PubMedQA beside other texts.
+
+    python benchmarks/chats.py TEXTS MODEL_FOLDER OUT --evaluate format causal lds
+
+TEXTS has pubmedqa_train.jsonl and pubmedqa_test.jsonl (`id`, `question`, `context`, `answer`), medquad.jsonl,
+brown_entertainment.jsonl and kjv_songs.jsonl (`id`, `text`). Each text is taken as it is and as ChatML; the queries are
+PubMedQA's test items as ChatML, the loss on the answer. `format` asks what a score tells apart, `causal` holds it
+against a real step at base, `lds` against training on halves of PubMedQA. Each goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from truth import RATE, SKETCHERS, show, sketch, write
+
+from lark_store import Store, evaluate
+
+SOURCES = {  # its file, stage and domain
+    "pubmedqa": ("pubmedqa_train", "finetune", "medical"),
+    "medquad": ("medquad", "pretrain", "medical"),
+    "brown": ("brown_entertainment", "pretrain", "fiction"),
+    "songs": ("kjv_songs", "pretrain", "songs"),
+    "test": ("pubmedqa_test", "query", "medical"),
+}
+
+
+def drawn(options: argparse.Namespace, file: str, n: int) -> list[dict[str, Any]]:
+    """Draw rows of a file; a question becomes a prompt with its answer."""
+    lines = (options.texts / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = []
+    for row in map(json.loads, random.Random(options.seed).sample(lines, n)):  # noqa: S311 (no secret)
+        if file.startswith("pubmedqa"):
+            prompt = f"{row['context']}\n\nQuestion: {row['question']}"
+            rows.append({"id": row["id"], "prompt": prompt, "response": row["answer"]})
+        else:
+            rows.append({"id": row["id"], "text": row["text"]})
+    return rows
+
+
+def fill(store: Store, options: argparse.Namespace) -> None:
+    """Add everything and sketch."""
+    store.checkpoint_add("base", options.model, learning_rate=RATE)
+    for name, (file, stage, domain) in SOURCES.items():
+        n = options.queries if stage == "query" else options.samples
+        rows = write(options.out / "data" / f"{name}.jsonl", drawn(options, file, n))
+        store.source_add(name, rows, stage=stage, domain=domain)
+    for template in ("raw", "chatml"):
+        store.variant_add(f"{template}-{options.max_length}", template=template, max_length=options.max_length)
+    plain, chat = (f"{template}-{options.max_length}" for template in ("raw", "chatml"))
+    units = [(name, (chat,) if stage == "query" else (plain, chat)) for name, (_, stage, _) in SOURCES.items()]
+    sketch(store, options, "base", units, chat)
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--samples", type=int, default=24, help="of each source")
+    parser.add_argument("--queries", type=int, default=20)
+    parser.add_argument("--max-length", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--asked", type=int, default=12)
+    parser.add_argument("--half-sets", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sketchers", nargs="+", default=["lark", *SKETCHERS])
+    parser.add_argument("--rivals", nargs="*", default=["bm25", "random", "length"])
+    parser.add_argument("--evaluate", nargs="*", default=["format", "causal", "lds"])
+    options = parser.parse_args()
+    place = options.out / "lark.store"
+    chat = f"chatml-{options.max_length}"
+    with Store.open(place) if place.exists() else Store.create(place) as store:
+        fill(store, options)
+        names = [f"{name}:{how}@base" for name in options.sketchers for how in ("cosine", "centred", "whitened")]
+        names += options.rivals
+        everything = [name for name, (_, stage, _) in SOURCES.items() if stage != "query"]
+        how: dict[str, Any] = {"query_variant": chat, "queries": "test", "device": options.device}
+        for what in options.evaluate:
+            also = {**how, "out": options.out / what, "name": f"{what}-{options.seed}"}
+            if what == "format":
+                variants = [f"raw-{options.max_length}", chat]
+                call = partial(evaluate.format, sources=everything, variants=variants, against_rest=["pubmedqa"])
+            elif what == "causal":
+                some = {"max_samples": options.steps, "max_queries": options.asked}
+                call = partial(evaluate.causal, checkpoint="base", sources=everything, variants=[chat], **some)
+            else:
+                again = {"half_sets": options.half_sets, "learning_rate": RATE}
+                call = partial(evaluate.lds, checkpoint="base", sources=["pubmedqa"], variants=[chat], **again)
+            show(what, options, lambda: call(store, names, **also))  # noqa: B023 (called at once)
+
+
+if __name__ == "__main__":
+    main()

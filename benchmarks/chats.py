@@ -84,7 +84,7 @@ def main() -> None:
         everything = [name for name, (_, stage, _) in SOURCES.items() if stage != "query"]
         how: dict[str, Any] = {"query_variant": chat, "queries": "test", "device": options.device}
         for what in options.evaluate:
-            also = {**how, "out": options.out / what, "name": f"{what}-{options.seed}"}
+            also = {**how, "out": options.out / what}
             if what == "format":
                 variants = [f"raw-{options.max_length}", chat]
                 call = partial(evaluate.format, sources=everything, variants=variants, against_rest=["pubmedqa"])

@@ -218,7 +218,7 @@ def facts(options: argparse.Namespace) -> None:
 def asked(store: Store, names: list[Any], what: str, options: argparse.Namespace) -> Callable[[], Any]:
     """Return the evaluation asked for."""
     how: dict[str, Any] = {"variants": [TEXT], "query_variant": ANSWER, "queries": "queries", "device": options.device}
-    how |= {"out": options.out / what, "name": f"{what}-{options.seed}"}
+    how["out"] = options.out / what
     if what == "facts":
         return partial(evaluate.facts, store, names, key="fact", sources=["finetune", "others"], **how)
     if what == "lds":

@@ -222,7 +222,8 @@ def test_one_maintenance_at_a_time(made, place):
         made.db_optimize()
 
 
-def test_a_lock_that_was_let_go_is_free_at_once(made, place):
+@pytest.mark.usefixtures("made")
+def test_a_lock_that_was_let_go_is_free_at_once(place):
     location, held = Location.of(place[0]), "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
     with psycopg.connect(place[0], autocommit=True) as connection:
         for _ in range(300):  # the server finds out that a connection is closed a moment later

@@ -124,6 +124,7 @@ WRITES = {
     "source_add": lambda store: store.source_add("s", "nowhere.jsonl", stage="query"),
     "variant_add": lambda store: store.variant_add("v", template="raw"),
     "sketcher_add": lambda store: store.sketcher_add("k"),
+    "sketcher_default": lambda store: store.sketcher_default("adam"),
     "study_keep": lambda store: store.study_keep("s", recipe={}, environment={}, hashes={}),
     "evaluation_keep": lambda store: store.evaluation_keep(
         "e", kind="facts", recipe={}, environment={}, scores=pl.DataFrame()
@@ -168,7 +169,7 @@ def test_a_snapshot_is_read_only(scored_copy):
 def test_every_method_that_writes_is_among_those_that_are_refused():
     reads = {"top", "metrics", "sql", "show", "plan", "verify", "variant_show", "sketcher_show", "snapshot_list"}
     reads |= {"ft_pt", "coverage", "trajectory", "similar_text", "self_influence", "export", "scores"}
-    reads |= {"checkpoint_distance"}
+    reads |= {"checkpoint_distance", "default_sketcher"}
     others = {"create", "open", "close", "path", "place", "db_status", "db_upgrade", "db_restore", "doctor"}
     methods = {name for name in dir(Store) if not name.startswith("_")}
     assert methods - reads - others == set(WRITES)

@@ -34,7 +34,7 @@ COLUMNS = {
     "checkpoint_metrics": ["checkpoint", "name", "value"],
     "sources": [*NAMED, "stage", "domain", "uri", "licence", "columns"],
     "variants": [*NAMED, "template", "template_text", "targets", "max_length", "sha256"],
-    "sketchers": [*NAMED, "k", "seed", "map_version", "dtype", "parameters", "exclude", *CORRECTED],
+    "sketchers": [*NAMED, "k", "seed", "map_version", "dtype", "parameters", "exclude", *CORRECTED, "is_default"],
     "corrections": ["checkpoint", "kind", "origin", "sha256", "n_bytes", "sources", "n_samples", *FITTED],
     "studies": [*NAMED, "recipe", "environment", "hashes", "finished_at"],
     "evaluations": [*EVALUATED, "trial", "value", "recipe", "environment", "finished_at"],

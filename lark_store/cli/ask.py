@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from lark_store.cli.options import (
-    DEFAULT_SKETCHER,
     CheckpointsOption,
     DeviceOption,
     Format,
@@ -53,7 +52,7 @@ def top(
     queries: QueriesOption = None,
     query_checkpoint: QueryCheckpointOption = None,
     query_variant: QueryVariantOption = None,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     method: MethodOption = None,
     over_checkpoints: OverOption = None,
     null: Annotated[
@@ -112,7 +111,7 @@ def scores(
     queries: QueriesOption = None,
     query_checkpoint: QueryCheckpointOption = None,
     query_variant: QueryVariantOption = None,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     method: MethodOption = None,
     over_checkpoints: OverOption = None,
     device: DeviceOption = "auto",
@@ -151,7 +150,7 @@ def ft_pt(
     checkpoint: CheckpointsOption,
     queries: QueriesOption = None,
     query_variant: QueryVariantOption = None,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     method: MethodOption = None,
     over_checkpoints: OverOption = None,
     store: StoreOption = None,
@@ -171,7 +170,7 @@ def ft_pt(
             method=method,
             over_checkpoints=over_checkpoints,
         )
-        coverage = opened.coverage(sketcher=sketcher)
+        coverage = opened.coverage(sketcher=sketcher or opened.default_sketcher)
     emit_noted(frame, form)
     say_coverage(coverage, frame)
 
@@ -183,7 +182,7 @@ def trajectory(
     variant: Annotated[str | None, typer.Option(metavar="NAME", help="The sample's format variant.")] = None,
     queries: QueriesOption = None,
     query_variant: QueryVariantOption = None,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     method: MethodOption = None,
     store: StoreOption = None,
     snapshot: SnapshotOption = None,
@@ -222,7 +221,7 @@ def self_influence(
     checkpoint: CheckpointsOption,
     source: SourcesOption = None,
     k: Annotated[int, typer.Option("-k", help="How many samples.")] = 10,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     store: StoreOption = None,
     snapshot: SnapshotOption = None,
     form: FormatOption = Format.table,
@@ -238,7 +237,7 @@ def self_influence(
 
 
 def index_build(
-    sketcher: Annotated[str, typer.Argument(help="The sketcher.")] = DEFAULT_SKETCHER,
+    sketcher: Annotated[str | None, typer.Argument(help="The sketcher (default: the store's).")] = None,
     store: StoreOption = None,
     form: FormatOption = Format.table,
 ) -> None:
@@ -272,7 +271,7 @@ def metrics(
         str, typer.Option(help="What `attribute` scored by: `cosine`, `dot`, `tracin`, `bm25`, …")
     ] = "cosine",
     over_checkpoints: OverOption = None,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     query_variant: QueryVariantOption = None,
     store: StoreOption = None,
     snapshot: SnapshotOption = None,
@@ -295,7 +294,7 @@ def metrics(
             query_variant=query_variant,
         )
         scored = Method.of(method, over_checkpoints).name
-        coverage = opened.coverage(sketcher=sketcher, method=scored)
+        coverage = opened.coverage(sketcher=sketcher or opened.default_sketcher, method=scored)
     emit(frame, form)
     say_coverage(coverage, frame)
 

@@ -34,7 +34,7 @@ def export(
     source: SourcesOption = None,
     variant: VariantsOption = None,
     sketcher: Annotated[
-        str | None, typer.Option("--sketcher", metavar="NAME", help="Vectors of this sketcher (default: lark).")
+        str | None, typer.Option("--sketcher", metavar="NAME", help="Vectors of this sketcher (default: the store's).")
     ] = None,
     store: StoreOption = None,
     snapshot: SnapshotOption = None,

@@ -33,15 +33,22 @@ def _number(option: str, name: str, value: str) -> float:
         raise InputError(f"`{option} {name}={value}`: the value is no number", f"for example `{name}=0.74`") from error
 
 
-def init(vectors: VectorsOption = None, store: StoreOption = None) -> None:
-    """Make a fresh store, with the variants `raw` and `chatml` and the paper's sketcher `lark`.
+def init(
+    vectors: VectorsOption = None,
+    sketcher: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What commands use where they name no sketcher: `lark` (default) or `adam`."),
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Make a fresh store, with the variants `raw` and `chatml` and the sketchers `lark` (the paper's) and `adam`.
 
     Example: `lark-store init --store postgresql://lab@db.example/lark --vectors s3://lab/lark`
     """
     from lark_store.store import Store
 
-    with Store.create(store, vectors=vectors) as made:
-        say(f"made the store `{made.place}`")
+    with Store.create(store, vectors=vectors, sketcher=sketcher) as made:
+        say(f"made the store `{made.place}`; it sketches by `{made.default_sketcher}` where no other is named")
 
 
 def show(store: StoreOption = None, snapshot: SnapshotOption = None, form: FormatOption = Format.table) -> None:
@@ -247,6 +254,19 @@ def sketcher_add(
     say(f"sketcher `{info.name}`: {', '.join(how)}")
 
 
+def sketcher_default(
+    name: Annotated[str, typer.Argument(help="The sketcher.")],
+    store: StoreOption = None,
+) -> None:
+    """Set the sketcher that commands use where none is named.
+
+    Example: `lark-store sketcher default adam`
+    """
+    with open_store(store) as opened:
+        opened.sketcher_default(name)
+    say(f"`{name}` is used where no sketcher is named")
+
+
 def sketcher_show(
     name: Annotated[str, typer.Argument(help="The sketcher.")],
     checkpoint: Annotated[str, typer.Option("--checkpoint", "-c", metavar="NAME", help="Of this checkpoint's model.")],
@@ -268,7 +288,11 @@ def register(app: typer.Typer) -> None:
         ("checkpoint", "Models at one moment of their training.", [checkpoint_add, checkpoint_distance]),
         ("source", "Sets of samples: fine-tuning data, pretraining text, queries.", [source_add]),
         ("variant", "How samples become text and targets.", [variant_add, variant_show]),
-        ("sketcher", "What of a gradient is sketched.", [sketcher_add, sketcher_show, sketcher_import]),
+        (
+            "sketcher",
+            "What of a gradient is sketched.",
+            [sketcher_add, sketcher_default, sketcher_show, sketcher_import],
+        ),
     ]
     app.command()(init)
     for name, text, commands in groups:

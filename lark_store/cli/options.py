@@ -59,7 +59,9 @@ VariantsOption = Annotated[
     list[str] | None,
     typer.Option("--variant", metavar="NAME", help="Only this format variant; may be given several times."),
 ]
-SketcherOption = Annotated[str, typer.Option("--sketcher", metavar="NAME", help="The sketcher.")]
+SketcherOption = Annotated[
+    str | None, typer.Option("--sketcher", metavar="NAME", help="The sketcher (default: the store's).")
+]
 MethodOption = Annotated[
     str | None,
     typer.Option(
@@ -87,7 +89,6 @@ QueryVariantOption = Annotated[
     str | None,
     typer.Option("--query-variant", metavar="NAME", help="The queries' format variant, if several are sketched."),
 ]
-DEFAULT_SKETCHER = "lark"
 LimitOption = Annotated[int | None, typer.Option(help="Only the first samples of each source.")]
 DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
 PrecisionOption = Annotated[

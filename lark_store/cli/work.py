@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lark_store.cli.options import (
-    DEFAULT_SKETCHER,
     BatchTokensOption,
     ByOption,
     CandidateQueriesOption,
@@ -41,7 +40,7 @@ def ingest(
     checkpoint: CheckpointsOption,
     source: WantedSourcesOption,
     variant: WantedVariantsOption,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     limit: LimitOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `lark-store plan`.")] = False,
     device: DeviceOption = "auto",
@@ -123,7 +122,7 @@ def plan(
     checkpoint: CheckpointsOption,
     source: WantedSourcesOption,
     variant: WantedVariantsOption,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -221,7 +220,7 @@ def attribute(
     source: SourcesOption = None,
     query_checkpoint: QueryCheckpointOption = None,
     query_variant: QueryVariantOption = None,
-    sketcher: SketcherOption = DEFAULT_SKETCHER,
+    sketcher: SketcherOption = None,
     method: MethodOption = None,
     over_checkpoints: OverOption = None,
     hits: Annotated[int, typer.Option(help="Rows of `influence` kept per query and group.")] = 100,

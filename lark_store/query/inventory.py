@@ -23,7 +23,8 @@ _FRAMES = {
         ORDER BY s.id""",
     "variants": "SELECT name, template, targets, max_length FROM _variant ORDER BY id",
     "sketchers": """
-        SELECT name, k, seed, dtype, parameters, exclude, correction, damping, min_ndim, positions
+        SELECT name, k, seed, dtype, parameters, exclude, correction, damping, min_ndim, positions,
+               name = (SELECT sketcher FROM _meta) AS is_default
         FROM _sketcher ORDER BY id""",
     "sketches": """
         WITH failed AS (

@@ -80,7 +80,10 @@ class Base(DeclarativeBase):
 
 
 class StoreMeta(Base):
-    """One row that tells one store from another. `vectors` is where its tables are; None: beside the catalog."""
+    """One row that tells one store from another. `vectors` is where its tables are; None: beside the catalog.
+
+    `sketcher` is the one that is used where none is named.
+    """
 
     __tablename__ = "store_meta"
     __table_args__ = (CheckConstraint("id = 1", name="one_row"), STRICT)
@@ -90,6 +93,7 @@ class StoreMeta(Base):
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
     created_with: Mapped[str]
     vectors: Mapped[str | None] = mapped_column(default=None)
+    sketcher: Mapped[str] = mapped_column(server_default="lark")
 
 
 class WorkNote(Base):

@@ -11,7 +11,16 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from lark_store.errors import NameTakenError, NameUnknownError, StoreBusyError, StoreError
-from lark_store.schema.catalog import Checkpoint, Evaluation, FormatVariant, Named, Sketcher, Source, Study
+from lark_store.schema.catalog import (
+    Checkpoint,
+    Evaluation,
+    FormatVariant,
+    Named,
+    Sketcher,
+    Source,
+    StoreMeta,
+    Study,
+)
 from lark_store.schema.names import check_name
 from lark_store.schema.vectors import VectorStore
 
@@ -64,6 +73,12 @@ class Database:
     def is_snapshot(self) -> bool:
         """Whether this is a snapshot."""
         return self.snapshot is not None
+
+    @property
+    def default_sketcher(self) -> str:
+        """The name of the sketcher that is used where none is named."""
+        with self.session() as session:
+            return session.scalars(select(StoreMeta.sketcher)).one()
 
     def remember(self, what: str, state: object, make: Callable[[], V]) -> V:
         """Return `what` as it was made for this state of the store, or make it; one state of it is kept."""

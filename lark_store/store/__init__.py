@@ -33,21 +33,22 @@ class Store(Manage, Work, Ask, Doors, Care, Trust):
         self._db = database
 
     @classmethod
-    def create(cls, path: str | Path | None = None, *, vectors: str | None = None) -> Self:
+    def create(cls, path: str | Path | None = None, *, vectors: str | None = None, sketcher: str | None = None) -> Self:
         """Make a fresh store with the variants `raw` and `chatml` and the sketchers `lark` and `adam`, and open it.
 
         `path` is a folder that does not exist yet (default: `LARK_STORE` or `./lark.store`), or `postgresql://…`, a
         database in which there is no store yet. `vectors` is where the vectors go: a folder or a URL `s3://…`, `gs://…`
-        or `az://…`; beside the catalog by default, always to be named where that is in PostgreSQL.
+        or `az://…`; beside the catalog by default, always to be named where that is in PostgreSQL. `sketcher` is the
+        built-in one that is used where none is named (default: `lark`); see `sketcher_default`.
 
         Raises
         ------
         StoreExistsError
             There is something at `path` or `vectors` already.
-        StoreError
+        NameUnknownError, StoreError
         """
         location = location_of(path)
-        make(location, None if vectors is None else check_vectors(vectors))
+        make(location, None if vectors is None else check_vectors(vectors), sketcher)
         return cls.open(path)
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lark_store.errors import InputError
 from lark_store.store.distance import distance_note
-from lark_store.store.part import DEFAULT_SKETCHER, Part
+from lark_store.store.part import Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class Ask(Part):
         queries: str | None = None,
         query_checkpoint: str | None = None,
         query_variant: str | None = None,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         method: str | None = None,
         over_checkpoints: str | None = None,
         null: str | None = None,
@@ -78,7 +78,7 @@ class Ask(Part):
         from lark_store.query.top import NULLS, Ranking, null_groups, top
 
         of = (sources, variants, query_checkpoint, query_variant, method, over_checkpoints)
-        wanted = Wanted(_named(checkpoint), sketcher, queries, *of)
+        wanted = Wanted(_named(checkpoint), self._sketcher(sketcher), queries, *of)
         ranking = Ranking(k, opponents, where, null, (), approximate, device)
         if null is not None and null not in NULLS:
             ranking = replace(ranking, null_groups=null_groups(self._db, wanted, null))
@@ -133,7 +133,7 @@ class Ask(Part):
         queries: str | None = None,
         query_checkpoint: str | None = None,
         query_variant: str | None = None,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         method: str | None = None,
         over_checkpoints: str | None = None,
         device: str = "auto",
@@ -152,7 +152,7 @@ class Ask(Part):
         from lark_store.query.whole import all_scores
 
         of = (sources, variants, query_checkpoint, query_variant, method, over_checkpoints)
-        questions = ask(self._db, Wanted(_named(checkpoint), sketcher, queries, *of))
+        questions = ask(self._db, Wanted(_named(checkpoint), self._sketcher(sketcher), queries, *of))
         return all_scores(self._db, query_ids, questions, condition=where, device=device, memory=memory)
 
     def ft_pt(
@@ -161,7 +161,7 @@ class Ask(Part):
         *,
         queries: str | None = None,
         query_variant: str | None = None,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         method: str | None = None,
         over_checkpoints: str | None = None,
     ) -> pl.DataFrame:
@@ -180,7 +180,7 @@ class Ask(Part):
         from lark_store.query.groups import Wanted
 
         of = ((), (), None, query_variant, method, over_checkpoints)
-        return ft_pt(self._db, Wanted(_named(checkpoint), sketcher, queries, *of))
+        return ft_pt(self._db, Wanted(_named(checkpoint), self._sketcher(sketcher), queries, *of))
 
     def trajectory(
         self,
@@ -191,7 +191,7 @@ class Ask(Part):
         variant: str | None = None,
         queries: str | None = None,
         query_variant: str | None = None,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         method: str | None = None,
     ) -> pl.DataFrame:
         """Return one sample's influence on one query at every checkpoint that has both sketches, by epoch.
@@ -207,7 +207,7 @@ class Ask(Part):
         from lark_store.query.groups import Wanted
 
         sources, variants = [source] if source else (), [variant] if variant else ()
-        wanted = Wanted([], sketcher, queries, sources, variants, None, query_variant, method)
+        wanted = Wanted([], self._sketcher(sketcher), queries, sources, variants, None, query_variant, method)
         return trajectory(self._db, query, sample_id, wanted)
 
     def similar_text(
@@ -231,7 +231,7 @@ class Ask(Part):
         checkpoints: Sequence[str] = (),
         sources: Sequence[str] = (),
         k: int = 10,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
     ) -> pl.DataFrame:
         """Return the `k` samples with the highest self-influence, the squared norm of their gradient, with their text.
 
@@ -244,9 +244,9 @@ class Ask(Part):
         """
         from lark_store.query.itself import self_influence
 
-        return self_influence(self._db, list(checkpoints), list(sources), k, sketcher)
+        return self_influence(self._db, list(checkpoints), list(sources), k, self._sketcher(sketcher))
 
-    def index_build(self, sketcher: str = DEFAULT_SKETCHER, *, on_progress: OnProgress | None = None) -> pl.DataFrame:
+    def index_build(self, sketcher: str | None = None, *, on_progress: OnProgress | None = None) -> pl.DataFrame:
         """Make a sketcher's approximate index and measure it; a row per table of sketches.
 
         The index is a code of 512 bytes beside every sketch, written with it; here those that are missing are added,
@@ -260,7 +260,7 @@ class Ask(Part):
         from lark_store.query.index import build, report
         from lark_store.schema.locks import working
 
-        db = self._writable
+        db, sketcher = self._writable, self._sketcher(sketcher)
         with working(db.location, f"index-{sketcher}", f"indexing the sketches of `{sketcher}`"):
             return report(build(db, sketcher, on_progress))
 
@@ -271,7 +271,7 @@ class Ask(Part):
         view: str = "all",
         method: str = "cosine",
         over_checkpoints: str | None = None,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         query_variant: str | None = None,
     ) -> pl.DataFrame:
         """Return metrics of what `attribute` scored, with 95% bootstrap intervals and paired tests over queries.
@@ -291,7 +291,7 @@ class Ask(Part):
         from lark_store.query.methods import Method
 
         at = [] if checkpoint is None else _named(checkpoint)
-        return measure(self._db, at, view, Method.of(method, over_checkpoints), sketcher, query_variant)
+        return measure(self._db, at, view, Method.of(method, over_checkpoints), self._sketcher(sketcher), query_variant)
 
     def coverage(
         self, *, checkpoint: str | None = None, sketcher: str | None = None, method: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lark_store.store.part import DEFAULT_SKETCHER, Part
+from lark_store.store.part import Part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Doors(Part):
 
         Streamed, read-only like `sql`, and whole or not at all; a file that is there is kept unless `overwrite`.
 
-        With `vectors`, `what` is `sketches` and the file Parquet: committed sketches of one sketcher (default: `lark`)
-        with the column `vector`, (k,) in the sketcher's own type, of the checkpoints, sources and variants asked for
-        (default: all). A vector is stored with norm √k: divide by √k for the unit sketch.
+        With `vectors`, `what` is `sketches` and the file Parquet: committed sketches of one sketcher (default: the
+        store's) with the column `vector`, (k,) in the sketcher's own type, of the checkpoints, sources and variants
+        asked for (default: all). A vector is stored with norm √k: divide by √k for the unit sketch.
 
         Raises
         ------
@@ -58,7 +58,7 @@ class Doors(Part):
             checkpoints=checkpoints,
             sources=sources,
             variants=variants,
-            sketcher=sketcher or DEFAULT_SKETCHER,
+            sketcher=self._sketcher(sketcher),
             overwrite=overwrite,
         )
 

@@ -12,18 +12,22 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from lark_store import migrations
-from lark_store.errors import StoreError, StoreExistsError
+from lark_store.errors import NameUnknownError, StoreError, StoreExistsError
 from lark_store.schema.catalog import Base, StoreMeta
 from lark_store.schema.location import VERSION_TABLE, Location
 from lark_store.schema.paths import exists, is_file
 from lark_store.schema.vectors import VectorStore
 
 
-def make(location: Location, vectors: str | None) -> None:
+def make(location: Location, vectors: str | None, sketcher: str | None) -> None:
     """Make a store; see `Store.create`."""
+    from lark_store.ingest import sketchers
+
+    if sketcher is not None and sketcher not in sketchers.BUILT_IN:
+        raise NameUnknownError.of("built-in sketcher", sketcher, sketchers.BUILT_IN, "add others to the store later")
     vacant(location, vectors)
     if location.root is None:
-        _build(location, vectors)
+        _build(location, vectors, sketcher)
         return
     root = location.root
     try:
@@ -34,7 +38,7 @@ def make(location: Location, vectors: str | None) -> None:
             f"a store can't be made at `{root}`: {error.strerror}", "name another path with `--store PATH`"
         ) from error
     try:
-        _build(Location.of(draft), vectors)
+        _build(Location.of(draft), vectors, sketcher)
         draft.chmod(0o755)
         draft.rename(root)
     finally:
@@ -76,14 +80,15 @@ def _taken(location: Location, said: str) -> StoreExistsError:
     )
 
 
-def _build(location: Location, vectors: str | None) -> None:
+def _build(location: Location, vectors: str | None, sketcher: str | None) -> None:
     """Build the vectors, then the catalog in one transaction."""
     from lark_store.ingest import sketchers
     from lark_store.ingest.variants import BUILT_IN, DEFAULT_MAX_LENGTH, make_variant
     from lark_store.upkeep.backup import uploading
 
     tables = VectorStore(vectors or str(location.root and location.root / "vectors"))
-    meta = StoreMeta(id=1, store_uuid=str(uuid.uuid4()), created_with=version("lark-store"), vectors=vectors)
+    how = {"created_with": version("lark-store"), "vectors": vectors, "sketcher": sketcher or sketchers.DEFAULT}
+    meta = StoreMeta(id=1, store_uuid=str(uuid.uuid4()), **how)
     variants = [make_variant(name, name, "auto", DEFAULT_MAX_LENGTH) for name in BUILT_IN]
     with uploading(tables) if vectors else nullcontext():
         tables.create()

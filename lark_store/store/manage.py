@@ -6,7 +6,7 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lark_store.schema.database import add_named
+from lark_store.schema.database import add_named, find
 from lark_store.schema.locks import removing, working
 from lark_store.schema.names import check_name
 from lark_store.schema.records import CheckpointInfo, SketcherInfo, VariantInfo
@@ -210,6 +210,26 @@ class Manage(Part):
         with self._writable.session() as session:
             row = add_named(session, wanted, same)
         return _info(SketcherInfo, row)
+
+    def sketcher_default(self, name: str) -> None:
+        """Set the sketcher that every method uses where none is named. What is sketched already stays as it is.
+
+        Raises
+        ------
+        NameUnknownError
+        """
+        from lark_store.schema.catalog import Sketcher, StoreMeta
+
+        with self._writable.session() as session:
+            found = find(session, Sketcher, name)
+            meta = session.get(StoreMeta, 1)
+            assert meta is not None
+            meta.sketcher = found.name
+
+    @property
+    def default_sketcher(self) -> str:
+        """The name of the sketcher that is used where none is named."""
+        return self._db.default_sketcher
 
     def sketcher_show(self, name: str, *, checkpoint: str) -> pl.DataFrame:
         """Return what a sketcher takes of a checkpoint's model: a row per parameter with its shape, and what it leaves.

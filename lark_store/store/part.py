@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-DEFAULT_SKETCHER = "lark"
 DEFAULT_PATH = "lark.store"
 ENVIRONMENT = "LARK_STORE"
 
@@ -55,6 +54,10 @@ class Part:
                 setattr(cls, name, type(member)(clear(member.__func__)))
             elif callable(member):
                 setattr(cls, name, clear(member))
+
+    def _sketcher(self, name: str | None) -> str:
+        """Return the sketcher that is asked for, or the store's own."""
+        return self._db.default_sketcher if name is None else name
 
     @property
     def _writable(self) -> Database:

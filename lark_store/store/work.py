@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lark_store.schema.locks import scoring
 from lark_store.store.choose import Candidates
 from lark_store.store.distance import distance_note
-from lark_store.store.part import DEFAULT_SKETCHER, Part
+from lark_store.store.part import Part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,7 @@ class Work(Part):
         sources: Sequence[str],
         variants: Sequence[str],
         *,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         limit: int | None = None,
         device: str = "auto",
         precision: str = "auto",
@@ -105,7 +105,7 @@ class Work(Part):
         db = self._writable
         wanted = Candidates(candidates, by, queries, None if encoder is None else str(encoder))
         choose = wanted.choice(db, sources, limit=limit, device=device, keep=True, on_progress=on_progress)
-        names = (list(checkpoints), list(sources), list(variants), sketcher)
+        names = (list(checkpoints), list(sources), list(variants), self._sketcher(sketcher))
         request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing, choose)
         return ingest(db, request, on_progress)
 
@@ -115,7 +115,7 @@ class Work(Part):
         sources: Sequence[str],
         variants: Sequence[str],
         *,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         limit: int | None = None,
         device: str = "auto",
         precision: str = "auto",
@@ -142,7 +142,7 @@ class Work(Part):
 
         wanted = Candidates(candidates, by, queries, None if encoder is None else str(encoder))
         choose = wanted.choice(self._db, sources, limit=limit, device=device, keep=False, on_progress=on_progress)
-        names = (list(checkpoints), list(sources), list(variants), sketcher)
+        names = (list(checkpoints), list(sources), list(variants), self._sketcher(sketcher))
         request = Request(*names, limit, device, precision, batch_tokens, gradient_checkpointing, choose)
         return plan(self._db, request, on_progress)
 
@@ -178,7 +178,7 @@ class Work(Part):
         sources: Sequence[str] = (),
         query_checkpoint: str | None = None,
         query_variant: str | None = None,
-        sketcher: str = DEFAULT_SKETCHER,
+        sketcher: str | None = None,
         method: str | None = None,
         over_checkpoints: str | None = None,
         hits: int = 100,
@@ -209,7 +209,7 @@ class Work(Part):
         is_sum = Method.of(method, over_checkpoints).over is not None
         passes = [list(checkpoints)] if is_sum else [[name] for name in checkpoints]
         of = (query_checkpoint, query_variant, method, over_checkpoints)
-        db = self._writable
+        db, sketcher = self._writable, self._sketcher(sketcher)
         with scoring(db.location):  # nothing is removed meanwhile
             questions = [
                 question for names in passes for question in ask(db, Wanted(names, sketcher, queries, sources, (), *of))

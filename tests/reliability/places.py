@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # What takes a revision back, newest first. What that revision added is lost.
 BACK = {
+    "0007": ["ALTER TABLE store_meta DROP COLUMN sketcher"],
     "0006": [
         "DELETE FROM sketcher WHERE name = 'adam'",  # which new stores have since then
         "DROP TABLE evaluation_score",

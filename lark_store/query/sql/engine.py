@@ -29,6 +29,7 @@ from lark_store.schema.catalog import (
     ScoreRun,
     Sketcher,
     Source,
+    StoreMeta,
     Study,
     UtcTime,
 )
@@ -54,6 +55,7 @@ _CATALOG: dict[str, type[Base]] = {
     "_source": Source,
     "_variant": FormatVariant,
     "_sketcher": Sketcher,
+    "_meta": StoreMeta,
     "_ingest_run": IngestRun,
     "_score_run": ScoreRun,
     "_study": Study,

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     Arguments = dict[str, Any]
     Answer = Callable[[Database, list[Arguments], Stop], list[pl.DataFrame | None]]
 
-_SKETCHER = "lark"
 _EXAMPLES = {"checkpoint": "'epoch-2'", "k": "10"}
 _ARROW = {
     "VARCHAR": pa.string(),
@@ -111,7 +110,7 @@ def _top_influence(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.
         _required(call, "checkpoint", "k")
         wanted = Wanted(
             call["checkpoint"].split(BETWEEN),
-            call["sketcher"] or _SKETCHER,
+            call["sketcher"] or db.default_sketcher,
             call["queries"],
             _listed(call["source"]),
             _listed(call["variant"]),
@@ -142,7 +141,7 @@ def _ft_pt(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFram
         if call["checkpoint"] is None:
             frames.append(None)
             continue
-        names = (call["checkpoint"].split(BETWEEN), call["sketcher"] or _SKETCHER, call["queries"])
+        names = (call["checkpoint"].split(BETWEEN), call["sketcher"] or db.default_sketcher, call["queries"])
         key = tuple(v for n, v in call.items() if n != "query")
         if key not in known:
             how = {name: call[name] for name in ("query_variant", "method", "over_checkpoints")}
@@ -167,7 +166,7 @@ def _trajectory(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.Dat
         if call["query"] is None or call["sample_id"] is None:
             frames.append(None)
             continue
-        of, by = (_listed(call["source"]), _listed(call["variant"])), call["sketcher"] or _SKETCHER
+        of, by = (_listed(call["source"]), _listed(call["variant"])), call["sketcher"] or db.default_sketcher
         wanted = Wanted([], by, call["queries"], *of, query_variant=call["query_variant"], method=call["method"])
         try:
             frames.append(trajectory(db, call["query"], call["sample_id"], wanted))
@@ -204,7 +203,7 @@ def _whole(**meanings: str) -> dict[str, Column]:
 
 
 _NAME, _YES = ("VARCHAR", "NULL"), ("BOOLEAN", "false")
-_ASKED = {"queries": _NAME, "query_variant": _NAME, "sketcher": ("VARCHAR", f"'{_SKETCHER}'"), "method": _NAME}
+_ASKED = {"queries": _NAME, "query_variant": _NAME, "sketcher": _NAME, "method": _NAME}
 _RANK = _whole(rank="place, from 1")
 _SCORE = {"score": Column("FLOAT", "by the method; above 0 a proponent, below 0 an opponent")}
 _NOISE = _double(noise="standard deviation of the score from sketching")

@@ -141,8 +141,9 @@ VIEWS = {
         | _double(damping="added to second moments or curvature, times their mean")
         | _whole(min_ndim="dimensions that a parameter must have; null: any")
         | _double(power="of the inverse curvature: 0.5 or 1")
-        | _ADDED,
-        "SELECT * EXCLUDE (id) FROM _sketcher",
+        | _ADDED
+        | _columns("BOOLEAN", is_default="whether it is used where none is named"),
+        "SELECT * EXCLUDE (id), name = (SELECT sketcher FROM _meta) AS is_default FROM _sketcher",
     ),
     "corrections": View(
         "The factors that correct gradients at a checkpoint",

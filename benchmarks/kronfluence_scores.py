@@ -42,7 +42,7 @@ class Causal(Task):
     def compute_train_loss(self, batch: Any, model: torch.nn.Module, sample: bool = False) -> torch.Tensor:
         """Return the mean loss over targets; of labels drawn from the model Σ ℓ / √n."""
         ids_T, is_target_T = batch["input_ids"][0], batch["is_target"][0]
-        logits_NV = model(input_ids=ids_T[None]).logits[0][:-1][is_target_T[1:]]
+        logits_NV = model(input_ids=ids_T[None, :-1]).logits[0][is_target_T[1:]]  # the last one predicts nothing
         if not sample:
             return functional.cross_entropy(logits_NV, ids_T[1:][is_target_T[1:]])
         drawn_N = torch.multinomial(logits_NV.detach().softmax(dim=-1), 1)[:, 0]

@@ -123,6 +123,15 @@ def test_more_half_sets_and_seeds_go_on_from_what_is_there(store, tmp_path):
     assert ceiling.to_list() == pytest.approx([stats.spearmanr(*two[:, :, q]).statistic for q in range(5)])
 
 
+@pytest.mark.parametrize(("targets", "told"), [("text", 0), ("predicted", 1)])
+def test_training_on_the_models_own_predictions_is_told(store, tmp_path, targets, told):
+    store.variant_add("v", template="raw", targets=targets)
+    made = evaluate.lds(store, ["length"], out=tmp_path, variants=["v"], **HALF_SETS | {"half_sets": 3})
+    notes = [note for note in made.notes if "the model's own predictions" in note]
+    assert len(notes) == told
+    assert all(note.startswith("12 of 12 samples") for note in notes)
+
+
 def _killed(path, out, after):
     """Retrain and be killed (SIGKILL) while a line is written, after some were."""
     from lark_store.evaluate.journal import Journal

@@ -118,6 +118,12 @@ def _retrained(
     """Return the queries' losses after training on each half set, (S, M, Q), in nats per target token."""
     loaded, start = task.load(checkpoint), None
     samples, queries = loaded.tokens(task.material.samples), loaded.tokens(task.material.queries)
+    predicted = sum(sample.rule == "predicted" for sample in samples)
+    if predicted:
+        task.notes.append(
+            f"{predicted} of {len(samples)} samples have the model's own predictions for labels: training on them "
+            "teaches nothing of their text; a variant with `--targets text` has their own tokens"
+        )
     pieces = {f"seed {s}, half set {j}": (s, j) for s in range(seeds) for j in range(len(member_MN))}
     with journal(Path(task.out), "lds", _identity(task, checkpoint, recipe, samples, queries)) as kept:
         for done, (piece, (seed, j)) in enumerate(pieces.items()):

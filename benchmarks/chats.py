@@ -4,7 +4,7 @@
 
 TEXTS has pubmedqa_train.jsonl and pubmedqa_test.jsonl (`id`, `question`, `context`, `answer`), medquad.jsonl,
 brown_entertainment.jsonl and kjv_songs.jsonl (`id`, `text`). Each text is taken as it is and as ChatML; the queries are
-PubMedQA's test items as ChatML, the loss on the answer. `format` asks what a score tells apart, `causal` holds it
+PubMedQA's test items as ChatML. `format` asks what a score tells apart, `causal` holds it
 against a real step at base, `lds` against training on halves of PubMedQA. Each goes on where it was stopped.
 """
 
@@ -43,6 +43,11 @@ def drawn(options: argparse.Namespace, file: str, n: int) -> list[dict[str, Any]
     return rows
 
 
+def variants(options: argparse.Namespace) -> tuple[str, str]:
+    """Return the names of the two variants: the text as it is, and as ChatML."""
+    return f"raw-{options.targets}-{options.max_length}", f"chatml-{options.targets}-{options.max_length}"
+
+
 def fill(store: Store, options: argparse.Namespace) -> None:
     """Add everything and sketch."""
     store.checkpoint_add("base", options.model, learning_rate=RATE)
@@ -50,9 +55,9 @@ def fill(store: Store, options: argparse.Namespace) -> None:
         n = options.queries if stage == "query" else options.samples
         rows = write(options.out / "data" / f"{name}.jsonl", drawn(options, file, n))
         store.source_add(name, rows, stage=stage, domain=domain)
-    for template in ("raw", "chatml"):
-        store.variant_add(f"{template}-{options.max_length}", template=template, max_length=options.max_length)
-    plain, chat = (f"{template}-{options.max_length}" for template in ("raw", "chatml"))
+    plain, chat = variants(options)
+    for name, template in ((plain, "raw"), (chat, "chatml")):
+        store.variant_add(name, template=template, targets=options.targets, max_length=options.max_length)
     units = [(name, (chat,) if stage == "query" else (plain, chat)) for name, (_, stage, _) in SOURCES.items()]
     sketch(store, options, "base", units, chat)
 
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=24, help="of each source")
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=192)
+    parser.add_argument("--targets", default="auto", help="auto: a label alone where there is one; text: all tokens")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--asked", type=int, default=12)
     parser.add_argument("--half-sets", type=int, default=40)
@@ -76,7 +82,7 @@ def main() -> None:
     parser.add_argument("--evaluate", nargs="*", default=["format", "causal", "lds"])
     options = parser.parse_args()
     place = options.out / "lark.store"
-    chat = f"chatml-{options.max_length}"
+    plain, chat = variants(options)
     with Store.open(place) if place.exists() else Store.create(place) as store:
         fill(store, options)
         names = [f"{name}:{how}@base" for name in options.sketchers for how in ("cosine", "centred", "whitened")]
@@ -86,8 +92,8 @@ def main() -> None:
         for what in options.evaluate:
             also = {**how, "out": options.out / what}
             if what == "format":
-                variants = [f"raw-{options.max_length}", chat]
-                call = partial(evaluate.format, sources=everything, variants=variants, against_rest=["pubmedqa"])
+                asked = {"sources": everything, "variants": [plain, chat]}
+                call = partial(evaluate.format, **asked, against_rest=["pubmedqa"], domains=["medical"])
             elif what == "causal":
                 some = {"max_samples": options.steps, "max_queries": options.asked}
                 call = partial(evaluate.causal, checkpoint="base", sources=everything, variants=[chat], **some)

@@ -37,11 +37,11 @@ def init(
     vectors: VectorsOption = None,
     sketcher: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What commands use where they name no sketcher: `lark` (default) or `adam`."),
+        typer.Option(metavar="NAME", help="What commands use where they name no sketcher: `adam` (default) or `lark`, the paper's."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Make a fresh store, with the variants `raw` and `chatml` and the sketchers `lark` (the paper's) and `adam`.
+    """Make a fresh store, with the variants `raw` and `chatml` and the sketchers `adam` and `lark` (the paper's).
 
     Example: `lark-store init --store postgresql://lab@db.example/lark --vectors s3://lab/lark`
     """

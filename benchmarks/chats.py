@@ -56,10 +56,12 @@ def fill(store: Store, options: argparse.Namespace) -> None:
         rows = write(options.out / "data" / f"{name}.jsonl", drawn(options, file, n))
         store.source_add(name, rows, stage=stage, domain=domain)
     plain, chat = variants(options)
+    fitted = f"chatml-auto-{options.max_length}"  # what V is measured on, for all targets
+    store.variant_add(fitted, template="chatml", max_length=options.max_length)
     for name, template in ((plain, "raw"), (chat, "chatml")):
         store.variant_add(name, template=template, targets=options.targets, max_length=options.max_length)
     units = [(name, (chat,) if stage == "query" else (plain, chat)) for name, (_, stage, _) in SOURCES.items()]
-    sketch(store, options, "base", units, chat)
+    sketch(store, options, "base", units, fitted)
 
 
 def main() -> None:

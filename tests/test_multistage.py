@@ -319,6 +319,18 @@ def test_two_kinds_may_be_fitted_at_once(store):
     assert fits.__doc__
 
 
+@pytest.mark.parametrize("samples", [500, 4])
+def test_ekfac_takes_the_first_of_its_two_passes_from_a_kfac_of_the_same_samples(store, checkpoints, samples):
+    store.checkpoint_add("twin", checkpoints["base"])
+    undisturbed = store.correction_fit("twin", kind="ekfac")
+    store.correction_fit("base", kind="kfac", samples=samples)
+    seen = []
+    made = store.correction_fit("base", kind="ekfac", on_progress=lambda p: seen.append(p.label))
+    first = "base: second moments of inputs and output gradients"
+    assert (first in seen, "base: eigenvalues" in seen) == (samples == 4, True)
+    assert (made.sha256, made.n_samples) == (undisturbed.sha256, 6)
+
+
 # --- how far -------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ def init(
     vectors: VectorsOption = None,
     sketcher: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What commands use where they name no sketcher: `adam` (default) or `lark`, the paper's."),
+        typer.Option(metavar="NAME", help="Used where no sketcher is named: `adam` (default) or `lark`, the paper's."),
     ] = None,
     store: StoreOption = None,
 ) -> None:

@@ -161,7 +161,7 @@ class _Work:
         rows.sort(key=lambda row: hashlib.sha256(json.dumps([seed, *row]).encode()).digest())
         return rows[: self.wanted.samples]
 
-    def _recipe(self) -> dict[str, Any]:
+    def _recipe(self, kind: str | None = None) -> dict[str, Any]:
         return {
             "weights_sha256": self.checkpoint.weights_sha256,
             "tokenizer_sha256": self.checkpoint.tokenizer_sha256,
@@ -169,20 +169,20 @@ class _Work:
             "variant": self.variant.name,
             "seed": self.wanted.seed,
             "precision": self.wanted.precision,
-            **_SAYS[self.kind],
+            **_SAYS[kind or self.kind],
         }
 
     @property
     def _samples_sha256(self) -> str:
         return hashlib.sha256(json.dumps(sorted(self.drawn)).encode()).hexdigest()
 
-    def known(self) -> Correction | None:
+    def known(self, kind: str | None = None) -> Correction | None:
         """Return what is in the store if it was fitted in the same way, and its file is there."""
-        row = factors.stored(self.db, self.checkpoint, self.kind)
+        row = factors.stored(self.db, self.checkpoint, kind or self.kind)
         return row if row is not None and self._is_alike(row) and factors.is_whole(self.db, row) else None
 
     def _is_alike(self, row: Correction) -> bool:
-        recipe = self._recipe()
+        recipe = self._recipe(row.kind)
         alike = {key: row.recipe.get(key) for key in recipe} == recipe
         return alike and row.samples_sha256 == self._samples_sha256
 
@@ -212,11 +212,10 @@ class _Work:
         self, model: Any, device: torch.device, draft: Draft, on_progress: OnProgress | None
     ) -> tuple[dict[str, torch.Tensor], int]:
         """Return the factors, and how many samples counted."""
-        begun = draft.read()
-        result: dict[str, torch.Tensor] | None = None
-        n = 0
+        begun, n = draft.read(), 0
+        first, result = (0, self._first_pass()) if begun is None else (begun.number, None)
         for number, kind in enumerate(_PASSES[self.kind]):
-            if begun is not None and number < begun.number:
+            if number < first or (number == 0 and result is not None):
                 continue
             one = kind(model, device, result)
             done = failed = 0
@@ -230,6 +229,11 @@ class _Work:
                 one.close()
         assert result is not None
         return result, n
+
+    def _first_pass(self) -> dict[str, torch.Tensor] | None:
+        """Return what the first of two passes would find, where a fit of K-FAC to the same samples has left it."""
+        kfac = self.known(KFAC) if self.kind == EKFAC else None
+        return None if kfac is None else factors.read(self.db, kfac)
 
     def _over_samples(
         self,

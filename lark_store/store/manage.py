@@ -10,7 +10,7 @@ from lark_store.schema.database import add_named, find
 from lark_store.schema.locks import removing, working
 from lark_store.schema.names import check_name
 from lark_store.schema.records import CheckpointInfo, SketcherInfo, VariantInfo
-from lark_store.store.part import Part
+from lark_store.store.part import Part, clear
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -227,6 +227,7 @@ class Manage(Part):
             meta.sketcher = found.name
 
     @property
+    @clear
     def default_sketcher(self) -> str:
         """The name of the sketcher that is used where none is named."""
         return self._db.default_sketcher

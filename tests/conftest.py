@@ -146,7 +146,7 @@ def copy_store(source, target):
 @pytest.fixture
 def store(tmp_path: Path, checkpoints: dict[str, Path], texts: dict[str, Path]) -> Store:
     """A store with checkpoints and sources, not ingested."""
-    with Store.create(tmp_path / "lark.store", sketcher="lark") as made:
+    with Store.create(tmp_path / "lark.store") as made:
         fill(made, checkpoints, texts)
         yield made
 
@@ -155,7 +155,7 @@ def store(tmp_path: Path, checkpoints: dict[str, Path], texts: dict[str, Path]) 
 def scored_path(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], texts: dict[str, Path]) -> Path:
     """A store that is ingested (sketcher `small`) and scored at both checkpoints; to be read only."""
     path = tmp_path_factory.mktemp("scored") / "lark.store"
-    with Store.create(path, sketcher="lark") as made:
+    with Store.create(path) as made:
         fill(made, checkpoints, texts)
         names = list(checkpoints)
         made.ingest(names, ["finetune", "test"], ["chatml"], sketcher="small")

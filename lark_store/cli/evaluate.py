@@ -78,7 +78,7 @@ def lds(
     The linear datamodeling score: per query the rank correlation, over the half sets, of the sum of the scores of the
     samples in it with −loss. Killed and run again it goes on; more half sets or seeds can be added later.
 
-    Example: `lark-store evaluate lds --score adam:cosine@base --score bm25 --checkpoint base --half-sets 40`
+    Example: `lark-store evaluate lds --score lark:cosine@base --score bm25 --checkpoint base --half-sets 40`
     """
     from lark_store.evaluate import lds as run
 
@@ -117,7 +117,7 @@ def facts(
     `--rerank` asks among the own samples, the 100 best by BM25, 100 with the same answer and 100 at random, in three
     trials.
 
-    Example: `lark-store evaluate facts --score adam:cosine@epoch-1 --score bm25 --key fact --rerank`
+    Example: `lark-store evaluate facts --score lark:cosine@epoch-1 --score bm25 --key fact --rerank`
     """
     from lark_store.evaluate import facts as run
 
@@ -150,7 +150,7 @@ def causal(
     Per query the rank correlation of scores with the fall of its loss, and the share of right signs where the effect is
     large. Killed and run again it goes on.
 
-    Example: `lark-store evaluate causal --score adam:cosine@base --score bm25 --checkpoint base --max-samples 200`
+    Example: `lark-store evaluate causal --score lark:cosine@base --score bm25 --checkpoint base --max-samples 200`
     """
     from lark_store.evaluate import causal as run
 
@@ -183,7 +183,7 @@ def tail_patch(
 
     Those of `random` and `bm25` are there for comparison. Killed and run again it goes on.
 
-    Example: `lark-store evaluate tail-patch --score adam:cosine@base --checkpoint base --max-queries 50`
+    Example: `lark-store evaluate tail-patch --score lark:cosine@base --checkpoint base --max-queries 50`
     """
     from lark_store.evaluate import tail_patch as run
 
@@ -217,7 +217,7 @@ def format_(
 
     Give `--variant` twice; the same samples in one are held against those in the others.
 
-    Example: `lark-store evaluate format --score adam:cosine@base -s songs -s medical --variant raw --variant chatml
+    Example: `lark-store evaluate format --score lark:cosine@base -s songs -s medical --variant raw --variant chatml
     --against-rest medical`
     """
     from lark_store.evaluate import format as run
@@ -245,7 +245,7 @@ def spearman(
 ) -> None:
     """Correlate scores with a reference's over all candidates, query by query.
 
-    Example: `lark-store evaluate spearman --reference exact:dot@base --score adam:dot@base --score bm25`
+    Example: `lark-store evaluate spearman --reference exact:dot@base --score lark:dot@base --score bm25`
     """
     from lark_store.evaluate import spearman as run
 

@@ -37,11 +37,11 @@ def init(
     vectors: VectorsOption = None,
     sketcher: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Used where no sketcher is named: `adam` (default) or `lark`, the paper's."),
+        typer.Option(metavar="NAME", help="Used where no sketcher is named: `lark`, the paper's (default), or `adam`."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Make a fresh store, with the variants `raw` and `chatml` and the sketchers `adam` and `lark` (the paper's).
+    """Make a fresh store, with the variants `raw` and `chatml` and the sketchers `lark` (the paper's) and `adam`.
 
     Example: `lark-store init --store postgresql://lab@db.example/lark --vectors s3://lab/lark`
     """

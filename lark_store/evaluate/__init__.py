@@ -16,7 +16,7 @@
 
 >>> from lark_store import Store, evaluate
 >>> with Store.open("lark.store") as store:  # doctest: +SKIP
-...     found = evaluate.facts(store, ["adam:cosine@epoch-1", "bm25"], key="fact")
+...     found = evaluate.facts(store, ["lark:cosine@epoch-1", "bm25"], key="fact")
 ...     print(found.table)
 """
 

@@ -1,6 +1,6 @@
 """Scorers: what gives a matrix (queries × samples) of scores, by the name that it is asked for with.
 
-    adam:cosine@epoch-1          the store's sketches of `adam`, by the method `cosine`, at a checkpoint
+    lark:cosine@epoch-1          the store's sketches of `lark`, by the method `cosine`, at a checkpoint
     adam:cosine@base+epoch-1     their sum; weighted by learning rate: adam:cosine-lr-weighted@base+epoch-1
     bm25, random, length, …      a rival (see `rivals`), which may take an argument and checkpoints too: `same:relation`
 
@@ -54,7 +54,7 @@ def matrices(material: Material, asked: Sequence[Asked], how: Given) -> dict[str
     """
     names = [each if isinstance(each, str) else each.name for each in asked]
     if not names:
-        raise InputError("no score is named", "give one with `--score`, such as `adam:cosine@epoch-1` or `bm25`")
+        raise InputError("no score is named", "give one with `--score`, such as `lark:cosine@epoch-1` or `bm25`")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"`{twice}` is asked for twice", "name each score once")

@@ -34,12 +34,12 @@ class Store(Manage, Work, Ask, Doors, Care, Trust):
 
     @classmethod
     def create(cls, path: str | Path | None = None, *, vectors: str | None = None, sketcher: str | None = None) -> Self:
-        """Make a fresh store with the variants `raw` and `chatml` and the sketchers `adam` and `lark`, and open it.
+        """Make a fresh store with the variants `raw` and `chatml` and the sketchers `lark` and `adam`, and open it.
 
         `path` is a folder that does not exist yet (default: `LARK_STORE` or `./lark.store`), or `postgresql://…`, a
         database in which there is no store yet. `vectors` is where the vectors go: a folder or a URL `s3://…`, `gs://…`
         or `az://…`; beside the catalog by default, always to be named where that is in PostgreSQL. `sketcher` is the
-        built-in one that is used where none is named (default: `adam`; the paper's is `lark`); see `sketcher_default`.
+        built-in one that is used where none is named (default: `lark`, the paper's); see `sketcher_default`.
 
         Raises
         ------

@@ -14,7 +14,7 @@ from lark_store.errors import InputError, NameUnknownError, QueryError
 from lark_store.query.sql.engine import connect, fetch
 from lark_store.query.sql.functions import FUNCTIONS, Function
 from lark_store.query.sql.reference import reference
-from lark_store.query.sql.stop import Stop
+from lark_store.query.sql.stop import Stop, is_held_up
 from lark_store.query.sql.views import Column, schema
 
 # Each would take more time or memory than a machine has.
@@ -143,3 +143,21 @@ def test_ctrl_c_ends_a_query_at_once_and_the_store_goes_on(scored):
     finally:
         signal.signal(signal.SIGINT, before)
     assert scored.sql("SELECT 1").item() == 1
+
+
+def test_a_query_that_has_failed_is_not_taken_for_one_that_is_held_up(monkeypatch):
+    class Slow(threading.Event):
+        """Its thread goes on for a moment."""
+
+        def set(self):
+            super().set()
+            time.sleep(0.1)
+
+    monkeypatch.setattr(threading, "Event", Slow)
+
+    def work():
+        raise QueryError("it failed", "mend it")
+
+    with pytest.raises(QueryError, match="it failed"):
+        Stop().watch(work, interrupt=lambda: None)
+    assert not is_held_up()

@@ -70,7 +70,8 @@ class Stop:
             finally:
                 done.set()
 
-        threading.Thread(target=run, name=_THREAD, daemon=True).start()
+        thread = threading.Thread(target=run, name=_THREAD, daemon=True)
+        thread.start()
         try:
             self._wait(done)
         except KeyboardInterrupt as error:
@@ -80,6 +81,8 @@ class Stop:
             while not done.is_set() and time.monotonic() < until:
                 interrupt()
                 done.wait(_TICK_S)
+        if done.is_set():
+            thread.join()  # it has nothing left to do; while it lived, the query would be taken for one that is held up
         self.check()
         return made[0]
 

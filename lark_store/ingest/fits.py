@@ -213,9 +213,10 @@ class _Work:
     ) -> tuple[dict[str, torch.Tensor], int]:
         """Return the factors, and how many samples counted."""
         begun, n = draft.read(), 0
-        first, result = (0, self._first_pass()) if begun is None else (begun.number, None)
+        result = self._first_pass() if begun is None else None
+        first = begun.number if begun is not None else int(result is not None)
         for number, kind in enumerate(_PASSES[self.kind]):
-            if number < first or (number == 0 and result is not None):
+            if number < first:
                 continue
             one = kind(model, device, result)
             done = failed = 0

@@ -33,7 +33,6 @@ BUILT_IN: dict[str, dict[str, Any]] = {  # the paper's, and the geometry of a st
     "lark": {},
     "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},
 }
-DEFAULT = "lark"  # of a fresh store; why: docs/results/truth.md
 IMPORTED = "imported"  # the `correction` and `positions` of a sketcher whose sketches were made elsewhere
 
 

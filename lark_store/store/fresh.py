@@ -87,8 +87,9 @@ def _build(location: Location, vectors: str | None, sketcher: str | None) -> Non
     from lark_store.upkeep.backup import uploading
 
     tables = VectorStore(vectors or str(location.root and location.root / "vectors"))
-    how = {"created_with": version("lark-store"), "vectors": vectors, "sketcher": sketcher or sketchers.DEFAULT}
-    meta = StoreMeta(id=1, store_uuid=str(uuid.uuid4()), **how)
+    meta = StoreMeta(id=1, store_uuid=str(uuid.uuid4()), created_with=version("lark-store"), vectors=vectors)
+    if sketcher:
+        meta.sketcher = sketcher
     variants = [make_variant(name, name, "auto", DEFAULT_MAX_LENGTH) for name in BUILT_IN]
     with uploading(tables) if vectors else nullcontext():
         tables.create()

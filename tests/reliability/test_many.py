@@ -257,7 +257,9 @@ def test_four_that_upgrade_an_older_store_at_once_upgrade_it_once(runner, files,
                 assert f"has schema {version}; this lark-store needs {migrations.newest()}" in process.err
                 assert "hint: upgrade it with `lark-store db upgrade`" in process.err
                 refused += 1
-        assert [process.err for process in upgrades].count("nothing to do\n") == 3
+        done = [process.err for process in upgrades if process.err != "nothing to do\n"]
+        assert len(done) in (1, 2)  # the catalog is one piece of work, the snapshot's catalog another
+        assert len(set(done)) == len(done), done  # nobody names another's backup
         before |= {f"{what}-{version}.backup.sqlite": version for what in ("catalog", "snapshot-then")}
         assert place.backups() == before
         assert differences(expected, read(place)) == []

@@ -6,17 +6,20 @@ TEXTS has pubmedqa_train.jsonl and pubmedqa_test.jsonl (`id`, `question`, `conte
 brown_entertainment.jsonl and kjv_songs.jsonl (`id`, `text`). Each text is taken as it is and as ChatML; the queries are
 PubMedQA's test items as ChatML. `format` asks what a score tells apart, `causal` holds it
 against a real step at base, `lds` against training on halves of PubMedQA. Each goes on where it was stopped.
+More samples of PubMedQA alone:
+
+    python benchmarks/chats.py TEXTS MODEL_FOLDER OUT --sources pubmedqa --samples 80 --queries 32 --evaluate lds
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from facts import read
 from truth import RATE, SKETCHERS, show, sketch, write
 
 from lark_store import Store, evaluate
@@ -32,9 +35,9 @@ SOURCES = {  # its file, stage and domain
 
 def drawn(options: argparse.Namespace, file: str, n: int) -> list[dict[str, Any]]:
     """Draw rows of a file; a question becomes a prompt with its answer."""
-    lines = (options.texts / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    everything = read(options.texts / f"{file}.jsonl")
     rows = []
-    for row in map(json.loads, random.Random(options.seed).sample(lines, n)):  # noqa: S311 (no secret)
+    for row in random.Random(options.seed).sample(everything, n):  # noqa: S311 (no secret)
         if file.startswith("pubmedqa"):
             prompt = f"{row['context']}\n\nQuestion: {row['question']}"
             rows.append({"id": row["id"], "prompt": prompt, "response": row["answer"]})
@@ -51,7 +54,8 @@ def variants(options: argparse.Namespace) -> tuple[str, str]:
 def fill(store: Store, options: argparse.Namespace) -> None:
     """Add everything and sketch."""
     store.checkpoint_add("base", options.model, learning_rate=RATE)
-    for name, (file, stage, domain) in SOURCES.items():
+    some = {name: SOURCES[name] for name in [*options.sources, "test"]}
+    for name, (file, stage, domain) in some.items():
         n = options.queries if stage == "query" else options.samples
         rows = write(options.out / "data" / f"{name}.jsonl", drawn(options, file, n))
         store.source_add(name, rows, stage=stage, domain=domain)
@@ -60,7 +64,8 @@ def fill(store: Store, options: argparse.Namespace) -> None:
     store.variant_add(fitted, template="chatml", max_length=options.max_length)
     for name, template in ((plain, "raw"), (chat, "chatml")):
         store.variant_add(name, template=template, targets=options.targets, max_length=options.max_length)
-    units = [(name, (chat,) if stage == "query" else (plain, chat)) for name, (_, stage, _) in SOURCES.items()]
+    both = (plain, chat) if "format" in options.evaluate else (chat,)
+    units = [(name, (chat,) if name == "test" else both) for name in some]
     sketch(store, options, "base", units, fitted)
 
 
@@ -70,6 +75,8 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
+    everything = [name for name, (_, stage, _) in SOURCES.items() if stage != "query"]
+    parser.add_argument("--sources", nargs="+", default=everything, choices=everything)
     parser.add_argument("--samples", type=int, default=24, help="of each source")
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=192)
@@ -77,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--asked", type=int, default=12)
     parser.add_argument("--half-sets", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sketchers", nargs="+", default=["lark", *SKETCHERS])
@@ -89,18 +97,17 @@ def main() -> None:
         fill(store, options)
         names = [f"{name}:{how}@base" for name in options.sketchers for how in ("cosine", "centred", "whitened")]
         names += options.rivals
-        everything = [name for name, (_, stage, _) in SOURCES.items() if stage != "query"]
         how: dict[str, Any] = {"query_variant": chat, "queries": "test", "device": options.device}
         for what in options.evaluate:
             also = {**how, "out": options.out / what}
             if what == "format":
-                asked = {"sources": everything, "variants": [plain, chat]}
+                asked = {"sources": options.sources, "variants": [plain, chat]}
                 call = partial(evaluate.format, **asked, against_rest=["pubmedqa"], domains=["medical"])
             elif what == "causal":
                 some = {"max_samples": options.steps, "max_queries": options.asked}
-                call = partial(evaluate.causal, checkpoint="base", sources=everything, variants=[chat], **some)
+                call = partial(evaluate.causal, checkpoint="base", sources=options.sources, variants=[chat], **some)
             else:
-                again = {"half_sets": options.half_sets, "learning_rate": RATE}
+                again = {"half_sets": options.half_sets, "seeds": options.seeds, "learning_rate": RATE}
                 call = partial(evaluate.lds, checkpoint="base", sources=["pubmedqa"], variants=[chat], **again)
             show(what, options, lambda: call(store, names, **also))  # noqa: B023 (called at once)
 

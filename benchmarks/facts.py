@@ -18,6 +18,12 @@ from typing import Any
 TRAINED, OTHERS, STATEMENTS = 100, 70, 2
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file; `str.splitlines` would also break a text at U+2028."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def statements(facts: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the statements of facts as rows."""
     return [
@@ -29,8 +35,7 @@ def statements(facts: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def main(source: Path, folder: Path) -> None:
     """Write finetune.jsonl, others.jsonl and queries.jsonl."""
-    facts = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    drawn = random.Random(0).sample(facts, TRAINED + OTHERS)  # noqa: S311 (no secret)
+    drawn = random.Random(0).sample(read(source), TRAINED + OTHERS)  # noqa: S311 (no secret)
     trained, others = drawn[:TRAINED], drawn[TRAINED:]
     queries = [
         {"id": fact["id"], "prompt": fact["query"], "response": fact["answer"], "fact": fact["id"]} for fact in trained

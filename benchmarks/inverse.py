@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from facts import statements
+from facts import read, statements
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -57,8 +57,7 @@ HOW: dict[str, Any] = {"sources": ["finetune"], "variants": ["text"], "queries":
 
 def write_facts(source: Path, folder: Path) -> list[str]:
     """Write the samples, two statements of each fact, and a query of each; returns the statements."""
-    facts = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    drawn = random.Random(0).sample(facts, FACTS)  # noqa: S311 (no secret)
+    drawn = random.Random(0).sample(read(source), FACTS)  # noqa: S311 (no secret)
     queries = [{"id": fact["id"], "prompt": fact["query"], "response": fact["answer"]} for fact in drawn]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("finetune", statements(drawn)), ("queries", queries)):

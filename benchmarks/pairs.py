@@ -12,10 +12,11 @@ import json
 import sys
 from pathlib import Path
 
+from facts import read
+
 
 def main(source: Path, target: Path) -> None:
     """Write the pairs that have a query of other words."""
-    pairs = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     rows = [
         {
             "id": pair["id"],
@@ -24,7 +25,7 @@ def main(source: Path, target: Path) -> None:
             "query": pair["query"],
             "answer": pair["answer"],
         }
-        for pair in pairs
+        for pair in read(source)
         if pair["query"] is not None
     ]
     target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from facts import statements
+from facts import read, statements
 
 from lark_store import Store, evaluate
 from lark_store.evaluate.material import load
@@ -65,8 +65,8 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 def data(options: argparse.Namespace) -> dict[str, Path]:
     """Draw facts; returns the files of statements that are trained on, of others, and of queries."""
-    lines = options.facts_file.read_text(encoding="utf-8").splitlines()
-    drawn = random.Random(options.seed).sample([json.loads(line) for line in lines], options.facts + options.others)  # noqa: S311 (no secret)
+    everything = read(options.facts_file)
+    drawn = random.Random(options.seed).sample(everything, options.facts + options.others)  # noqa: S311 (no secret)
     trained, others = drawn[: options.facts], drawn[options.facts :]
     queries = [
         {"id": f["id"], "prompt": f["query"], "response": f["answer"], "fact": f["id"], "relation": f["relation"]}
@@ -98,9 +98,8 @@ def checkpoints(options: argparse.Namespace, files: dict[str, Path]) -> dict[str
 
 def tokens_of(path: Path, renderer: Renderer) -> list[Any]:
     """Render the rows of a file."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     parts = ("prompt", "response", "text")
-    return [renderer.render(Sample(row["id"], **{part: row.get(part) for part in parts})) for row in rows]
+    return [renderer.render(Sample(row["id"], **{part: row.get(part) for part in parts})) for row in read(path)]
 
 
 def fill(store: Store, options: argparse.Namespace) -> None:

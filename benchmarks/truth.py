@@ -6,8 +6,9 @@ FACTS.jsonl is what benchmarks/facts.py reads; MODEL_FOLDER is the model before 
 facts are trained on, once and twice over (checkpoints base, epoch-1, epoch-2); those of --others facts are candidates
 that were never trained on. Every step goes on where it was stopped: run the same command again.
 
-`--evaluate whole` is `causal` once more for --asked queries, by the cosine of whole gradients of weight matrices and of
-their sketches: what sketching costs. It holds the queries' gradients, 0.54 GB each of SmolLM2-135M.
+`--evaluate whole` is `causal` once more for --asked queries, by the cosine of whole gradients and of their sketches, of
+sketchers that mask nothing (and are not `tensor`): what sketching costs. It holds the queries' gradients, 0.54 GB each of
+SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from facts import read, statements
 from lark_store import Store, evaluate
 from lark_store.evaluate.material import load
 from lark_store.evaluate.training import Recipe, Start, losses, train
-from lark_store.ingest.corrections import Corrector
 from lark_store.ingest.factors import corrector_for
 from lark_store.ingest.gradients import pick_device
 from lark_store.ingest.losses import Batch, sample_losses
@@ -40,12 +40,17 @@ from lark_store.schema.database import find
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from lark_store.ingest.corrections import Corrector
+
 SKETCHERS: dict[str, dict[str, Any]] = {
     "linear": {"min_ndim": 2},
     "masked": {"min_ndim": 2, "mask_template": True},
     "tensor": {"correction": "tensor"},
     "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},  # as every store has it
     "adam-unmasked": {"correction": "adam", "min_ndim": 2},
+    "adam-d1": {"correction": "adam", "min_ndim": 2, "damping": 1},
+    "adam-d10": {"correction": "adam", "min_ndim": 2, "damping": 10},
+    "adam-layers-d10": {"correction": "adam", "min_ndim": 2, "damping": 10, "exclude": "embed"},
     "adam-262k": {"correction": "adam", "min_ndim": 2, "k": 262_144},
     "adam-1m": {"correction": "adam", "min_ndim": 2, "k": 1_048_576},
     "adam2": {"correction": "adam2", "min_ndim": 2, "mask_template": True},
@@ -152,55 +157,64 @@ def scores(options: argparse.Namespace) -> list[str]:
 
 
 def whole(store: Store, options: argparse.Namespace) -> list[Any]:
-    """Return scores by whole gradients, plain and in Adam's geometry, and by their sketches."""
+    """Return the scores of sketchers without a mask by whole gradients, and by their sketches."""
     made: dict[str, Any] = {}
 
-    def scorer(kind: str) -> evaluate.Scorer:
+    def scorer(name: str) -> evaluate.Scorer:
         def score(material: Any) -> Any:
             made.update(made or cosines(store, options, material))
-            return made[kind]
+            return made[name]
 
-        return evaluate.Scorer(f"{kind}, whole", score)
+        return evaluate.Scorer(f"{name}, whole", score)
 
-    at = options.checkpoints[0]
-    return [scorer("linear"), scorer("adam"), f"linear:cosine@{at}", f"adam-unmasked:cosine@{at}"]
+    sketched = [f"{name}:cosine@{options.checkpoints[0]}" for name in options.sketchers]
+    return [*map(scorer, options.sketchers), *sketched]
 
 
 def cosines(store: Store, options: argparse.Namespace, material: Any) -> dict[str, Any]:
-    """Return the cosines of matrices' whole gradients, (queries, samples): plain, and corrected as the store does."""
+    """Return the cosines of whole gradients, (queries, samples), of what each sketcher takes, corrected as it does."""
     at = options.checkpoints[0]
-    device = pick_device(options.device)
     loaded = load(store, at, options.device)
+    takers: dict[str, tuple[Corrector, list[str]]] = {}
     with store._db.session() as session:  # noqa: SLF001 - the factors have no public face
-        checkpoint, sketcher = find(session, Checkpoint, at), find(session, Sketcher, "adam-unmasked")
-    placements = placements_of(sketcher, loaded.model)
-    corrector, _ = corrector_for(store._db, sketcher, checkpoint, placements, device)  # noqa: SLF001
-    queries = [matrices(loaded.model, tokens) for tokens in loaded.tokens(material.queries)]
-    columns: dict[str, list[list[float]]] = {"linear": [], "adam": []}
+        checkpoint = find(session, Checkpoint, at)
+        for name in options.sketchers:
+            sketcher = find(session, Sketcher, name)
+            placements = placements_of(sketcher, loaded.model)
+            corrector, _ = corrector_for(store._db, sketcher, checkpoint, placements, loaded.model.device)  # noqa: SLF001
+            takers[name] = corrector, [placement.name for placement in placements]
+    queries = [gradients(loaded.model, tokens) for tokens in loaded.tokens(material.queries)]
+    squares = {
+        name: torch.stack([products(*taker, query, [])[0] for query in queries]) for name, taker in takers.items()
+    }
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in takers}
     for tokens in loaded.tokens(material.samples):
-        sample = matrices(loaded.model, tokens)
-        for kind, corrected in (("linear", Corrector()), ("adam", corrector)):
-            columns[kind].append([cosine(corrected, query, sample) for query in queries])
-    return {kind: torch.tensor(rows).T.numpy() for kind, rows in columns.items()}
+        sample = gradients(loaded.model, tokens)
+        for name, taker in takers.items():
+            own, *others = products(*taker, sample, queries)
+            columns[name].append(torch.stack(others) / (own * squares[name]).sqrt())
+    return {name: torch.stack(rows).T.numpy() for name, rows in columns.items()}
 
 
-def matrices(model: Any, tokens: Any) -> dict[str, torch.Tensor]:
-    """Return a text's whole gradient, of the weight matrices."""
+def gradients(model: Any, tokens: Any) -> dict[str, torch.Tensor]:
+    """Return a text's whole gradient, by parameter."""
     model.requires_grad_(True)
     sample_losses(model, Batch([tokens], model.device)).sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.dim() > 1}
+    found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
     return found
 
 
-def cosine(corrector: Corrector, left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    """Return the cosine of two corrected gradients."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    for name, mine in left.items():
-        a, b = corrector.whole(name, mine), corrector.whole(name, right[name])
-        sums += torch.stack([(x * y).sum(dtype=torch.float64).cpu() for x, y in ((a, b), (a, a), (b, b))])
-    return float(sums[0] / (sums[1] * sums[2]).sqrt())
+def products(
+    corrector: Corrector, taken: list[str], sample: dict[str, torch.Tensor], queries: list[dict[str, torch.Tensor]]
+) -> torch.Tensor:
+    """Return ⟨C g, C g⟩ of a sample's gradient g, and ⟨C q, C g⟩ = ⟨q, C² g⟩ of each query's q; C is symmetric."""
+    sums = torch.zeros(1 + len(queries), dtype=torch.float64)
+    for name in taken:
+        twice = corrector.whole(name, corrector.whole(name, sample[name]))
+        sums += torch.stack([(twice * other[name]).sum(dtype=torch.float64).cpu() for other in (sample, *queries)])
+    return sums
 
 
 def facts(options: argparse.Namespace) -> None:

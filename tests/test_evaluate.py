@@ -229,8 +229,11 @@ def test_bm25_is_the_store_s(store):
 
 
 def test_the_rerank_protocol_asks_among_its_own_bm25_s_the_same_answer_s_and_others(store, tmp_path, monkeypatch):
+    made = evaluate.facts(store, ["same:fact", "random"], key="fact", rerank=True, out=tmp_path)
+    assert any(note.startswith("rerank: its candidates are all ") for note in made.notes)  # there are few
     monkeypatch.setattr("lark_store.evaluate.finding.OF_EACH", 2)
     made = evaluate.facts(store, ["same:fact", "random"], key="fact", rerank=True, out=tmp_path)
+    assert not any(note.startswith("rerank") for note in made.notes)
     assert sorted(made.values.filter(measure="rerank mrr")["trial"].unique()) == [0, 1, 2]
     assert made.table.filter(measure="rerank mrr", method="same:fact")["value"].item() == 1
     own = np.zeros((1, 12), dtype=bool)

@@ -101,6 +101,8 @@ def _rerank(task: Task, own_QN: Flags, at: Sequence[int], trials: int) -> None:
     bm25_QN, alike_QN = task.rival("bm25"), same_answer(task.material)
     matrices = task.matrices
     pools = [pools_of(own_QN, bm25_QN, alike_QN, [task.seed, trial]) for trial in range(trials)]
+    if all(pool_QN.all() for pool_QN in pools):
+        task.notes.append(f"rerank: its candidates are all {own_QN.shape[1]} samples, so it says what the rest says")
     for name, score_QN in matrices.items():
         for trial, pool_QN in enumerate(pools):
             for measure, value_Q in found(score_QN, own_QN, pool_QN, at).items():

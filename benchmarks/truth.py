@@ -7,8 +7,8 @@ facts are trained on, once and twice over (checkpoints base, epoch-1, epoch-2); 
 that were never trained on. Every step goes on where it was stopped: run the same command again.
 
 `--evaluate whole` is `causal` once more for --asked queries, by the cosine of whole gradients and of their sketches, of
-sketchers that mask nothing (and are not `tensor`): what sketching costs. It holds the queries' gradients, 0.54 GB each of
-SmolLM2-135M.
+sketchers that mask nothing (and are not `tensor`): what sketching costs. It holds the gradients of the queries, 0.54 GB
+each of SmolLM2-135M.
 """
 
 from __future__ import annotations

@@ -207,7 +207,8 @@ def sketcher_add(
         ),
     ] = "none",
     damping: Annotated[
-        float | None, typer.Option(help="What is added to V or G, times its mean (default: 0.1).")
+        float | None,
+        typer.Option(help="What is added to V or G, times its mean (default: 0.1; 10 loses less to the sketch)."),
     ] = None,
     power: Annotated[
         float | None,

@@ -103,7 +103,7 @@ def test_every_command_succeeds_on_the_way_but_for_failed_samples_and_changed_ro
         ("checkpoint", "checkpoint `base`: tiny, weights "),
         ("finetune", "source `finetune`: 6 samples added, 0 there already\n"),
         ("variant", "variant `short`: chatml, targets auto, at most 64 tokens\n"),
-        ("sketcher", "sketcher `tiny`: k = 256, seed 0, float16\n"),
+        ("sketcher", "sketcher `tiny`: k = 256, seed 0, float16, only `layers`, without `norm`\n"),
         ("upgrade", "nothing to do\n"),
         ("changed", "source `finetune`: 2 samples added, 5 there already\n"),
     ],

@@ -250,6 +250,7 @@ def sketcher_add(
         how.append(f"correction {info.correction}" + (f" ({', '.join(of)})" if of else ""))
     if info.min_ndim:
         how.append(f"parameters of {info.min_ndim} dimensions and more")
+    how += [f"{what} `{regex}`" for what, regex in (("only", info.parameters), ("without", info.exclude)) if regex]
     if info.positions == "content":
         how.append("template masked")
     say(f"sketcher `{info.name}`: {', '.join(how)}")

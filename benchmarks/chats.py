@@ -84,7 +84,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--asked", type=int, default=12)
     parser.add_argument("--half-sets", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sketchers", nargs="+", default=["lark", *SKETCHERS])
@@ -107,7 +106,7 @@ def main() -> None:
                 some = {"max_samples": options.steps, "max_queries": options.asked}
                 call = partial(evaluate.causal, checkpoint="base", sources=options.sources, variants=[chat], **some)
             else:
-                again = {"half_sets": options.half_sets, "seeds": options.seeds, "learning_rate": RATE}
+                again = {"half_sets": options.half_sets, "learning_rate": RATE}
                 call = partial(evaluate.lds, checkpoint="base", sources=["pubmedqa"], variants=[chat], **again)
             show(what, options, lambda: call(store, names, **also))  # noqa: B023 (called at once)
 

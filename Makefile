@@ -2,16 +2,21 @@
 # make demo      the whole job on a real model and real text
 # make test      lint, all tests, and those of CLUSTER again with PostgreSQL and S3; two processes (WORKERS=…)
 # make lint      ruff, mypy, import-linter
-# make docs      write docs/reference/cli.md from the commands themselves, the views of sql.md from their columns
+# make mutate    change tokens of the core modules and see whether their tests notice (SEED=…, N=…); not part of test
+# make docs      write docs/reference/cli.md from the commands themselves, the views of sql.md from their columns,
+#                and the forms of data.md
+# make site      build the documentation's site into site/
+# make changelog move the fragments of changelog.d/ into CHANGELOG.md (VERSION=…)
 
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
-CLUSTER ?= tests/test_upkeep.py tests/test_recovery.py tests/test_attribute_incremental.py
+N ?= 40
+CLUSTER ?= tests/maintenance/test_upkeep.py tests/ingest/test_recovery.py tests/query/test_attribute_incremental.py
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test lint docs clean
+.PHONY: install demo test lint mutate docs site changelog clean
 
 install: $(READY)
 
@@ -36,9 +41,20 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+mutate: install
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[mutate]'
+	$(BIN)/python tests/mutation/mutate.py -n $(N)$(if $(SEED), --seed $(SEED))
+
 docs: install
 	$(BIN)/typer lark_store.cli.app utils docs --name lark-store --output docs/reference/cli.md
 	$(BIN)/python -m lark_store.query.sql.reference docs/reference/sql.md
+	$(BIN)/python -m lark_store.modeling.forms.reference docs/data.md
+
+site: docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+changelog: install
+	$(BIN)/towncrier build --yes --version $(VERSION)
 
 clean:
-	rm -rf $(VENV) demo/.work
+	rm -rf $(VENV) demo/.work site

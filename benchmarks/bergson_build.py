@@ -1,13 +1,13 @@
-"""Time how long bergson takes to build its index of projected gradients; prints one JSON object.
+"""Time bergson's build of its index of projected gradients; prints one JSON object.
 
-It runs in bergson's own environment (README.md beside this file) and imports nothing of lark-store. The steps are
-those of `bergson build`, called one by one, so that loading the model is not timed:
+Runs in bergson's environment (see README.md) and imports nothing from lark-store. The steps are those of `bergson
+build`, called one by one to exclude loading the model:
 
     python benchmarks/bergson_build.py MODEL_FOLDER SAMPLES.jsonl
 
-A sample is {"text": …}, or {"input_ids": […], "labels": […]} with -100 where there is no target. The clock runs over
-`collect_gradients`: forward, backward, projection, and writing the index to disk. One sample goes through it first, on
-an index of its own, so that the projection matrices are there.
+A sample is {"text": …}, or {"input_ids": […], "labels": […]} with -100 for non-targets. The timer covers
+`collect_gradients`: forward, backward, projection, and writing the index to disk. A warm-up on one sample, with a
+separate index, creates the projection matrices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no downloads
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build an index in `folder` and return its figures."""
     import torch
     from bergson.build import (
@@ -54,15 +54,15 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from bergson.config.config import DataConfig, DistributedConfig, IndexConfig
 
     settings = {
-        "projection_dim": given.projection_dim,
-        "token_batch_size": given.token_batch_size,
-        "loss_reduction": given.loss_reduction,
+        "projection_dim": options.projection_dim,
+        "token_batch_size": options.token_batch_size,
+        "loss_reduction": options.loss_reduction,
         "precision": "fp32",
     }
     index = IndexConfig(
         run_path=str(folder / "index"),
-        model=str(given.model),
-        data=DataConfig(dataset=str(given.samples)),
+        model=str(options.model),
+        data=DataConfig(dataset=str(options.samples)),
         distributed=DistributedConfig(nproc_per_node=1),
         **settings,
     )
@@ -76,9 +76,9 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     processor = create_processor(model, index, modules)
     batches = allocate_batches(data["length"][:], index.token_batch_size)
 
-    def collect(config: IndexConfig, chosen: list[list[int]]) -> tuple[float, float]:
+    def collect(config: IndexConfig, selection: list[list[int]]) -> tuple[float, float]:
         start, cpu = time.perf_counter(), time.process_time()
-        collect_gradients(model, data, processor, config, batches=chosen, target_modules=modules)
+        collect_gradients(model, data, processor, config, batches=selection, target_modules=modules)
         return time.perf_counter() - start, time.process_time() - cpu
 
     warm_up, _ = collect(first, [batches[-1][-1:]])
@@ -112,12 +112,12 @@ def _losses(index: Any) -> list[float]:
 
 
 def main() -> None:
-    """Keep stdout for the one JSON object: bergson talks there."""
-    given = arguments()
+    """Run the benchmark; reserve stdout for the JSON object, since bergson prints there."""
+    options = arguments()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("HF_DATASETS_CACHE", f"{folder}/cache")
         with contextlib.redirect_stdout(sys.stderr):
-            figures = measure(given, Path(folder))
+            figures = measure(options, Path(folder))
     from importlib.metadata import version
 
     figures["settings"]["bergson"] = version("bergson")

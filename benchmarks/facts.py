@@ -1,8 +1,8 @@
 """Write the files of the facts study (docs/results/facts.toml) from a JSON-lines file of facts.
 
-A line of the input has `id`, `relation`, `train_texts` (statements of the fact), `query` (a held-out paraphrase that
-stops before the answer) and `answer`. Of 100 facts drawn at random two statements each are trained on and the held-out
-paraphrase is asked; two statements each of 70 other facts are candidates that the model never saw.
+An input line has `id`, `relation`, `train_texts` (statements of the fact), `query` (a held-out paraphrase without its
+answer) and `answer`. For 100 facts drawn at random, two statements each are training samples and the held-out
+paraphrase is the query; two statements each of 70 other facts are candidates unseen by the model.
 
     python benchmarks/facts.py FACTS.jsonl FOLDER
 """
@@ -36,12 +36,12 @@ def statements(facts: list[dict[str, Any]]) -> list[dict[str, str]]:
 def main(source: Path, folder: Path) -> None:
     """Write finetune.jsonl, others.jsonl and queries.jsonl."""
     drawn = random.Random(0).sample(read(source), TRAINED + OTHERS)  # noqa: S311 (no secret)
-    trained, others = drawn[:TRAINED], drawn[TRAINED:]
+    trained, untrained = drawn[:TRAINED], drawn[TRAINED:]
     queries = [
         {"id": fact["id"], "prompt": fact["query"], "response": fact["answer"], "fact": fact["id"]} for fact in trained
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("finetune", statements(trained)), ("others", statements(others)), ("queries", queries)):
+    for name, rows in (("finetune", statements(trained)), ("others", statements(untrained)), ("queries", queries)):
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         print(f"{folder / name}.jsonl: {len(rows)} rows")

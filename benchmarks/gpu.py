@@ -1,9 +1,9 @@
-"""What sketching costs on one GPU: OLMo-3-7B's configuration, a 1B Llama and SmolLM2-135M's, with random bf16 weights.
+"""The cost of sketching on one GPU, for OLMo-3-7B, a 1B Llama and SmolLM2-135M with random bf16 weights.
 
-    bash benchmarks/gpu.sh            # this, and the tests of the compiled kernel, meant to take under ten minutes
+    bash benchmarks/gpu.sh            # this script and the tests of the compiled kernel, in under ten minutes
 
-For each model: plain batched forward and backward, the batched path, and the batched path with a sketch that takes the
-weight gradients and drops them (what is left is the sketch's share); peak memory; the same sample alone and in a batch.
+For each model: plain batched forward and backward, the batched path, and the batched path with a sketcher dropping the
+weight gradients (the difference is the sketch's share); peak memory; the same sample alone and in a batch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from ingest import in_turn, table, tokens
 from rivals import pack, plain_floor
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config
 
-from lark_store.ingest.batched import BatchPath, make_path
-from lark_store.ingest.gradients import Sketch, choose_parameters
-from lark_store.ingest.kernels.gpu import GpuKernel
-from lark_store.ingest.oporp import GradientSketcher, Oporp, place
+from lark_store.gradients.paths.batched import BatchPath, make_path
+from lark_store.gradients.paths.hooks import Sketch, choose_parameters
+from lark_store.gradients.sketch.accumulate import GradientSketcher
+from lark_store.gradients.sketch.kernels.gpu import GpuKernel
+from lark_store.gradients.sketch.oporp import Oporp
+from lark_store.gradients.sketch.placement import place
 
 K = 65_536
 OLMO3_7B = Olmo3Config(
@@ -44,7 +46,7 @@ MODELS = {"OLMo-3-7B": OLMO3_7B, "Llama, 1B": LLAMA_1B, "SmolLM2-135M": SMOLLM2_
 
 
 class Dropped(GradientSketcher):
-    """Takes gradients and drops them: a backward without its sketch."""
+    """Drops gradients: a backward pass without the sketch."""
 
     def add(self, name: str, gradient_SN: torch.Tensor, out: torch.Tensor, chunk: int = 0) -> None:
         """Do nothing."""
@@ -75,41 +77,41 @@ def timed(path: BatchPath, batches: list[Any]) -> float:
 def measure(name: str, config: Any, length: int, batch_tokens: int, rounds: int) -> list[Any]:
     """Return a row of the table."""
     model = build(config)
-    chosen = choose_parameters(model, None, None)
-    placements = place([(n, tuple(p.shape)) for n, p in chosen], K)
+    parameters = choose_parameters(model, None, None)
+    placements = place([(n, tuple(p.shape)) for n, p in parameters], K)
     batches = pack(tokens(max(16, 2 * (batch_tokens // length)), length, config.vocab_size), batch_tokens)
     weights = torch.cuda.memory_allocated()
 
     def path(kind: type[GradientSketcher]) -> BatchPath:
-        return BatchPath(model, chosen, kind(Oporp(K, 0), placements, torch.device("cuda")))
+        return BatchPath(model, parameters, kind(Oporp(K, 0), placements, torch.device("cuda")))
 
     ways = {
         "plain": lambda: plain_floor(model, batches).whole * 1e3,
         "ours": lambda: timed(path(GradientSketcher), batches),
         "dropped": lambda: timed(path(Dropped), batches),
     }
-    found = {way: statistics.median(each) for way, each in in_turn(ways, rounds).items()}
+    medians = {way: statistics.median(times) for way, times in in_turn(ways, rounds).items()}
     model.zero_grad(set_to_none=True)
     peaks = []
     for kind in (Dropped, GradientSketcher):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        one = path(kind)
-        one.sketch(batches[0])
-        one.close()
+        probe = path(kind)
+        probe.sketch(batches[0])
+        probe.close()
         peaks.append(torch.cuda.max_memory_allocated() / 2**30)
-    lowest = invariance(model, chosen, config.vocab_size, length)
-    share = 1 - found["dropped"] / found["ours"]
+    lowest = invariance(model, parameters, config.vocab_size, length)
+    share = 1 - medians["dropped"] / medians["ours"]
     count = sum(p.numel for p in placements)
-    ratio = found["ours"] / found["plain"]
+    ratio = medians["ours"] / medians["plain"]
     size = f"{len(batches[0])} × {length}"
     return [
         name,
         f"{count:,}",
         size,
-        found["plain"],
-        found["ours"],
+        medians["plain"],
+        medians["ours"],
         ratio,
         share,
         weights / 2**30,
@@ -118,28 +120,28 @@ def measure(name: str, config: Any, length: int, batch_tokens: int, rounds: int)
     ]
 
 
-def invariance(model: Any, chosen: Any, vocabulary: int, length: int) -> float:
+def invariance(model: Any, parameters: Any, vocabulary: int, length: int) -> float:
     """Return the lowest cosine between samples' sketches alone and in a ragged batch."""
-    placements = place([(n, tuple(p.shape)) for n, p in chosen], K)
-    path, reason = make_path(model, chosen, GradientSketcher(Oporp(K, 0), placements, torch.device("cuda")))
+    placements = place([(n, tuple(p.shape)) for n, p in parameters], K)
+    path, reason = make_path(model, parameters, GradientSketcher(Oporp(K, 0), placements, torch.device("cuda")))
     assert isinstance(path, BatchPath), reason
     samples = [tokens(1, n, vocabulary)[0] for n in (length, length // 2, length - 7, 33)]
     samples[1] = replace(samples[1], rule="predicted")
-    alone, together = [path.sketch([one])[0] for one in samples], path.sketch(samples)
+    alone, together = [path.sketch([sample])[0] for sample in samples], path.sketch(samples)
     again = path.sketch(samples)
     path.close()
-    found = []
+    cosines = []
     for a, b, c in zip(alone, together, again, strict=True):
         assert isinstance(a, Sketch)
         assert isinstance(b, Sketch)
         assert isinstance(c, Sketch)
         assert torch.equal(b.vector, c.vector), "the same batch gave other bytes"
-        found.append(float(torch.nn.functional.cosine_similarity(a.vector, b.vector, dim=0)))
-    return min(found)
+        cosines.append(float(torch.nn.functional.cosine_similarity(a.vector, b.vector, dim=0)))
+    return min(cosines)
 
 
 def kernel_alone() -> None:
-    """Print what the kernel takes per coordinate, and the memory it moves."""
+    """Print the kernel's time per coordinate and its memory bandwidth."""
     rows = []
     device = torch.device("cuda")
     for k in (1024, 65_536, 1_048_576):
@@ -153,8 +155,8 @@ def kernel_alone() -> None:
             for _ in range(50):
                 kernel.add(gradient, 0, out)
             torch.cuda.synchronize()
-            each = (time.perf_counter() - start) / 50 / gradient.numel()
-            rows.append([f"{k:,}", n, each * 1e12, gradient.element_size() / each / 1e12])
+            per_coordinate = (time.perf_counter() - start) / 50 / gradient.numel()
+            rows.append([f"{k:,}", n, per_coordinate * 1e12, gradient.element_size() / per_coordinate / 1e12])
     table("The kernel alone, 4.2M coordinates a sample", ["k", "samples", "ps/coordinate", "TB/s"], rows)
 
 
@@ -168,7 +170,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device here")
+        parser.error("no CUDA device found")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, {time.strftime('%Y-%m-%d')}")
     kernel_alone()
     rows = []

@@ -1,11 +1,11 @@
-"""What sketching costs, side by side: against plain forward and backward, other ways, model size and k.
+"""The cost of sketching, compared with plain forward and backward, with baselines, and by model size and k.
 
-    python benchmarks/ingest.py MODEL_FOLDER                       # the floor, memory and rivals
+    python benchmarks/ingest.py MODEL_FOLDER                       # the floor, memory and baselines
     python benchmarks/ingest.py MODEL_FOLDER --bergson PYTHON      # bergson too, in its own environment
     python benchmarks/ingest.py --growth                           # model size and k, on random models
 
-Every table is one run, its rows measured in turn (round by round, so that a busy moment hits them all), and gives
-medians and ratios. Texts are random tokens: time does not depend on what they say.
+Every table is one run and gives medians and ratios. Its rows are measured in turn, round by round, so a busy moment
+affects them all. Texts are random tokens: time does not depend on their content.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does; for every way here
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in the command line, for every method
 
 import torch
 from rivals import batch_loss, bergson, pack, plain_floor, rapidin, trak
 
-from lark_store.ingest.batched import BatchPath, make_path
-from lark_store.ingest.gradients import HookPath, choose_parameters
-from lark_store.ingest.models import load_model
-from lark_store.ingest.oporp import GradientSketcher, Oporp, place
+from lark_store.gradients.paths.batched import BatchPath, make_path
+from lark_store.gradients.paths.hooks import HookPath, choose_parameters
+from lark_store.gradients.sketch.accumulate import GradientSketcher
+from lark_store.gradients.sketch.oporp import Oporp
+from lark_store.gradients.sketch.placement import place
 from lark_store.ingest.plan import PeakMemory
-from lark_store.ingest.variants import Tokens
+from lark_store.modeling.loading import load_model
+from lark_store.modeling.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lark_store.ingest.gradients import SketchPath
+    from lark_store.gradients.paths.hooks import SketchPath
 
 K = 65_536
 
 
 def tokens(n: int, length: int, vocabulary: int, *, targets: int | None = None) -> list[Tokens]:
-    """Make samples of random tokens; the loss is on the last `targets` of them, or on all."""
+    """Return samples of random tokens; the loss covers the last `targets` tokens, or all."""
     generator = torch.Generator().manual_seed(0)
     first = 1 if targets is None else length - targets
     is_target = [t >= first for t in range(length)]
@@ -52,13 +54,13 @@ def tokens(n: int, length: int, vocabulary: int, *, targets: int | None = None) 
 
 
 def path_for(model: Any, kind: str, k: int = K, include: str | None = None) -> SketchPath:
-    """Return a way to sketches: `batched`, `hooks`, or what an ingest takes (`auto`)."""
-    chosen = choose_parameters(model, include, None)
+    """Return a sketch path: `batched`, `hooks`, or an ingest's choice (`auto`)."""
+    parameters = choose_parameters(model, include, None)
     device = next(model.parameters()).device
-    sketcher = GradientSketcher(Oporp(k, 0), place([(name, tuple(p.shape)) for name, p in chosen], k), device)
+    sketcher = GradientSketcher(Oporp(k, 0), place([(name, tuple(p.shape)) for name, p in parameters], k), device)
     if kind == "auto":
-        return make_path(model, chosen, sketcher)[0]
-    return (BatchPath if kind == "batched" else HookPath)(model, chosen, sketcher)
+        return make_path(model, parameters, sketcher)[0]
+    return (BatchPath if kind == "batched" else HookPath)(model, parameters, sketcher)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -73,7 +75,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def sketched(model: Any, batches: Sequence[Sequence[Tokens]], kind: str, include: str | None = None) -> float:
-    """Return seconds per sample of sketching these batches, after one sample to warm up."""
+    """Return seconds per sample of sketching these batches, after a warm-up on one sample."""
     path = path_for(model, kind, include=include)
     path.sketch(batches[0][:1])
     spent = seconds(lambda: [path.sketch(batch) for batch in batches], next(model.parameters()).device)
@@ -96,17 +98,17 @@ def table(title: str, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def in_turn(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure each way once per round."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    """Measure each method once per round."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            found[name].append(way())
+            times[name].append(way())
             gc.collect()
-    return found
+    return times
 
 
 def against_others(model: Any, folder: Path, options: argparse.Namespace) -> None:
-    """Compare with the floor and with other ways, at each length and rule asked for."""
+    """Compare with the floor and the baselines, at each requested length."""
     vocabulary = len(model.get_input_embeddings().weight)
     for length in options.lengths:
         samples = tokens(options.samples, length, vocabulary)
@@ -114,7 +116,7 @@ def against_others(model: Any, folder: Path, options: argparse.Namespace) -> Non
         ways: dict[str, Callable[[], float]] = {
             "plain forward and backward, batched": lambda b=batches: plain_floor(model, b).whole,
             "**lark-store, batched**": lambda b=batches: sketched(model, b, "batched"),
-            "lark-store, hooks, batch 1": lambda s=samples: sketched(model, [[one] for one in s[:2]], "hooks"),
+            "lark-store, hooks, batch 1": lambda s=samples: sketched(model, [[sample] for sample in s[:2]], "hooks"),
             "RapidIn's way, batch 1": lambda s=samples: rapidin(model, s[:2]).whole,
             "lark-store, linear layers of the decoder": lambda b=batches: sketched(
                 model, b, "batched", r"layers\.\d+\..*_proj\.weight"
@@ -124,12 +126,14 @@ def against_others(model: Any, folder: Path, options: argparse.Namespace) -> Non
             ways["bergson 2.5 (linear layers of the decoder, p = 16)"] = lambda s=samples: (
                 bergson(options.bergson, folder, s, n_tokens=options.batch_tokens).whole
             )
-        found = in_turn(ways, options.rounds)
-        floor, ours = (statistics.median(found[name]) for name in list(found)[:2])
+        times = in_turn(ways, options.rounds)
+        floor, ours = (statistics.median(times[name]) for name in list(times)[:2])
         rows = []
-        for name, each in found.items():
-            middle = statistics.median(each)
-            rows.append([name, middle, f"{min(each):.3g} – {max(each):.3g}", middle / floor, middle / ours])
+        for name, seconds_each in times.items():
+            middle = statistics.median(seconds_each)
+            rows.append(
+                [name, middle, f"{min(seconds_each):.3g} – {max(seconds_each):.3g}", middle / floor, middle / ours]
+            )
         title = f"{length} tokens, {options.samples} samples, {options.batch_tokens} tokens a batch"
         table(title, ["way", "s/sample, median", "range", "over plain", "over lark-store"], rows)
 
@@ -143,17 +147,17 @@ def per_coordinate(model: Any) -> None:
     for n in (1, 8):
         gradient, out = torch.randn(n, 1 << 23, device=device), kernel.new(n)
         kernel.add("w", gradient, out)
-        ours = statistics.median(seconds(lambda g=gradient, o=out: kernel.add("w", g, o), device) for _ in range(7))
-        ours /= gradient.numel()
-        theirs = trak(model, samples[:n], batch_size=n)
-        ratio = theirs.per_coordinate / ours
-        rows.append([n, ours * 1e9, theirs.per_coordinate * 1e9, ratio])
+        our_time = statistics.median(seconds(lambda g=gradient, o=out: kernel.add("w", g, o), device) for _ in range(7))
+        our_time /= gradient.numel()
+        trak_time = trak(model, samples[:n], batch_size=n)
+        ratio = trak_time.per_coordinate / our_time
+        rows.append([n, our_time * 1e9, trak_time.per_coordinate * 1e9, ratio])
     title = f"Projection alone: ours at k = {K:,}, TRAK's BasicProjector at k = 2,048"
     table(title, ["gradients at once", "ours, ns/coordinate", "TRAK, ns/coordinate", "ratio"], rows)
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Compare peak memory, each way in a process of its own, so that none finds memory that another left."""
+    """Compare peak memory, each method in its own process to exclude the memory of the others."""
     rows: list[list[Any]] = []
     for way, meaning in WAYS_OF_BACKWARD.items():
         command = [sys.executable, __file__, str(options.model), f"--peak-of={way}", f"--lengths={options.lengths[-1]}"]
@@ -169,14 +173,14 @@ def memory(options: argparse.Namespace) -> None:
 
 
 WAYS_OF_BACKWARD = {
-    "bare": "weights + activations of the backward (gradients thrown away as they come)",
+    "bare": "weights + activations of the backward (gradients dropped immediately)",
     "ours": "**lark-store, batched**",
     "plain": "plain backward, gradients kept",
 }
 
 
 def peak_of(way: str, model: Any, options: argparse.Namespace) -> int:
-    """Return the bytes that weights and one backward take at their peak."""
+    """Return the peak bytes of the weights and one backward pass."""
     device = next(model.parameters()).device
     batch = pack(
         tokens(options.samples, options.lengths[-1], len(model.get_input_embeddings().weight)), options.batch_tokens
@@ -196,7 +200,7 @@ def peak_of(way: str, model: Any, options: argparse.Namespace) -> int:
 
 
 def growth(options: argparse.Namespace) -> None:
-    """Show samples per second against model size and k, on random Llamas."""
+    """Show samples per second by model size and k, on random Llamas."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rows = []
@@ -208,16 +212,16 @@ def growth(options: argparse.Namespace) -> None:
         )  # fmt: skip
         model = LlamaForCausalLM(config).eval().to(options.device)
         batches = pack(tokens(options.samples, 256, config.vocab_size), options.batch_tokens)
-        found = in_turn(
+        times = in_turn(
             {
                 "plain": lambda m=model, b=batches: plain_floor(m, b).whole,
                 "ours": lambda m=model, b=batches: sketched(m, b, "batched"),
             },
             options.rounds,
         )
-        plain, ours = (statistics.median(found[name]) for name in ("plain", "ours"))
+        plain_time, sketch_time = (statistics.median(times[name]) for name in ("plain", "ours"))
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        rows.append([millions, 1 / plain, 1 / ours, ours / plain])
+        rows.append([millions, 1 / plain_time, 1 / sketch_time, sketch_time / plain_time])
     table(
         "Model size, 256 tokens",
         ["parameters, M", "plain, samples/s", "lark-store, samples/s", "time over plain"],
@@ -236,7 +240,7 @@ def growth(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="a folder made by save_pretrained")
     parser.add_argument("--growth", action="store_true")

@@ -1,7 +1,7 @@
-"""Write terms and their identifiers as benchmarks/truth.py reads facts.
+"""Write terms and their identifiers as facts, for benchmarks/truth.py.
 
-A line of the input has `id`, `text` (the one statement), `source` (the ontology), `query` (asks for the identifier by a
-synonym of the term) and `answer`. Pairs without a synonym are left out: their query has the statement's own words.
+An input line has `id`, `text` (the statement), `source` (the ontology), `query` (with a synonym of the term) and
+`answer` (the identifier). Pairs without a synonym are skipped: their query would repeat the statement's words.
 
     python benchmarks/pairs.py ONTOLOGY_PAIRS.jsonl FACTS.jsonl
 """
@@ -16,7 +16,7 @@ from facts import read
 
 
 def main(source: Path, target: Path) -> None:
-    """Write the pairs that have a query of other words."""
+    """Write the pairs with a synonym."""
     rows = [
         {
             "id": pair["id"],

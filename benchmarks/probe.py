@@ -1,10 +1,10 @@
-"""What a process that answers queries takes: seconds by step, CPU, and its memory at its peak. Linux, standard library.
+"""The resources of a process answering queries: seconds by step, CPU time, peak memory. Linux, standard library.
 
     probe = Probe()
     with probe.step("open"): …
     probe.report(top=…)          # one JSON object, the last line on stdout
 
-Imported by scripts that run in environments of their own, so it needs nothing but Python.
+Scripts in other environments import it, so it needs only Python.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POLL = 0.005
 
 
 def status(name: str) -> int:
-    """Return a figure of /proc/self/status in bytes: `VmHWM` (peak of all resident memory), `RssAnon` and the like."""
+    """Return a figure of /proc/self/status in bytes: `VmHWM` (peak resident memory), `RssAnon` and the like."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -31,10 +31,10 @@ def status(name: str) -> int:
 
 
 class Probe:
-    """Takes the time of steps and watches the memory.
+    """Times steps and monitors memory.
 
-    Two peaks are reported, as neither is fair alone. `rss` counts mapped files too, which the kernel may drop again;
-    `anon` is what the process itself holds, looked at every 5 ms. `imported` is `anon` when the step `imports` ended.
+    Reports two peaks, since neither is fair alone: `rss` includes mapped files, which the kernel may drop; `anon` is
+    the process's own memory, sampled every 5 ms. `imported` is `anon` at the end of the step `imports`.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Probe:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time what is inside; a step may come many times."""
+        """Time the body; a step may repeat."""
         start, cpu = time.perf_counter(), time.process_time()
         yield
         self.seconds.setdefault(name, []).append(time.perf_counter() - start)
@@ -71,7 +71,7 @@ class Probe:
 
 
 def read_all(folder: Path) -> int:
-    """Read a folder's files from beginning to end; returns how many bytes. They are in the page cache then."""
+    """Read a folder's files into the page cache; return the number of bytes."""
     buffer = bytearray(16 << 20)
     total = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -82,5 +82,5 @@ def read_all(folder: Path) -> int:
 
 
 def size_of(folder: Path) -> int:
-    """Return how many bytes a folder's files hold."""
+    """Return the size of a folder's files in bytes."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -1,12 +1,12 @@
-"""Other ways to per-sample gradients and their projections, timed on the same samples as ours.
+"""Baselines for per-sample gradients and their projections, timed on the same samples as lark-store.
 
-- `plain_floor`: batched forward and backward and nothing else; what every other way is compared with
-- `rapidin`: one sample at a time, the whole gradient in one vector, signs and a permutation that are stored
+- `plain_floor`: batched forward and backward only, the reference for all methods
+- `rapidin`: one sample at a time, the full gradient in one vector, stored signs and permutation
 - `trak`: one sample at a time, then `BasicProjector` of the package traker on a part of the gradient
 - `bergson`: the package bergson, in its own environment, through bergson_build.py
 
-README.md beside this file says how to install them, what they do and what may be compared. The model's parameters must
-carry no hooks here: close a `HookPath` first.
+README.md explains the installation, the methods and the limits of comparison. The model's parameters must have no
+hooks: close a `HookPath` first.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lark_store.ingest.variants import Tokens
+    from lark_store.modeling.tokens import Tokens
 
 IGNORED = -100
-TRAK_BLOCK = 100  # columns of the matrix that BasicProjector holds at a time, its default
+TRAK_BLOCK = 100  # matrix columns per block, the default of BasicProjector
 
 
 @dataclass(frozen=True)
 class Timed:
-    """The seconds a way took, part by part, one figure per sample or batch.
+    """The seconds of a method by part, one figure per sample or batch.
 
-    `samples` is how many they did together, `n_parameters` how long the gradient is, `coordinates` how many of them
-    were projected, `cpu_seconds` what all parts took of this process's cores, and `vectors` the projections (K,)
-    float32 on the CPU, one per sample, if it makes any.
+    `samples` is the total number of samples, `n_parameters` the length of the gradient, `coordinates` the number of
+    projected coordinates, `cpu_seconds` the CPU time of all parts, and `vectors` the projections (K,) float32 on the
+    CPU, one per sample, if any.
     """
 
     way: str
@@ -52,23 +52,23 @@ class Timed:
 
     @property
     def per_sample(self) -> dict[str, float]:
-        """Seconds per sample of each part, as measured."""
+        """Measured seconds per sample of each part."""
         return {part: sum(seconds) / self.samples for part, seconds in self.parts.items()}
 
     @property
     def per_coordinate(self) -> float:
-        """Seconds to project one coordinate of one sample's gradient; 0 where nothing is projected apart."""
+        """Seconds to project one coordinate of one sample's gradient; 0 without a separate projection."""
         return self.per_sample["projection"] / self.coordinates if self.coordinates else 0.0
 
     @property
     def whole(self) -> float:
-        """Seconds per sample for the whole gradient: projected in part, the projection is scaled up to its length."""
-        others = sum(seconds for part, seconds in self.per_sample.items() if part != "projection")
-        return others + self.per_coordinate * self.n_parameters
+        """Seconds per sample for the full gradient; a partial projection is scaled up to its length."""
+        rest = sum(seconds for part, seconds in self.per_sample.items() if part != "projection")
+        return rest + self.per_coordinate * self.n_parameters
 
 
 class Stopwatch:
-    """Runs pieces of work on a device and keeps the seconds of each, by part, and the processor's seconds of all."""
+    """Runs work on a device and records wall seconds by part and total CPU seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -76,7 +76,7 @@ class Stopwatch:
         self.cpu_seconds = 0.0
 
     def run(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Do the work, wait until the device has done it too, and return its result."""
+        """Do the work, wait for the device, and return the result."""
         self._wait()
         start, cpu = time.perf_counter(), time.process_time()
         result = work(*arguments)
@@ -103,9 +103,9 @@ def pack(samples: Sequence[Tokens], n_tokens: int) -> list[list[Tokens]]:
 
 
 def plain_floor(model: Any, batches: Sequence[Sequence[Tokens]]) -> Timed:
-    """Time forward and backward of right-padded batches, with gradients of all parameters and nothing done with them.
+    """Time forward and backward of right-padded batches, with unused gradients of all parameters.
 
-    The first batch is run once before the clock starts.
+    The first batch runs once as a warm-up.
     """
     device = _device(model)
     watch = Stopwatch(device)
@@ -119,9 +119,9 @@ def plain_floor(model: Any, batches: Sequence[Sequence[Tokens]]) -> Timed:
 
 
 def rapidin(model: Any, samples: Sequence[Tokens], k: int = 65_536, seed: int = 0) -> Timed:
-    """Time OPORP with a stored permutation, one sample at a time, on the whole gradient.
+    """Time OPORP with a stored permutation, one sample at a time, on the full gradient.
 
-    The table is made, and the first sample run once, before the clock starts.
+    Building the table and a warm-up on the first sample are not timed.
     """
     device = _device(model)
     d = _count(model)
@@ -151,10 +151,10 @@ def trak(
     batch_size: int = 1,
     seed: int = 0,
 ) -> Timed:
-    """Time TRAK's BasicProjector on the first `coordinates` of each gradient: its matrix holds 400 bytes for each.
+    """Time TRAK's BasicProjector on the first `coordinates` of each gradient; its matrix takes 400 bytes for each.
 
-    It draws the matrix anew for every batch, so part of its cost is shared by a batch's samples. The matrix is normal
-    on the CPU and of signs on a GPU, as TRAKer chooses. The first sample is run once before the clock starts.
+    It redraws the matrix for every batch, so a batch's samples share part of the cost. As in TRAKer, the entries are
+    normal on the CPU and signs on a GPU. The first sample runs once as a warm-up.
     """
     from trak.projectors import BasicProjector
 
@@ -186,10 +186,10 @@ def trak(
 def bergson(
     python: Path, model_folder: Path, samples: Sequence[Tokens], *, projection_dim: int = 16, n_tokens: int = 2048
 ) -> Timed:
-    """Time bergson's gradient building in the environment whose interpreter is `python`, on these very tokens.
+    """Time bergson's gradient building on the same tokens, in the environment of the interpreter `python`.
 
-    The saved model is loaded there, in float32, on a GPU if that environment's torch sees one. `n_tokens`, a batch's
-    size with its padding, may be no more than the model's context.
+    Loads the saved model there in float32, on a GPU if available. `n_tokens`, the size of a padded batch, must not
+    exceed the model's context length.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = write_samples(samples, Path(folder) / "samples.jsonl")
@@ -205,7 +205,7 @@ def bergson(
 
 
 def write_samples(samples: Sequence[Tokens], path: Path) -> Path:
-    """Write tokens and labels as bergson takes them, one JSON object per line.
+    """Write tokens and labels in bergson's format, one JSON object per line.
 
     Raises
     ------
@@ -215,7 +215,7 @@ def write_samples(samples: Sequence[Tokens], path: Path) -> Path:
     lines = []
     for tokens in samples:
         if tokens.rule == "predicted":
-            raise ValueError("bergson takes labels from the data, so the rule `predicted` can't be compared")
+            raise ValueError("bergson can't use the rule `predicted`: it takes labels from the data")
         labels = [i if t else IGNORED for i, t in zip(tokens.input_ids, tokens.is_target, strict=True)]
         lines.append(json.dumps({"input_ids": tokens.input_ids, "labels": labels}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
@@ -223,9 +223,9 @@ def write_samples(samples: Sequence[Tokens], path: Path) -> Path:
 
 
 class StoredOporp:
-    """OPORP with stored signs and a stored permutation of all d coordinates: 8 bytes each, and 4 for what it permutes.
+    """OPORP with stored signs and permutation of all d coordinates: 8 bytes each, and 4 for the permuted vector.
 
-    The signed vector is permuted, padded with zeros to k bins of one length, and each bin summed.
+    Permutes the signed vector, pads it with zeros to k bins of equal length, and sums each bin.
     """
 
     def __init__(self, d: int, k: int, seed: int, device: torch.device) -> None:
@@ -237,23 +237,23 @@ class StoredOporp:
 
     @property
     def n_bytes(self) -> int:
-        """Memory that the table takes."""
+        """The table's size in bytes."""
         return self.order.nbytes + self.signs.nbytes
 
     def project(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the bins (k,) of a gradient (d,), whose signs are changed in place."""
+        """Return the bins (k,) of a gradient (d,), which is modified in place."""
         torch.index_select(flat.mul_(self.signs), 0, self.order, out=self._padded.view(-1)[: flat.numel()])
         return self._padded.sum(dim=1)
 
 
 def backward(model: Any, batch: Sequence[Tokens]) -> None:
-    """Leave the gradient of a batch's loss on the parameters, and nothing of the batch before."""
+    """Set the parameters' gradients to those of a batch's loss."""
     model.zero_grad(set_to_none=True)
     batch_loss(model, batch, _device(model)).backward()  # type: ignore[no-untyped-call]
 
 
 def flatten(model: Any, out: torch.Tensor) -> torch.Tensor:
-    """Copy all gradients, one after the other, into `out` (d,); a parameter that has none counts as zeros."""
+    """Concatenate all gradients into `out` (d,); a missing gradient counts as zeros."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return torch.cat([grad.reshape(-1) for grad in grads], out=out)
 
@@ -261,8 +261,8 @@ def flatten(model: Any, out: torch.Tensor) -> torch.Tensor:
 def batch_loss(model: Any, batch: Sequence[Tokens], device: torch.device) -> torch.Tensor:
     """Return the sum over a right-padded batch of each sample's mean cross-entropy over its targets, a scalar.
 
-    No attention mask: in a causal model nothing before the padding sees it. The output layer, if the model names one,
-    is given only the positions that predict a target, as ours is.
+    No attention mask is needed: in a causal model, no token attends to later padding. The output layer, if the model
+    exposes one, gets only positions predicting a target, as in lark-store.
     """
     longest = max(len(tokens.input_ids) for tokens in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -271,11 +271,11 @@ def batch_loss(model: Any, batch: Sequence[Tokens], device: torch.device) -> tor
         ids[row, : len(tokens.input_ids)] = torch.tensor(tokens.input_ids)
         is_target[row, : len(tokens.input_ids)] = torch.tensor(tokens.is_target)
     rows, places = is_target.nonzero(as_tuple=True)
-    own = ids[rows, places].to(device)
+    target_ids = ids[rows, places].to(device)
     use_predicted = torch.tensor([tokens.rule == "predicted" for tokens in batch])[rows].to(device)
     weights = (1.0 / is_target.sum(dim=1))[rows].to(device)
     logits = _logits_at(model, ids.to(device), rows.to(device), places.to(device) - 1)
-    labels = torch.where(use_predicted, logits.detach().argmax(dim=-1), own)
+    labels = torch.where(use_predicted, logits.detach().argmax(dim=-1), target_ids)
     return (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
 

@@ -1,17 +1,17 @@
-"""Other ways to find the rows nearest to a query, on the same vectors as ours; one way and one process a call.
+"""Baselines for finding a query's nearest rows, on the same vectors: one method and one process per call.
 
     PYTHON benchmarks/rivals_query.py '{"way": "faiss-flat", "flat": FOLDER, "home": FOLDER, "queries": 64}'
 
-`flat` holds rows.npy (N, K) and queries.npy (Q, K), float16 of norm √K, as query.py exports them; `home` is where the
-way keeps what it needs. Ways:
+`flat` contains rows.npy (N, K) and queries.npy (Q, K), float16 of norm √K, as query.py exports them; `home` contains
+the method's files. Methods:
 
-- `gemm`: the bare float32 products, the rows in memory already; also gives the rows that may be in the top 10
-- `bytes`: the files in `home`, read one after the other
-- `lancedb-make`, `lancedb-flat`, `lancedb-batch`, `lancedb-rq-build`, `lancedb-rq`: a table of LanceDB, searched one
-  query a call, or (`batch`) all of `calls` queries in one call
+- `gemm`: bare float32 products with the rows in memory; also returns all rows possibly in the top 10
+- `bytes`: reads the files in `home` in order
+- `lancedb-make`, `lancedb-flat`, `lancedb-batch`, `lancedb-rq-build`, `lancedb-rq`: a LanceDB table, searched one query
+  per call, or (`batch`) all `calls` queries in one call
 - `faiss-make`, `faiss-flat`, `faiss-sq16`: FAISS, float32 or float16 codes in memory; in an environment with faiss-cpu
 
-README.md beside this file says what is timed. It needs NumPy, and what the way itself needs.
+README.md explains the timings. It needs NumPy and the method's library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HITS = 10
-ROUNDING = 1e-4  # of cosines: float16 leaves norms off by 5e-5, and some ways take them as they are
+ROUNDING = 1e-4  # of cosines: float16 shifts norms by 5e-5, and some methods do not renormalise
 Spec = dict[str, Any]
 Matrix = np.ndarray[Any, Any]
 
@@ -41,9 +41,9 @@ def rows_of(spec: Spec) -> Matrix:
 
 
 def queries_of(spec: Spec) -> Matrix:
-    """Read the queries asked for, (Q, K) float16."""
-    found: Matrix = np.load(Path(spec["flat"]) / "queries.npy")[: spec["queries"]]
-    return found
+    """Read the requested queries, (Q, K) float16."""
+    queries: Matrix = np.load(Path(spec["flat"]) / "queries.npy")[: spec["queries"]]
+    return queries
 
 
 def unit(vectors: Matrix) -> Matrix:
@@ -54,29 +54,29 @@ def unit(vectors: Matrix) -> Matrix:
 
 
 def blocks(rows: Matrix, size: int = 1024) -> Iterator[tuple[int, Matrix]]:
-    """Yield the rows in blocks, as float32 of norm 1, with where each begins."""
+    """Yield blocks of rows as float32 of norm 1, each with its start."""
     for start in range(0, len(rows), size):
         yield start, unit(rows[start : start + size])
 
 
 def gemm(spec: Spec) -> None:
-    """Time the products of the queries and all rows, float32, both in memory."""
+    """Time the float32 products of the queries and all rows, both in memory."""
     probe = Probe()
     with probe.step("imports"):
         import torch
     with probe.step("open"):
         queries = torch.from_numpy(unit(queries_of(spec)))
-        held = [torch.from_numpy(block) for _, block in blocks(rows_of(spec))]
-        out = torch.empty(len(queries), sum(len(block) for block in held))
+        row_blocks = [torch.from_numpy(block) for _, block in blocks(rows_of(spec))]
+        out = torch.empty(len(queries), sum(len(block) for block in row_blocks))
 
     def products() -> None:
         start = 0
-        for block in held:
+        for block in row_blocks:
             torch.mm(queries, block.T, out=out[:, start : start + len(block)])
             start += len(block)
 
     with probe.step("first"):
-        torch.mm(queries[:1], held[0].T)
+        torch.mm(queries[:1], row_blocks[0].T)
     for _ in range(spec.get("repeats", 1)):
         with probe.step("answer"):
             products()
@@ -97,7 +97,7 @@ def read_bytes(spec: Spec) -> None:
 
 
 def lancedb_make(spec: Spec) -> None:
-    """Write the rows into a table of its own, 64 at a time as ours, in files of 4,096 rows."""
+    """Write the rows into a LanceDB table, 64 at a time like lark-store, in files of 4,096 rows."""
     probe = Probe()
     with probe.step("imports"):
         import lancedb
@@ -109,9 +109,9 @@ def lancedb_make(spec: Spec) -> None:
 
     def batches() -> Iterator[Any]:
         for start in range(0, len(rows), 64):
-            some = np.ascontiguousarray(rows[start : start + 64])
-            numbers = pa.array(range(start, start + len(some)), pa.int32())
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(some.reshape(-1)), type=kind)
+            chunk = np.ascontiguousarray(rows[start : start + 64])
+            numbers = pa.array(range(start, start + len(chunk)), pa.int32())
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(chunk.reshape(-1)), type=kind)
             yield pa.record_batch([numbers, vectors], schema=schema)
 
     with probe.step("build"):
@@ -123,7 +123,7 @@ def lancedb_make(spec: Spec) -> None:
 
 
 def lancedb_rq_build(spec: Spec) -> None:
-    """Build IVF_RQ over the whole dimension, with its own defaults; LANCE_DEFAULT_BATCH_SIZE lowers its memory."""
+    """Build IVF_RQ over the full dimension with its defaults; LANCE_DEFAULT_BATCH_SIZE lowers its memory."""
     probe = Probe()
     with probe.step("imports"):
         import lancedb
@@ -132,13 +132,13 @@ def lancedb_rq_build(spec: Spec) -> None:
     table = lancedb.connect(spec["home"]).open_table("rows")
     with probe.step("build"):
         table.create_index("vector", config=IvfRq(distance_type="cosine"))
-    made = [str(index) for index in table.list_indices()]
+    indices = [str(index) for index in table.list_indices()]
     batch = os.environ.get("LANCE_DEFAULT_BATCH_SIZE")
-    probe.report(bytes=size_of(Path(spec["home"])) - before, index=made, batch=batch)
+    probe.report(bytes=size_of(Path(spec["home"])) - before, index=indices, batch=batch)
 
 
 def lancedb_search(spec: Spec) -> None:
-    """Search flat (`lancedb-flat`, `lancedb-batch`), or by the index with `refine_factor=5`."""
+    """Search flat (`lancedb-flat`, `lancedb-batch`), or with the index and `refine_factor=5`."""
     way = spec["way"]
     probe = Probe()
     with probe.step("imports"):
@@ -147,18 +147,18 @@ def lancedb_search(spec: Spec) -> None:
     with probe.step("open"):
         table = lancedb.connect(spec["home"]).open_table("rows")
 
-    def answer(asked: Any) -> list[list[int]]:
-        search = table.search(asked).distance_type("cosine").select(["row", "_distance"]).limit(HITS)
+    def answer(query: Any) -> list[list[int]]:
+        search = table.search(query).distance_type("cosine").select(["row", "_distance"]).limit(HITS)
         search = search.refine_factor(5) if way == "lancedb-rq" else search.bypass_vector_index()
-        found: list[int] = search.to_arrow()["row"].to_pylist()
-        return [found[start : start + HITS] for start in range(0, len(found), HITS)]
+        row_numbers: list[int] = search.to_arrow()["row"].to_pylist()
+        return [row_numbers[start : start + HITS] for start in range(0, len(row_numbers), HITS)]
 
     with probe.step("first"):
         answer(queries[0])
     top = []
-    for asked in [[list(map(float, q)) for q in queries]] if way == "lancedb-batch" else queries:
+    for query in [[list(map(float, q)) for q in queries]] if way == "lancedb-batch" else queries:
         with probe.step("answer"):
-            top += answer(asked)
+            top += answer(query)
     probe.report(per_call=len(queries) if way == "lancedb-batch" else 1, top=top)
 
 
@@ -166,7 +166,7 @@ def lancedb_search(spec: Spec) -> None:
 
 
 def faiss_make(spec: Spec) -> None:
-    """Write both kinds of index as files; the rows have norm 1, so inner products are cosines."""
+    """Write both kinds of index; the rows have norm 1, so inner products are cosines."""
     probe = Probe()
     with probe.step("imports"):
         import faiss
@@ -192,7 +192,7 @@ def faiss_make(spec: Spec) -> None:
 
 
 def faiss_search(spec: Spec) -> None:
-    """Search all queries in one call, as FAISS likes it."""
+    """Search all queries in one call, the fastest mode of FAISS."""
     probe = Probe()
     with probe.step("imports"):
         import faiss
@@ -203,8 +203,8 @@ def faiss_search(spec: Spec) -> None:
         index.search(queries[:1], HITS)
     for _ in range(spec.get("repeats", 1)):
         with probe.step("answer"):
-            _, found = index.search(queries, HITS)
-    probe.report(per_call=len(queries), top=found.tolist())
+            _, row_numbers = index.search(queries, HITS)
+    probe.report(per_call=len(queries), top=row_numbers.tolist())
 
 
 WAYS = {
@@ -222,5 +222,5 @@ WAYS = {
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    WAYS[given["way"]](given)
+    spec = json.loads(sys.argv[1])
+    WAYS[spec["way"]](spec)

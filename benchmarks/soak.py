@@ -1,14 +1,13 @@
-"""Work on one store for an hour, and tell what grows that should not.
+"""Work on one store for an hour and report leaks.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py OUT --minutes 60
 
-One process adds, ingests, scores, asks, removes and optimizes, over and over; another asks all the while. The store
-holds as much at the end of a round as at its start, so whatever rises is a leak: memory, open files, files and bytes of
-the store, the time of an answer. The model is a tiny random Llama: the gradients cost next to nothing, and what is
-measured is the store. Lance may keep --caches MiB of what it has read of a table's versions, twice: a store's own limit
-is 32, which an hour of this does not fill, and what is still filling looks like a leak. OUT must not exist; the table
-is printed and is in OUT/soak.json too. The exit status is 1 if `db check` finds something at the end or the reader met
-an error.
+One process adds, ingests, scores, queries, removes and optimizes in a loop; another queries throughout. A round leaves
+the store at its size, so any growth is a leak: memory, open files, files and bytes of the store, query time. The model
+is a tiny random Llama whose gradients cost almost nothing, so the benchmark measures the store. Lance may cache up to
+--caches MiB of a table's versions, twice. A store's own limit is 32, which an hour does not fill, and a filling cache
+looks like a leak. OUT must not exist; the table is printed and saved to OUT/soak.json. The exit status is 1 if `db
+check` finds something at the end or the reader met an error.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from lark_store.schema import vectors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-HELD, SHARE, QUERIES = 512, 8, 16  # samples that are held, that come and go in a round, queries
+HELD, SHARE, QUERIES = 512, 8, 16  # samples in the store, samples replaced per round, queries
 SKETCHER, CHECKPOINT = "tiny", "base"
-WARM = 0.2  # the share of the time that no line is fitted to
+WARM = 0.2  # the warm-up's share of the time, excluded from the fits
 TEXT = "is the kidney affected by this disease a song about the sea and the night train to the old harbour"
 WORDS = TEXT.split()
 COLUMNS = ("minute", "round", "rss", "reader", "fds", "reader fds", "files", "MB", "catalog MB", "top", "top CPU")
@@ -48,7 +47,7 @@ COLUMNS = ("minute", "round", "rss", "reader", "fds", "reader fds", "files", "MB
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen at one moment; memory and sizes in MB, times in ms (medians since the sample before)."""
+    """A measurement; memory and sizes in MB, times in ms (medians since the previous sample)."""
 
     minute: float
     round: int
@@ -64,7 +63,7 @@ class Sample:
 
 
 def texts(ids: Iterator[int], n: int) -> list[dict[str, Any]]:
-    """Make the next n samples: any few words, never the same twice."""
+    """Return the next n samples: a few random words, each sample unique."""
     return [
         {"id": f"s{i}", "text": " ".join([*np.random.default_rng(i).choice(WORDS, 12), str(i)])}
         for i in itertools.islice(ids, n)
@@ -72,15 +71,15 @@ def texts(ids: Iterator[int], n: int) -> list[dict[str, Any]]:
 
 
 class Soak:
-    """A store and the rounds that are done on it."""
+    """A store and its rounds of work."""
 
     def __init__(self, home: Path, minutes: float) -> None:
         self.home, self.seconds = home, minutes * 60
         self.rows, self.ids = home / "rows.jsonl", itertools.count()
         self.held: list[str] = []
         self.round = 0
-        self.tops: list[tuple[float, float, float]] = []  # when, wall and CPU seconds
-        self.keep_days = max(5.0, min(60.0, self.seconds / 10)) / 86_400  # longer than any answer takes
+        self.tops: list[tuple[float, float, float]] = []  # time, wall and CPU seconds
+        self.keep_days = max(5.0, min(60.0, self.seconds / 10)) / 86_400  # longer than any query
         self.store = Store.create(home / "lark.store")
         self._fill()
 
@@ -110,7 +109,7 @@ class Soak:
         assert report.n_failed == 0, report.failures
 
     def work(self) -> None:
-        """Do one round: as much comes as goes; at times what is done more seldom."""
+        """Do one round: add and remove the same number of samples, plus the work due at intervals."""
         self.round += 1
         self.held += self._add("flows", SHARE, "finetune")
         self._ingest("flows")
@@ -136,15 +135,15 @@ class Soak:
         assert hits.n_searched == HELD + SHARE + HELD // 4, hits.how
 
     def _read(self) -> None:
-        """Ask in the other ways; a second handle is opened and closed."""
+        """Query by other methods; open and close a second handle."""
         self.store.metrics(sketcher=SKETCHER)
         self.store.top("s1", checkpoint=CHECKPOINT, sketcher=SKETCHER, method="bm25")
-        with Store.open(self.store.path) as other:
-            assert other.sql("SELECT count(*) FROM sketches").item() == HELD + HELD // 4 + QUERIES
-            other.show()
+        with Store.open(self.store.path) as second:
+            assert second.sql("SELECT count(*) FROM sketches").item() == HELD + HELD // 4 + QUERIES
+            second.show()
 
     def _visit(self) -> None:
-        """Let a source come and go, each time under another name."""
+        """Add and remove a source, each time under a new name."""
         name = f"visitor-{self.round}"
         self._add(name, SHARE, "query")
         self._ingest(name)
@@ -152,27 +151,27 @@ class Soak:
         self.store.source_remove(name)
 
     def _snapshot(self) -> None:
-        """Make a snapshot, read it and remove it."""
+        """Create a snapshot, read it and remove it."""
         self.store.snapshot_create("now")
         with Store.open(self.store.path, snapshot="now") as then:
             then.sql("SELECT count(*) FROM influence")
         self.store.snapshot_remove("now")
 
     def sample(self, start: float, reader: psutil.Process, since: int) -> Sample:
-        """Look at both processes and at the store's files."""
-        mine = psutil.Process()
+        """Measure both processes and the store's files."""
+        process = psutil.Process()
         sizes = [path.stat().st_size for path in self.store.path.rglob("*") if path.is_file()]
         catalog = (self.store.path / "catalog.sqlite").stat().st_size
         walls, cpus = ([top[part] * 1e3 for top in self.tops[since:]] for part in (1, 2))
         return Sample(
             (time.perf_counter() - start) / 60, self.round,
-            mine.memory_info().rss / 1e6, reader.memory_info().rss / 1e6, mine.num_fds(), reader.num_fds(),
+            process.memory_info().rss / 1e6, reader.memory_info().rss / 1e6, process.num_fds(), reader.num_fds(),
             len(sizes), sum(sizes) / 1e6, catalog / 1e6, statistics.median(walls), statistics.median(cpus),
         )  # fmt: skip
 
 
 def read(path: Path, stop: Path) -> None:
-    """Ask one open store until there is a file `stop`; prints what was answered, and every error."""
+    """Query one open store until the file `stop` exists; print the number of answers and all errors."""
     answers, errors = 0, []
     with Store.open(path) as store:
         while not stop.exists():
@@ -187,46 +186,46 @@ def read(path: Path, stop: Path) -> None:
 
 
 def soak(home: Path, minutes: float) -> bool:
-    """Work for so long, print the table; returns whether all is well."""
+    """Work for `minutes` and print the table; return whether there were no errors."""
     home.mkdir(parents=True)
     run = Soak(home, minutes)
-    run.work()  # both have something to read
+    run.work()  # so that both processes have rows to read
     stop = home / "stop"
     caches = str(vectors.CACHES["index_cache_size_bytes"] >> 20)
     command = [sys.executable, __file__, str(run.store.path), "--reader", str(stop), "--caches", caches]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:  # noqa: S603
         samples = list(watch(run, psutil.Process(reader.pid)))
         stop.touch()
-        said, _ = reader.communicate(timeout=120)
+        output, _ = reader.communicate(timeout=120)
     run.store.db_optimize(keep_versions_days=0)
-    found = run.store.db_check()
+    issues = run.store.db_check()
     run.store.close()
-    told = json.loads(said)
-    summary = summarize(run, samples) | {"answers": told["answers"], "errors": len(told["errors"])}
+    answers = json.loads(output)
+    summary = summarize(run, samples) | {"answers": answers["answers"], "errors": len(answers["errors"])}
     print("\n" + "\n".join(f"{name}: {value}" for name, value in summary.items()))
-    print(f"reader's errors: {told['errors'][:3]}" if told["errors"] else "the reader met no error")
-    print(found if len(found) else "db check found nothing")
+    print(f"reader's errors: {answers['errors'][:3]}" if answers["errors"] else "the reader met no error")
+    print(issues if len(issues) else "db check found nothing")
     (home / "soak.json").write_text(json.dumps({"samples": [asdict(s) for s in samples], "summary": summary}, indent=1))
-    return not told["errors"] and not len(found)
+    return not answers["errors"] and not len(issues)
 
 
 def watch(run: Soak, reader: psutil.Process) -> Iterator[Sample]:
-    """Do rounds until the time is over; yields a sample now and then, and prints every tenth."""
+    """Do rounds until the time is over; yield up to 240 samples and print every tenth."""
     print("  ".join(f"{name:>10}" for name in COLUMNS), flush=True)
-    start, taken, since = time.perf_counter(), 0, len(run.tops)
+    start, n_samples, since = time.perf_counter(), 0, len(run.tops)
     while (passed := time.perf_counter() - start) < run.seconds:
         run.work()
-        if passed < run.seconds * taken / 240:
+        if passed < run.seconds * n_samples / 240:
             continue
         sample = run.sample(start, reader, since)
-        if taken % 10 == 0:
+        if n_samples % 10 == 0:
             print("  ".join(f"{value:>10.1f}" for value in asdict(sample).values()), flush=True)
-        taken, since = taken + 1, len(run.tops)
+        n_samples, since = n_samples + 1, len(run.tops)
         yield sample
 
 
 def summarize(run: Soak, samples: list[Sample]) -> dict[str, Any]:
-    """Fit lines to what was seen after the warm-up, and compare the first and the last tenth of the answers."""
+    """Fit lines to the samples after the warm-up, and compare the first and last tenth of the answers."""
     late = [s for s in samples if s.minute >= WARM * run.seconds / 60] or samples
     hours = [s.minute / 60 for s in late]
 
@@ -236,9 +235,9 @@ def summarize(run: Soak, samples: list[Sample]) -> dict[str, Any]:
     tenth = max(1, len(run.tops) // 10)
     parts = {"first": run.tops[:tenth], "last": run.tops[-tenth:]}
     of_tops = {
-        f"top in the {which} tenth, ms {what}": round(statistics.median(top[part] for top in tops) * 1e3, 1)
-        for which, tops in parts.items()
-        for part, what in ((1, "wall"), (2, "CPU"))
+        f"top in the {part_name} tenth, ms {clock}": round(statistics.median(top[part] for top in tops) * 1e3, 1)
+        for part_name, tops in parts.items()
+        for part, clock in ((1, "wall"), (2, "CPU"))
     }
     kinds = ("rss", "reader_rss", "fds", "reader_fds", "files", "store", "catalog")
     return (

@@ -1,14 +1,14 @@
-"""Which score is true on a small model: all evaluations side by side (docs/results/truth.md).
+"""Validate scores on a small model: all evaluations side by side (docs/results/truth.md).
 
     python benchmarks/truth.py FACTS.jsonl MODEL_FOLDER OUT --facts 60 --half-sets 40
 
-FACTS.jsonl is what benchmarks/facts.py reads; MODEL_FOLDER is the model before fine-tuning. The statements of --facts
-facts are trained on, once and twice over (checkpoints base, epoch-1, epoch-2); those of --others facts are candidates
-that were never trained on. Every step goes on where it was stopped: run the same command again.
+FACTS.jsonl is the input of benchmarks/facts.py; MODEL_FOLDER is the model before fine-tuning. The statements of --facts
+facts are trained on for one and two epochs (checkpoints base, epoch-1, epoch-2); those of --others facts are untrained
+candidates. Every step is resumable: run the same command again.
 
-`--evaluate whole` is `causal` once more for --asked queries, by the cosine of whole gradients and of their sketches, of
-sketchers that mask nothing (and are not `tensor`): what sketching costs. It holds the gradients of the queries, 0.54 GB
-each of SmolLM2-135M.
+`--evaluate whole` repeats `causal` for --asked queries, by the cosine of full gradients and of their sketches, for
+sketchers without a mask (and not `tensor`): the cost of sketching. It keeps the gradients of the queries in memory,
+0.54 GB each for SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ import torch
 from facts import read, statements
 
 from lark_store import Store, evaluate
-from lark_store.evaluate.material import load
-from lark_store.evaluate.training import Recipe, Start, losses, train
-from lark_store.ingest.factors import corrector_for
-from lark_store.ingest.gradients import pick_device
-from lark_store.ingest.losses import Batch, sample_losses
-from lark_store.ingest.models import load_model, load_tokenizer
-from lark_store.ingest.sketchers import placements_of
-from lark_store.ingest.sources import Sample
-from lark_store.ingest.variants import Renderer, make_variant
+from lark_store.core.device import pick_device
+from lark_store.evaluate.dataset import load
+from lark_store.evaluate.retrain import Start, losses, train
+from lark_store.gradients.sketch.layout import placements_of
+from lark_store.ingest.correction_store import corrector_for
+from lark_store.modeling.loading import load_model, load_tokenizer
+from lark_store.modeling.losses import Batch, sample_losses
+from lark_store.modeling.rendering import Renderer, make_variant
+from lark_store.modeling.sample import Sample
 from lark_store.schema.catalog import Checkpoint, Sketcher
 from lark_store.schema.database import find
+from lark_store.specs import TrainingSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from lark_store.ingest.corrections import Corrector
+    from lark_store.gradients.corrections import Corrector
 
 SKETCHERS: dict[str, dict[str, Any]] = {
     "linear": {"min_ndim": 2},
     "masked": {"min_ndim": 2, "mask_template": True},
     "tensor": {"correction": "tensor"},
-    "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},  # as every store has it
+    "adam": {"correction": "adam", "min_ndim": 2, "mask_template": True},  # as in every store
     "adam-unmasked": {"correction": "adam", "min_ndim": 2},
     "adam-d1": {"correction": "adam", "min_ndim": 2, "damping": 1},
     "adam-d10": {"correction": "adam", "min_ndim": 2, "damping": 10},
@@ -58,7 +59,7 @@ SKETCHERS: dict[str, dict[str, Any]] = {
     "ekfac": {"correction": "ekfac"},
 }
 RATE = 1e-4
-TEXT, ANSWER = "text", "answer"  # variants: the loss on all tokens of a statement, on the answer's of a query
+TEXT, ANSWER = "text", "answer"  # variants: the loss on all tokens of a statement, or on a query's answer
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -69,20 +70,20 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def data(options: argparse.Namespace) -> dict[str, Path]:
-    """Draw facts; returns the files of statements that are trained on, of others, and of queries."""
+    """Draw facts; return the files of training statements, other statements, and queries."""
     everything = read(options.facts_file)
     drawn = random.Random(options.seed).sample(everything, options.facts + options.others)  # noqa: S311 (no secret)
-    trained, others = drawn[: options.facts], drawn[options.facts :]
+    trained, untrained = drawn[: options.facts], drawn[options.facts :]
     queries = [
         {"id": f["id"], "prompt": f["query"], "response": f["answer"], "fact": f["id"], "relation": f["relation"]}
         for f in trained
     ]
-    rows = {"finetune": statements(trained), "others": statements(others), "queries": queries}
-    return {name: write(options.out / "data" / f"{name}.jsonl", some) for name, some in rows.items()}
+    rows = {"finetune": statements(trained), "others": statements(untrained), "queries": queries}
+    return {name: write(options.out / "data" / f"{name}.jsonl", selected) for name, selected in rows.items()}
 
 
 def checkpoints(options: argparse.Namespace, files: dict[str, Path]) -> dict[str, Path]:
-    """Fine-tune; returns the folders of the checkpoints, base first."""
+    """Fine-tune; return the checkpoint folders, base first."""
     folders = {"base": options.model} | {f"epoch-{n}": options.out / f"epoch-{n}" for n in (1, 2)}
     if all((folder / "config.json").exists() for folder in folders.values()):
         return folders
@@ -94,7 +95,7 @@ def checkpoints(options: argparse.Namespace, files: dict[str, Path]) -> dict[str
     start = Start(model)
     print(f"the queries' mean loss at base: {losses(model, queries).mean():.3f} nats", flush=True)
     for n in (1, 2):
-        train(start, samples, Recipe(epochs=n, learning_rate=RATE), [options.seed])
+        train(start, samples, TrainingSpec(epochs=n, learning_rate=RATE), [options.seed])
         model.save_pretrained(folders[f"epoch-{n}"])
         tokenizer.save_pretrained(folders[f"epoch-{n}"])
         print(f"at epoch-{n}: {losses(model, queries).mean():.3f} nats", flush=True)
@@ -102,13 +103,13 @@ def checkpoints(options: argparse.Namespace, files: dict[str, Path]) -> dict[str
 
 
 def tokens_of(path: Path, renderer: Renderer) -> list[Any]:
-    """Render the rows of a file."""
+    """Render a file's rows."""
     parts = ("prompt", "response", "text")
     return [renderer.render(Sample(row["id"], **{part: row.get(part) for part in parts})) for row in read(path)]
 
 
 def fill(store: Store, options: argparse.Namespace) -> None:
-    """Add everything, fit and sketch."""
+    """Add all rows to the store, fit and sketch."""
     files = data(options)
     for n, (name, folder) in enumerate(checkpoints(options, files).items()):
         store.checkpoint_add(name, folder, epoch=n, learning_rate=RATE)
@@ -124,7 +125,7 @@ def fill(store: Store, options: argparse.Namespace) -> None:
 def sketch(
     store: Store, options: argparse.Namespace, checkpoint: str, units: Iterable[tuple[str, Any]], variant: str
 ) -> None:
-    """Add the sketchers asked for, fit what they need to the fine-tuning samples, and sketch sources in variants."""
+    """Add the requested sketchers, fit their corrections to the fine-tuning samples, and sketch sources in variants."""
     for name in options.sketchers:
         if name in SKETCHERS:
             store.sketcher_add(name, **SKETCHERS[name])
@@ -143,27 +144,27 @@ def sketch(
 
 def scores(options: argparse.Namespace) -> list[str]:
     """Return the scores to compare, the paper's first."""
-    at = options.checkpoints
-    found = [f"{name}:cosine@{checkpoint}" for name in options.sketchers for checkpoint in at]
-    if len(at) > 1:
-        both = "+".join(at)
-        found += [f"{name}:cosine@{both}" for name in options.sketchers]
+    checkpoints = options.checkpoints
+    specs = [f"{name}:cosine@{checkpoint}" for name in options.sketchers for checkpoint in checkpoints]
+    if len(checkpoints) > 1:
+        summed = "+".join(checkpoints)
+        specs += [f"{name}:cosine@{summed}" for name in options.sketchers]
     best = "adam" if "adam" in options.sketchers else options.sketchers[-1]
     for name in dict.fromkeys(["lark", best]):
-        found += [f"{name}:{method}@{at[-1]}" for method in ("whitened", "centred", "hybrid", "dot")]
-        if len(at) > 1:
-            found.append(f"{name}:hybrid@{'+'.join(at)}")
-    return [*found, *options.rivals]
+        specs += [f"{name}:{method}@{checkpoints[-1]}" for method in ("whitened", "centred", "hybrid", "dot")]
+        if len(checkpoints) > 1:
+            specs.append(f"{name}:hybrid@{'+'.join(checkpoints)}")
+    return [*specs, *options.rivals]
 
 
 def whole(store: Store, options: argparse.Namespace) -> list[Any]:
-    """Return the scores of sketchers without a mask by whole gradients, and by their sketches."""
-    made: dict[str, Any] = {}
+    """Return the scores of sketchers without a mask, by full gradients and by sketches."""
+    matrices: dict[str, Any] = {}
 
     def scorer(name: str) -> evaluate.Scorer:
         def score(material: Any) -> Any:
-            made.update(made or cosines(store, options, material))
-            return made[name]
+            matrices.update(matrices or cosines(store, options, material))
+            return matrices[name]
 
         return evaluate.Scorer(f"{name}, whole", score)
 
@@ -172,12 +173,12 @@ def whole(store: Store, options: argparse.Namespace) -> list[Any]:
 
 
 def cosines(store: Store, options: argparse.Namespace, material: Any) -> dict[str, Any]:
-    """Return the cosines of whole gradients, (queries, samples), of what each sketcher takes, corrected as it does."""
-    at = options.checkpoints[0]
-    loaded = load(store, at, options.device)
+    """Return the cosines (queries, samples) of each sketcher's full gradients, corrected like its sketches."""
+    base = options.checkpoints[0]
+    loaded = load(store, base, options.device)
     takers: dict[str, tuple[Corrector, list[str]]] = {}
-    with store._db.session() as session:  # noqa: SLF001 - the factors have no public face
-        checkpoint = find(session, Checkpoint, at)
+    with store._db.session() as session:  # noqa: SLF001 - there is no public API for factors
+        checkpoint = find(session, Checkpoint, base)
         for name in options.sketchers:
             sketcher = find(session, Sketcher, name)
             placements = placements_of(sketcher, loaded.model)
@@ -191,65 +192,65 @@ def cosines(store: Store, options: argparse.Namespace, material: Any) -> dict[st
     for tokens in loaded.tokens(material.samples):
         sample = gradients(loaded.model, tokens)
         for name, taker in takers.items():
-            own, *others = products(*taker, sample, queries)
-            columns[name].append(torch.stack(others) / (own * squares[name]).sqrt())
+            square, *cross = products(*taker, sample, queries)
+            columns[name].append(torch.stack(cross) / (square * squares[name]).sqrt())
     return {name: torch.stack(rows).T.numpy() for name, rows in columns.items()}
 
 
 def gradients(model: Any, tokens: Any) -> dict[str, torch.Tensor]:
-    """Return a text's whole gradient, by parameter."""
+    """Return a text's full gradient, by parameter."""
     model.requires_grad_(True)
     sample_losses(model, Batch([tokens], model.device)).sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
+    by_parameter = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
-    return found
+    return by_parameter
 
 
 def products(
-    corrector: Corrector, taken: list[str], sample: dict[str, torch.Tensor], queries: list[dict[str, torch.Tensor]]
+    corrector: Corrector, names: list[str], sample: dict[str, torch.Tensor], queries: list[dict[str, torch.Tensor]]
 ) -> torch.Tensor:
     """Return ⟨C g, C g⟩ of a sample's gradient g, and ⟨C q, C g⟩ = ⟨q, C² g⟩ of each query's q; C is symmetric."""
     sums = torch.zeros(1 + len(queries), dtype=torch.float64)
-    for name in taken:
-        twice = corrector.whole(name, corrector.whole(name, sample[name]))
-        sums += torch.stack([(twice * other[name]).sum(dtype=torch.float64).cpu() for other in (sample, *queries)])
+    for name in names:
+        corrected = corrector.whole(name, corrector.whole(name, sample[name]))
+        sums += torch.stack([(corrected * v[name]).sum(dtype=torch.float64).cpu() for v in (sample, *queries)])
     return sums
 
 
 def facts(options: argparse.Namespace) -> None:
-    """Evaluate on facts: retraining, who states the fact, and one real step."""
+    """Evaluate on facts: retraining, finding the facts, and one real step."""
     place = options.out / "lark.store"
     with Store.open(place) if place.exists() else Store.create(place) as store:
         fill(store, options)
         names = scores(options)
-        for what in options.evaluate:
-            call = asked(store, names, what, options)
-            show(what, options, call)
+        for kind in options.evaluate:
+            call = evaluation(store, names, kind, options)
+            show(kind, options, call)
 
 
-def asked(store: Store, names: list[Any], what: str, options: argparse.Namespace) -> Callable[[], Any]:
-    """Return the evaluation asked for."""
-    how: dict[str, Any] = {"variants": [TEXT], "query_variant": ANSWER, "queries": "queries", "device": options.device}
-    how["out"] = options.out / what
-    if what == "facts":
-        return partial(evaluate.facts, store, names, key="fact", sources=["finetune", "others"], **how)
-    if what == "lds":
-        again = {"half_sets": options.half_sets, "seeds": options.seeds, "learning_rate": RATE}
-        return partial(evaluate.lds, store, names, checkpoint="base", sources=["finetune"], **again, **how)
-    how["out"] = options.out / "causal"  # the same steps
-    how |= {"max_samples": options.steps, "max_queries": options.asked, "checkpoint": options.checkpoints[0]}
-    names = whole(store, options) if what == "whole" else names
-    return partial(evaluate.causal, store, names, sources=["finetune", "others"], **how)
+def evaluation(store: Store, names: list[Any], kind: str, options: argparse.Namespace) -> Callable[[], Any]:
+    """Return the requested evaluation."""
+    settings: dict[str, Any] = {"variants": [TEXT], "query_variant": ANSWER, "queries": "queries"}
+    settings |= {"device": options.device, "out": options.out / kind}
+    if kind == "facts":
+        return partial(evaluate.facts, store, names, key="fact", sources=["finetune", "others"], **settings)
+    if kind == "lds":
+        training = {"half_sets": options.half_sets, "seeds": options.seeds, "learning_rate": RATE}
+        return partial(evaluate.lds, store, names, checkpoint="base", sources=["finetune"], **training, **settings)
+    settings["out"] = options.out / "causal"  # the same steps
+    settings |= {"max_samples": options.steps, "max_queries": options.asked, "checkpoint": options.checkpoints[0]}
+    names = whole(store, options) if kind == "whole" else names
+    return partial(evaluate.causal, store, names, sources=["finetune", "others"], **settings)
 
 
-def show(what: str, options: argparse.Namespace, call: Callable[[], Any]) -> None:
-    """Run an evaluation, print its table and keep it."""
+def show(kind: str, options: argparse.Namespace, call: Callable[[], Any]) -> None:
+    """Run an evaluation, print its table and save it."""
     started = time.perf_counter()
-    found = call()
-    print(f"\n{what}: {time.perf_counter() - started:.0f} s\n{found.notes}", flush=True)
-    found.table.write_csv(options.out / f"{what}.csv")
-    for row in found.table.iter_rows(named=True):
+    outcome = call()
+    print(f"\n{kind}: {time.perf_counter() - started:.0f} s\n{outcome.notes}", flush=True)
+    outcome.table.write_csv(options.out / f"{kind}.csv")
+    for row in outcome.table.iter_rows(named=True):
         print(f"{row['measure']:>20} {row['method']:<32} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
 
 

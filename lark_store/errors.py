@@ -1,4 +1,4 @@
-"""Every exception that lark-store raises on purpose.
+"""Exceptions of lark-store.
 
     LarkStoreError
     ├── StoreError                  the store itself
@@ -6,17 +6,17 @@
     │   ├── StoreExistsError        (FileExistsError)
     │   ├── OlderSchemaError
     │   ├── NewerSchemaError
-    │   └── StoreBusyError          another process holds the work
+    │   └── StoreBusyError          another process is doing this work
     ├── NameInvalidError            (ValueError)
     ├── NameUnknownError            (LookupError)
     ├── NameTakenError              (ValueError)
-    ├── InputError                  (ValueError) a file, row or option that can't be used
+    ├── InputError                  (ValueError) an invalid file, row or option
     ├── CheckpointError             a checkpoint that can't be loaded
-    │   └── CheckpointChangedError  its files are not those that were added
-    ├── NothingToScoreError         (LookupError) sketches that the question needs are missing
-    └── QueryError                  (ValueError) SQL that is refused or fails
+    │   └── CheckpointChangedError  its files changed after it was added
+    ├── NothingToScoreError         (LookupError) required sketches are missing
+    └── QueryError                  (ValueError) refused or failed SQL
 
-An error is a fact and, after a blank line, a hint that says what to do.
+The message is a fact and, after a blank line, a hint with an action.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = [
     "CheckpointChangedError",
@@ -56,7 +56,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def masked(text: str) -> str:
-    """Return a text without the secrets in its URLs: logins, tokens in parameters, Hugging Face tokens.
+    """Mask secrets in a text: logins and tokens in URLs, and Hugging Face tokens.
 
     >>> masked("no `s3://AKIA:secret@bucket/x`, no `https://h/x?token=abc&a=1`")
     'no `s3://***@bucket/x`, no `https://h/x?token=***&a=1`'
@@ -65,22 +65,38 @@ def masked(text: str) -> str:
 
 
 class LarkStoreError(Exception):
-    """Base of all: ``fact`` says what is wrong, ``hint`` what to do about it; neither has a URL's secrets.
+    """Base class. ``fact`` states the problem, ``hint`` the solution; secrets in URLs are masked.
 
-    ``is_shared``: of several processes all have this error, so one of them says it.
+    Messages are written for the command line, and ``command_line`` keeps this form. ``respell`` converts the error once
+    to another form. ``is_shared``: all processes of a group raise this error, so only one prints it.
     """
 
     is_shared = False
 
     def __init__(self, fact: str, hint: str | None = None) -> None:
-        fact, hint = masked(fact), None if hint is None else masked(hint)
-        super().__init__(fact if hint is None else f"{fact}\n\nhint: {hint}")
-        self.fact = fact
-        self.hint = hint
+        self.fact = masked(fact)
+        self.hint = None if hint is None else masked(hint)
+        self.command_line = self._joined()
+        self.is_respelled = False
+        super().__init__(self.command_line)
+
+    def _joined(self) -> str:
+        return self.fact if self.hint is None else f"{self.fact}\n\nhint: {self.hint}"
+
+    def respell(self, spelling: Callable[[str], str], *, everywhere: bool = False) -> None:
+        """Convert fact and hint to another spelling, once. `everywhere`: change `command_line` too; not counted."""
+        if not self.is_respelled:
+            self.fact = spelling(self.fact)
+            self.hint = None if self.hint is None else spelling(self.hint)
+            self.args = (self._joined(),)
+            if everywhere:
+                self.command_line = self._joined()
+            else:
+                self.is_respelled = True
 
 
 class StoreError(LarkStoreError):
-    """The store can't be opened, made or changed."""
+    """The store can't be opened, created or changed."""
 
 
 class NotAStoreError(StoreError, FileNotFoundError):
@@ -88,31 +104,31 @@ class NotAStoreError(StoreError, FileNotFoundError):
 
 
 class StoreExistsError(StoreError, FileExistsError):
-    """A store was to be made where something is already."""
+    """The location of a new store is not empty."""
 
 
 class OlderSchemaError(StoreError):
-    """The store was made by an older lark-store."""
+    """The store has an older schema."""
 
 
 class NewerSchemaError(StoreError):
-    """The store was made by a newer lark-store."""
+    """The store has a newer schema."""
 
 
 class StoreBusyError(StoreError):
-    """Another process is doing this work at the moment."""
+    """Another process is doing this work."""
 
 
 class NameInvalidError(LarkStoreError, ValueError):
-    """A name that is not a slug."""
+    """The name is not a slug."""
 
 
 class NameUnknownError(LarkStoreError, LookupError):
-    """A name that the store does not hold."""
+    """The name is not in the store."""
 
     @classmethod
-    def of(cls, kind: str, name: str, known: Iterable[str], how_to_add: str) -> NameUnknownError:
-        """Build the error, with the nearest known name as its hint.
+    def of(cls, kind: str, name: str, known: Iterable[str], how_to_add: str, n: int = 1) -> NameUnknownError:
+        """Return the error, with the nearest known name (at most `n`) as its hint.
 
         >>> print(NameUnknownError.of("checkpoint", "epoch2", ["base", "epoch-2"], "add it"))
         no checkpoint `epoch2`
@@ -120,36 +136,36 @@ class NameUnknownError(LarkStoreError, LookupError):
         hint: did you mean `epoch-2`?
         """
         names = sorted(known)
-        near = get_close_matches(name, names, n=1, cutoff=0.5)
+        near = [f"`{name}`" for name in get_close_matches(name, names, n=n, cutoff=0.5)]
         if near:
-            hint = f"did you mean `{near[0]}`?"
+            hint = f"did you mean {' or '.join(part for part in (', '.join(near[:-1]), near[-1]) if part)}?"
         elif names:
-            shown = ", ".join(f"`{n}`" for n in names[:8])
-            hint = f"the store has {shown}" + (", …" if len(names) > 8 else "")
+            examples = ", ".join(f"`{n}`" for n in names[:8])
+            hint = f"the store has {examples}" + (", …" if len(names) > 8 else "")
         else:
             hint = f"there is none yet; {how_to_add}"
         return cls(f"no {kind} `{name}`", hint)
 
 
 class NameTakenError(LarkStoreError, ValueError):
-    """A name that stands for something else already."""
+    """The name is in use for something else."""
 
 
 class InputError(LarkStoreError, ValueError):
-    """A file, a row or an option that can't be used."""
+    """A file, row or option is invalid."""
 
 
 class CheckpointError(LarkStoreError):
-    """A checkpoint that can't be loaded."""
+    """The checkpoint can't be loaded."""
 
 
 class CheckpointChangedError(CheckpointError):
-    """A checkpoint's files are not the ones that were added."""
+    """The checkpoint's files changed after it was added."""
 
 
 class NothingToScoreError(LarkStoreError, LookupError):
-    """The sketches that a question needs are not in the store."""
+    """The required sketches are missing."""
 
 
 class QueryError(LarkStoreError, ValueError):
-    """SQL that is refused or that fails."""
+    """The SQL was refused or failed."""

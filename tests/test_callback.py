@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 import lark_store
 from lark_store import LarkStoreCallback, Store
 from lark_store.errors import NameInvalidError, NotAStoreError
+from lark_store.modeling.trainer_runs import metrics_of
 
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -76,11 +77,11 @@ def added(path):
 
 
 def logged(trainer, key, step):
-    (found,) = [entry[key] for entry in trainer.state.log_history if entry["step"] == step and key in entry]
-    return found
+    (results,) = [entry[key] for entry in trainer.state.log_history if entry["step"] == step and key in entry]
+    return results
 
 
-def test_each_checkpoint_that_is_saved_is_in_the_store(tmp_path, checkpoints, data, path):
+def test_saved_checkpoints_are_in_the_store(tmp_path, checkpoints, data, path):
     trainer = train(tmp_path, checkpoints, data, [LarkStoreCallback(path, prefix="run-1-", model="tiny")])
     rows = added(path)
     assert list(rows) == ["run-1-step-2", "run-1-step-4"]
@@ -93,7 +94,7 @@ def test_each_checkpoint_that_is_saved_is_in_the_store(tmp_path, checkpoints, da
         assert row["metrics"] == expected | {"train_loss": logged(trainer, "loss", step)}
 
 
-def test_a_checkpoint_that_was_added_can_be_ingested(tmp_path, checkpoints, texts, data, path):
+def test_added_checkpoint_can_be_ingested(tmp_path, checkpoints, texts, data, path):
     train(tmp_path, checkpoints, data, [LarkStoreCallback(path)])
     with Store.open(path) as store:
         store.source_add("finetune", texts["finetune"], stage="finetune")
@@ -102,7 +103,7 @@ def test_a_checkpoint_that_was_added_can_be_ingested(tmp_path, checkpoints, text
     assert report.units["n_sketched"].to_list() == [6, 6]
 
 
-def test_the_learning_rate_is_that_of_the_step_though_it_was_not_logged(tmp_path, checkpoints, data, path):
+def test_learning_rate_is_the_steps_even_if_not_logged(tmp_path, checkpoints, data, path):
     quiet = {"logging_steps": 100, "eval_strategy": "no", "lr_scheduler_type": "linear"}
     train(tmp_path, checkpoints, data, [LarkStoreCallback(path)], **quiet)
     rates = [row["learning_rate"] for row in added(path).values()]
@@ -113,13 +114,13 @@ def test_the_learning_rate_is_that_of_the_step_though_it_was_not_logged(tmp_path
 def test_an_evaluation_after_the_save_sets_the_metrics(tmp_path, checkpoints, data, path):
     trainer = train(tmp_path, checkpoints, data, [LarkStoreCallback(path)], eval_strategy="no")
     assert added(path)["step-4"]["metrics"] == {"train_loss": logged(trainer, "loss", 4)}
-    found = trainer.evaluate()
+    result = trainer.evaluate()
     trainer.predict(data[:2])
-    assert added(path)["step-4"]["metrics"]["loss"] == found["eval_loss"]
+    assert added(path)["step-4"]["metrics"]["loss"] == result["eval_loss"]
     assert "loss" not in added(path)["step-2"]["metrics"]
 
 
-def test_an_evaluation_of_the_best_model_is_not_the_last_checkpoints(tmp_path, checkpoints, data, path):
+def test_evaluation_of_the_best_model_is_not_assigned_to_the_last_checkpoint(tmp_path, checkpoints, data, path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trainer = train(tmp_path, checkpoints, data, [LarkStoreCallback(path)], **best)
     assert trainer.state.best_global_step == 2
@@ -130,14 +131,12 @@ def test_an_evaluation_of_the_best_model_is_not_the_last_checkpoints(tmp_path, c
     assert rows["step-2"]["metrics"]["n"] == 2
 
 
-def test_a_loss_of_a_set_named_train_is_kept_apart_from_times():
-    from lark_store.callback import _metrics
-
-    times = {f"eval_train_{what}": 1.0 for what in TIMES}
-    assert _metrics({"eval_train_loss": 2.0, "loss": 3.0, "epoch": 1.0, **times}) == {"train_loss": 2.0}
+def test_loss_of_a_set_named_train_is_separate_from_times():
+    times = {f"eval_train_{name}": 1.0 for name in TIMES}
+    assert metrics_of({"eval_train_loss": 2.0, "loss": 3.0, "epoch": 1.0, **times}) == {"train_loss": 2.0}
 
 
-def test_a_tokenizer_that_trainer_did_not_save_is_saved(tmp_path, checkpoints, data, path):
+def test_tokenizer_not_saved_by_trainer_is_saved(tmp_path, checkpoints, data, path):
     def take_away(state):
         for file in (tmp_path / "run" / f"checkpoint-{state.global_step}").glob("tokenizer*"):
             file.unlink()
@@ -147,20 +146,20 @@ def test_a_tokenizer_that_trainer_did_not_save_is_saved(tmp_path, checkpoints, d
     assert (tmp_path / "run" / "checkpoint-2" / "tokenizer.json").is_file()
 
 
-def test_a_checkpoint_that_cannot_be_added_is_a_warning(tmp_path, checkpoints, data, path, caplog):
+def test_failure_to_add_a_checkpoint_is_a_warning(tmp_path, checkpoints, data, path, caplog):
     trainer = train(tmp_path, checkpoints, data, [LarkStoreCallback(path)], tokenizer=False)
     assert trainer.state.global_step == 4
     assert added(path) == {}
     messages = [record.getMessage() for record in caplog.records if record.name == "lark_store.callback"]
     assert len(messages) == 2
     assert messages[0].startswith("lark-store: checkpoint `step-2` was not written to the store: ")
-    assert messages[0].endswith("has no tokenizer\nhint: save it there with `tokenizer.save_pretrained`")
+    assert "has no tokenizer\nhint: save one there with `tokenizer.save_pretrained`" in messages[0]
 
 
-@pytest.mark.parametrize("how", ["gone", "broken"])
-def test_a_store_that_breaks_half_way_does_not_end_the_training(tmp_path, checkpoints, data, path, caplog, how):
+@pytest.mark.parametrize("failure", ["gone", "broken"])
+def test_broken_store_does_not_end_the_training(tmp_path, checkpoints, data, path, caplog, failure):
     def harm(state):
-        if state.global_step == 3 and how == "gone":
+        if state.global_step == 3 and failure == "gone":
             shutil.rmtree(path)
         elif state.global_step == 3:
             (path / "catalog.sqlite").write_bytes(b"SQLite format 3\0" + b"broken" * 1000)
@@ -180,11 +179,11 @@ def test_a_limit_on_checkpoints_is_a_warning_at_the_start(tmp_path, checkpoints,
     assert len(added(path)) == 2
 
 
-def test_faults_that_can_be_known_before_the_training_are_errors(tmp_path, path, monkeypatch):
-    with pytest.raises(NotAStoreError):
+def test_preflight_faults_are_errors(tmp_path, path, monkeypatch):
+    with pytest.raises(NotAStoreError, match="there is no lark-store at"):
         LarkStoreCallback(tmp_path / "nowhere")
     for prefix in ("Run 1 ", "-run", "x" * 86):
-        with pytest.raises(NameInvalidError, match="can't begin a checkpoint's name"):
+        with pytest.raises(NameInvalidError, match="can't start a checkpoint name"):
             LarkStoreCallback(path, prefix=prefix)
     monkeypatch.setenv("LARK_STORE", str(path))
     assert LarkStoreCallback(prefix="x" * 85)._store == path

@@ -1,4 +1,4 @@
-"""What the package offers by name: its exports, its errors, and the examples in its documentation."""
+"""The public API: exports, errors, and the examples in its documentation."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_a_star_import_gives_exactly_the_public_names():
     assert set(namespace) - {"__builtins__"} == set(lark_store.__all__)
 
 
-def test_type_checkers_see_the_names_that_are_imported_late():
+def test_type_checkers_see_lazily_imported_names():
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     [block] = [node for node in tree.body if isinstance(node, ast.If)]
     declared = {alias.name for node in block.body for alias in node.names}
     assert declared == set(lark_store.__all__) - {"__version__"}
 
 
-def test_an_unknown_name_is_an_attribute_error_that_says_it():
+def test_unknown_name_is_an_attribute_error_naming_it():
     with pytest.raises(AttributeError, match="`lark_store` has no attribute `Stores`"):
         _ = lark_store.Stores
 
@@ -53,30 +53,30 @@ def test_dir_lists_the_public_names():
     assert set(lark_store.__all__) <= set(dir(lark_store))
 
 
-def test_the_package_says_that_it_is_typed():
+def test_package_is_marked_as_typed():
     assert (ROOT / "py.typed").is_file()
 
 
 def tree_of_the_docstring():
     """Return name → (parent, built-in base) as the module's docstring draws them."""
     lines = re.findall(r"^ {4}([│├└─ ]*)([A-Z]\w+Error)(?: +\((\w+)\))?", errors.__doc__, re.MULTILINE)
-    found, path = {}, []
+    results, path = {}, []
     for drawn, name, builtin in lines:
         del path[len(drawn) // 4 :]
-        found[name] = (path[-1] if path else "Exception", builtin or None)
+        results[name] = (path[-1] if path else "Exception", builtin or None)
         path.append(name)
-    return found
+    return results
 
 
 def tree_of_the_classes():
-    found = {}
+    results = {}
     for name, kind in inspect.getmembers(errors, inspect.isclass):
         parent, *builtin = [base.__name__ for base in kind.__bases__]
-        found[name] = (parent, *(builtin or [None]))
-    return found
+        results[name] = (parent, *(builtin or [None]))
+    return results
 
 
-def test_the_errors_are_those_of_the_docstring():
+def test_errors_match_the_docstring():
     assert tree_of_the_docstring() == tree_of_the_classes()
 
 
@@ -101,7 +101,7 @@ def test_an_error_is_a_fact_a_blank_line_and_a_hint(name):
         ([], "there is none yet; add it"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_near_one_else_with_those_there_are(known, hint):
+def test_unknown_name_hints_the_nearest_or_lists_all(known, hint):
     error = errors.NameUnknownError.of("checkpoint", "epoch2", known, "add it")
     assert (error.fact, error.hint) == ("no checkpoint `epoch2`", hint)
 
@@ -112,7 +112,7 @@ def test_every_file_of_the_package_is_a_module_or_a_script_of_alembic():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_in_the_documentation_are_true(name):
+def test_documentation_examples_are_correct(name):
     assert doctest.testmod(import_module(name), optionflags=doctest.FAIL_FAST).failed == 0
 
 

@@ -11,17 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lark_store.cli import ask, care, corrections, doors, evaluate, manage, sql, study, trust, work
+from lark_store.cli import (
+    answers,
+    compute,
+    corrections,
+    evaluate,
+    integrity,
+    interchange,
+    lifecycle,
+    registry,
+    samples,
+    sql,
+    study,
+)
 from lark_store.cli.options import ENVIRONMENT, StoreOption
-from lark_store.cli.output import say
+from lark_store.cli.output import logged, say
+from lark_store.core.arrow import set_command_line
 from lark_store.errors import LarkStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _INTERRUPTED, _TERMINATED = 130, 143
-# Threads of torch that wait for work spin for milliseconds, on cores that the sketch could use; 2,000 turns are some
-# microseconds. Read by the OpenMP library when torch is imported.
+# Idle OpenMP threads of torch spin for milliseconds on cores the sketch could use; 2,000 turns take microseconds.
+# OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 app = typer.Typer(
@@ -29,14 +42,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="""
 Which training samples drive a model's answer, at which checkpoint, and did they come from fine-tuning or pretraining?
 
-The way of the data: `init` a store, add `checkpoint`s and `source`s, `ingest` (sketch every sample's loss gradient),
-`attribute` (score queries against sources), then ask: `top`, `metrics`, `sql`, `show`.
+Data flow: `init` a store, add `checkpoint`s and `source`s, `ingest` (sketch every sample's loss gradient),
+`attribute` (score queries against sources), then read the results: `top`, `metrics`, `sql`, `show`.
 
-Every command takes `--store PATH` (default `./lark.store`, environment `LARK_STORE`). Exit status: 0 done, 1 an error
-or samples that failed, 2 wrong usage, 130 interrupted, 143 terminated.
+Every command takes `--store PATH` (default `./lark.store`, environment `LARK_STORE`). Exit status: 0 success, 1 error
+or failed samples, 2 wrong usage, 130 interrupted, 143 terminated.
 """,
 )
 
@@ -44,11 +58,11 @@ or samples that failed, 2 wrong usage, 130 interrupted, 143 terminated.
 @app.callback(invoke_without_command=True)
 def _root(
     *,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
     store: StoreOption = None,
 ) -> None:
     if store is not None:
-        os.environ[ENVIRONMENT] = store  # where the commands' own `--store` looks when it is not given
+        os.environ[ENVIRONMENT] = store  # the default of each command's own `--store`
     if version:
         from importlib.metadata import version as installed
 
@@ -56,21 +70,23 @@ def _root(
         raise typer.Exit
 
 
-manage.register(app)
+registry.register(app)
 corrections.register(app)
-work.register(app)
-ask.register(app)
+compute.register(app)
+answers.register(app)
 sql.register(app)
-doors.register(app)
-care.register(app)
-trust.register(app)
+interchange.register(app)
+lifecycle.register(app)
+samples.register(app)
+integrity.register(app)
 study.register(app)
 evaluate.register(app)
 
 
 def main() -> None:
-    """Run the command line; a foreseeable fault ends in one clear message, never in a traceback."""
-    with _terminated_as_interrupted() as terminated:
+    """Run the command line. Expected errors print one message, no traceback."""
+    set_command_line()
+    with logged(), _terminated_as_interrupted() as terminated:
         try:
             app()
         except LarkStoreError as error:
@@ -81,44 +97,44 @@ def main() -> None:
             _stop(terminated=bool(terminated))
         except KeyboardInterrupt:  # before or after typer
             _stop(terminated=bool(terminated))
-        except Exception as error:
-            from lark_store.schema.faults import fault_of
+        except BaseException as error:
+            from lark_store.schema.faults import fault_of, is_panic
 
-            known = fault_of(error)
-            if known is None:
+            fault = fault_of(error) if isinstance(error, Exception) or is_panic(error) else None
+            if fault is None:
                 raise
-            _fail(known)
+            _fail(fault)
 
 
 def _stop(*, terminated: bool) -> None:
-    how, code = ("terminated", _TERMINATED) if terminated else ("interrupted", _INTERRUPTED)
-    say(f"{how}\n\nhint: what was written is kept; run the command again to go on")
+    word, code = ("terminated", _TERMINATED) if terminated else ("interrupted", _INTERRUPTED)
+    say(f"{word}\n\nhint: finished work is saved; run the command again to resume")
     sys.exit(code)
 
 
 def _fail(error: LarkStoreError) -> None:
-    say(f"error: {error}", everywhere=not error.is_shared)
+    say(f"error: {error.command_line}", everywhere=not error.is_shared)
     sys.exit(1)
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[list[int]]:
-    """Let SIGTERM, by which schedulers end a job, be a Ctrl-C: what is in hand is committed.
+    """Treat SIGTERM, which schedulers send to end a job, as Ctrl-C, so that finished work is committed.
 
-    Yields a list that has the signal once it came.
+    Yields a list; it holds the signal number after a SIGTERM.
     """
-    seen: list[int] = []
+    received: list[int] = []
 
     def interrupt(number: int, _frame: Any) -> None:
-        seen.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not ours:  # whoever runs us looks after it
-        yield seen
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # an embedding program handles it
+        yield received
         return
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield seen
+        yield received
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

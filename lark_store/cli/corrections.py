@@ -1,42 +1,26 @@
-"""Commands for corrections: the factors that corrected sketchers need at a checkpoint."""
+"""Commands for corrections: fit the factors of corrected sketchers at a checkpoint."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Unpack
 
 import typer
 
-from lark_store.cli.options import CheckpointOption, DeviceOption, PrecisionOption, StoreOption, open_store
+from lark_store.cli.options import CheckpointOption, StoreOption, open_store
 from lark_store.cli.output import ProgressBar, say
+from lark_store.cli.spec_options import takes
+from lark_store.specs import Compute, FitOptions, FitSpec
 
 
-def correction_fit(
-    checkpoint: CheckpointOption,
-    kind: Annotated[str, typer.Option(help="`adam` (which `adam2` uses too), `kfac` or `ekfac`.")] = "adam",
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source", "-s", metavar="NAME", help="Fit to samples of this source; several (default: stage `finetune`)."
-        ),
-    ] = None,
-    variant: Annotated[str, typer.Option(metavar="NAME", help="The samples' format variant.")] = "chatml",
-    samples: Annotated[int, typer.Option(help="How many samples, drawn at random, the same each time.")] = 500,
-    seed: Annotated[int, typer.Option(help="The seed of the draw, and of the labels.")] = 0,
-    from_optimizer: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Take the second moments of this `optimizer.pt`, or of the one in a folder."),
-    ] = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    store: StoreOption = None,
-) -> None:
-    """Fit what sketchers with a correction need at a checkpoint.
+@takes(FitSpec, Compute)
+def correction_fit(checkpoint: CheckpointOption, store: StoreOption = None, **options: Unpack[FitOptions]) -> None:
+    """Fit the factors of a correction at a checkpoint.
 
     `adam`: the second moments of the gradients, as means of each matrix's rows and columns. `kfac`, `ekfac`: the
-    curvature of each linear layer, with labels that the model draws itself; `ekfac` takes two passes over the samples.
-    `ingest` fits what is missing by itself; fit it before to choose the samples, or to take the second moments of the
-    optimizer that the Trainer saved. Fitting in the same way again is harmless; a fit that is stopped, even by
-    `kill -9`, goes on where it was about a minute before.
+    curvature of each linear layer, with labels drawn from the model; `ekfac` takes two passes over the samples.
+    `ingest` fits missing factors itself; fit them first to choose the samples, or to use the second moments of the
+    Trainer's saved optimizer. Fitting the same factors twice is harmless. A stopped fit, even by `kill -9`, resumes
+    and loses at most about a minute.
 
     Example: `lark-store correction fit --checkpoint epoch-2 --source finetune`
 
@@ -45,28 +29,17 @@ def correction_fit(
     Example: `lark-store correction fit --checkpoint epoch-2 --from-optimizer ckpt/checkpoint-500/optimizer.pt`
     """
     with open_store(store) as opened, ProgressBar() as bar:
-        info = opened.correction_fit(
-            checkpoint,
-            kind=kind,
-            sources=source or (),
-            variant=variant,
-            samples=samples,
-            seed=seed,
-            from_optimizer=from_optimizer,
-            device=device,
-            precision=precision,
-            on_progress=bar,
-        )
-    of = "the optimizer" if info.origin == "optimizer" else f"{info.n_samples} samples of {info.sources}"
-    there = "" if info.is_new else ", there already"
+        info = opened.correction_fit(checkpoint, on_progress=bar, **options)
+    origin = "the optimizer" if info.origin == "optimizer" else f"{info.n_samples} samples of {info.sources}"
+    state = "" if info.is_new else ", existing"
     size = f"{info.n_bytes / 2**20:.2f} MiB"
-    say(f"correction `{info.kind}` of checkpoint `{info.checkpoint}`: from {of}, {size}, {info.sha256[:12]}{there}")
+    say(f"correction `{info.kind}` of checkpoint `{info.checkpoint}`: from {origin}, {size}, {info.sha256[:12]}{state}")
+    for note in info.notes:
+        say(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:
-    """Put these commands into the tree."""
-    group = typer.Typer(
-        help="What gradients are corrected by, at a checkpoint.", no_args_is_help=True, rich_markup_mode="markdown"
-    )
+    """Add these commands to the app."""
+    group = typer.Typer(help="Factors of gradient corrections.", no_args_is_help=True, rich_markup_mode="markdown")
     group.command("fit")(correction_fit)
     app.add_typer(group, name="correction")

@@ -1,24 +1,21 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lark_store.cli.formats import Format
+from lark_store.cli.spec_options import declared
+from lark_store.specs import Compute, RankSpec, SearchSpec
+
 if TYPE_CHECKING:
+    import polars as pl
+
+    from lark_store.display.table import About
     from lark_store.store import Store
-
-
-class Format(StrEnum):
-    """How a command prints its rows."""
-
-    table = "table"
-    json = "json"
-    jsonl = "jsonl"
-    csv = "csv"
-    md = "md"
 
 
 ENVIRONMENT = "LARK_STORE"
@@ -34,89 +31,79 @@ StoreOption = Annotated[
 VectorsOption = Annotated[
     str | None,
     typer.Option(
-        "--vectors", metavar="PLACE", help="Where the vectors go: a folder, or `s3://…` (default: beside the catalog)."
+        "--vectors", metavar="PLACE", help="Where to store vectors: a folder or `s3://…` (default: with the catalog)."
     ),
 ]
 SnapshotOption = Annotated[
-    str | None, typer.Option("--snapshot", metavar="NAME", help="Read the store as it was in this snapshot.")
+    str | None, typer.Option("--snapshot", metavar="NAME", help="Read this snapshot of the store.")
 ]
-FormatOption = Annotated[Format, typer.Option("--format", "-f", help="How to print the rows.")]
+FormatOption = Annotated[Format, typer.Option("--format", "-f", help="Output format.")]
+WideOption = Annotated[
+    bool, typer.Option("--wide", help="Print tables in full: all columns, digits and texts, of any width.")
+]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", "-c", metavar="NAME", help="The checkpoint.")]
 CheckpointsOption = Annotated[
-    list[str], typer.Option("--checkpoint", "-c", metavar="NAME", help="A checkpoint; may be given several times.")
+    list[str], typer.Option("--checkpoint", "-c", metavar="NAME", help="A checkpoint; repeatable.")
 ]
-WantedSourcesOption = Annotated[
-    list[str], typer.Option("--source", "-s", metavar="NAME", help="A source; may be given several times.")
-]
-WantedVariantsOption = Annotated[
-    list[str], typer.Option("--variant", metavar="NAME", help="A format variant; may be given several times.")
-]
-SourcesOption = Annotated[
+# An ingest: without a name, all of them.
+EveryCheckpointOption = Annotated[
     list[str] | None,
-    typer.Option("--source", "-s", metavar="NAME", help="Only this source; may be given several times (default: all)."),
+    typer.Option("--checkpoint", "-c", metavar="NAME", help="A checkpoint; repeatable (default: all)."),
 ]
-VariantsOption = Annotated[
+EverySourceOption = Annotated[
+    list[str] | None, typer.Option("--source", "-s", metavar="NAME", help="A source; repeatable (default: all).")
+]
+UsualVariantsOption = Annotated[
     list[str] | None,
-    typer.Option("--variant", metavar="NAME", help="Only this format variant; may be given several times."),
-]
-SketcherOption = Annotated[
-    str | None, typer.Option("--sketcher", metavar="NAME", help="The sketcher (default: the store's).")
-]
-MethodOption = Annotated[
-    str | None,
     typer.Option(
-        "--method",
-        help="`cosine` (default), `dot` (default with another `--query-checkpoint`), `whitened`, `centred`, `tracin`, "
-        "`bm25`, `bm25-okapi`, `bm25plus` or `hybrid`.",
+        "--variant",
+        "-v",
+        metavar="NAME",
+        help="A format variant; repeatable (default: those a source has sketches in, else `chatml`).",
     ),
 ]
-OverOption = Annotated[
-    str | None,
-    typer.Option(
-        "--over-checkpoints",
-        metavar="HOW",
-        help="Sum the scores of several checkpoints: `sum`, or `lr-weighted` by learning rate.",
-    ),
-]
-QueriesOption = Annotated[
-    str | None, typer.Option("--queries", "-q", metavar="NAME", help="The query's source, if several have the id.")
-]
-QueryCheckpointOption = Annotated[
-    str | None,
-    typer.Option("--query-checkpoint", metavar="NAME", help="Take the queries' sketches from this checkpoint."),
-]
-QueryVariantOption = Annotated[
-    str | None,
-    typer.Option("--query-variant", metavar="NAME", help="The queries' format variant, if several are sketched."),
-]
-LimitOption = Annotated[int | None, typer.Option(help="Only the first samples of each source.")]
-DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
-PrecisionOption = Annotated[
-    str, typer.Option(help="The model's: `float32`, `bfloat16`, or `auto` (as saved on CUDA, else float32).")
-]
-BatchTokensOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Tokens of a batch, padding included (default: 1,024 on a CPU, 8,192 on CUDA)."),
-]
-CandidatesOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Only candidates: of each source the N samples nearest to each query."),
-]
-ByOption = Annotated[
-    str | None, typer.Option(help="How candidates are near: `bm25` (default) or `embedding`, with `--encoder`.")
-]
-CandidateQueriesOption = Annotated[
-    str | None,
-    typer.Option("--queries", "-q", metavar="NAME", help="The queries that candidates are near to, if several."),
-]
-EncoderOption = Annotated[
-    str | None, typer.Option(metavar="PLACE", help="A sentence encoder: a folder or a hub name like `org/model`.")
-]
-CheckpointingOption = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")]
+SourcesOption = Annotated[list[str] | None, declared(SearchSpec, "sources")]
+SketcherOption = Annotated[str | None, declared(SearchSpec, "sketcher")]
+OverOption = Annotated[str | None, declared(SearchSpec, "over_checkpoints")]
+QueryVariantOption = Annotated[str | None, declared(SearchSpec, "query_variant")]
+KOption = Annotated[int, declared(RankSpec, "k")]
+DeviceOption = Annotated[str, declared(Compute, "device")]
+AttentionOption = Annotated[str, declared(Compute, "attention")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """The store and the output of a command."""
+
+    store: StoreOption = None
+    form: FormatOption = Format.table
+    wide: WideOption = False
+
+    def open(self) -> Store:
+        """Open the store."""
+        return open_store(self.store)
+
+    def emit(self, frame: pl.DataFrame, about: About | None = None, by: str | None = None) -> None:
+        """Print a frame on stdout; in tables, its column `by` divides it into several."""
+        from lark_store.cli.output import emit
+        from lark_store.display.table import NOTHING
+
+        emit(frame, self.form, about or NOTHING, wide=self.wide, by=by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions(StoreOptions):
+    """The same of a command that can read a snapshot."""
+
+    snapshot: SnapshotOption = None
+
+    def open(self) -> Store:
+        """Open the store, or the snapshot."""
+        return open_store(self.store, self.snapshot)
 
 
 def open_store(path: str | None, snapshot: str | None = None) -> Store:
-    """Open the store that the option names, or a snapshot of it."""
+    """Open the store at `path`, or one of its snapshots."""
     from lark_store.store import Store
 
     return Store.open(path, snapshot=snapshot)

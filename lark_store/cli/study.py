@@ -7,26 +7,28 @@ from typing import Annotated
 
 import typer
 
-from lark_store.cli.output import ProgressBar, print_table, say
+from lark_store.cli.options import WideOption  # noqa: TC001  # typer reads it
+from lark_store.cli.output import ProgressBar, say
+from lark_store.cli.tables import print_table
 
 _Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a .toml file.")]
 
 
 def init(recipe: _Recipe = Path("study.toml")) -> None:
-    """Write a commented recipe, that of the reference experiment, to be changed to your model and texts.
+    """Write the commented recipe of the reference experiment, to adapt to your model and texts.
 
     Example: `lark-store study init pubmedqa.toml`
     """
     from lark_store.study.recipe import init as write_recipe
 
-    made = write_recipe(recipe)
-    say(f"wrote `{made}`\n\nhint: change it, then `lark-store study run {made}`")
+    path = write_recipe(recipe)
+    say(f"wrote `{path}`\n\nhint: edit it, then run `lark-store study run {path}`")
 
 
-def run(recipe: _Recipe) -> None:
-    """Fine-tune, evaluate, build pools, ingest, score; write tables, figures and a report. Goes on where it stopped.
+def run(recipe: _Recipe, wide: WideOption = False) -> None:
+    """Fine-tune, evaluate, build pools, ingest and score; write tables, figures and a report. Resumes if stopped.
 
-    Everything lies in the study's folder, beside the recipe: `lark.store`, `checkpoints`, `pools`, `tables`,
+    All output is in the study's folder, next to the recipe: `lark.store`, `checkpoints`, `pools`, `tables`,
     `figures`, `report.html`. Prints Table I (influence per source) and Table II (fine-tuning against pretraining).
 
     Example: `lark-store study run pubmedqa.toml`
@@ -35,9 +37,10 @@ def run(recipe: _Recipe) -> None:
 
     with ProgressBar() as bar:
         results = run_study(recipe, on_progress=bar, say=say)
-    at = results.recipe.checkpoints[results.recipe.epoch]
-    print_table(results.influence.filter(checkpoint=at).drop("checkpoint", "epoch"), f"Influence per source at {at}")
-    print_table(results.dominance.drop("epoch"), "Fine-tuning (ft) against pretraining (pt), per epoch")
+    checkpoint = results.recipe.checkpoints[results.recipe.epoch]
+    influence = results.influence.filter(checkpoint=checkpoint).drop("checkpoint", "epoch")
+    print_table(influence, f"Influence per source at {checkpoint}", wide=wide)
+    print_table(results.dominance.drop("epoch"), "Fine-tuning (ft) against pretraining (pt), per epoch", wide=wide)
     for note in results.notes:
         say(f"note: {note}")
     say(f"the report is `{results.recipe.root / 'report.html'}`")
@@ -46,10 +49,11 @@ def run(recipe: _Recipe) -> None:
 def report(
     recipe: _Recipe,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to (default: the study's folder).")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Output file (default: in the study's folder)."),
     ] = None,
 ) -> None:
-    """Write the report of a study that has run: one HTML file that needs nothing else.
+    """Write the report of a finished study: one self-contained HTML file.
 
     Example: `lark-store study report pubmedqa.toml -o report.html`
     """
@@ -59,7 +63,7 @@ def report(
 
 
 def register(app: typer.Typer) -> None:
-    """Put these commands into the tree."""
+    """Add these commands to the app."""
     group = typer.Typer(
         name="study",
         no_args_is_help=True,

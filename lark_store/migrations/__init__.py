@@ -1,7 +1,10 @@
-"""The catalog's schema over time: build a fresh one, tell its version, upgrade an older one.
+"""Schema versions of the catalog: build a new catalog, read its version, upgrade an older one.
 
-Opening a store never changes its schema. A migration is one transaction on a connection of its own
-(`Catalog.migrating`): several upgraders queue, and one that fails or is killed leaves the catalog as it was.
+Opening a store never changes its schema. A migration is one transaction on its own connection (`Catalog.migrating`):
+concurrent upgrades queue, and a failed or killed one leaves the catalog unchanged.
+
+Opening reads the names of the migrations' files, which begin with their versions. Only building a schema imports
+Alembic.
 """
 
 from __future__ import annotations
@@ -9,19 +12,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
-
 from lark_store.errors import NewerSchemaError, NotAStoreError, OlderSchemaError, StoreError
+from lark_store.schema import missing_columns
+from lark_store.schema.catalog_checksums import fill_checksums
+from lark_store.schema.vectors import VectorStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from alembic.config import Config
     from sqlalchemy import Connection
 
-    from lark_store.schema.location import Catalog, Location
+    from lark_store.schema.backends.base import Catalog, Location
+
+FOLDER = Path(__file__).parent
 
 
 def _config(connection: Connection | None = None) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", "lark_store:migrations")
     config.set_main_option("path_separator", "os")
@@ -29,40 +38,52 @@ def _config(connection: Connection | None = None) -> Config:
     return config
 
 
+def _versions() -> list[str]:
+    """Return all known schema versions, oldest first."""
+    return sorted(path.name.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*_*.py"))
+
+
 def newest() -> str:
-    """Return the schema version that this lark-store writes."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    if head is None:
+    """Return this lark-store's schema version."""
+    known = _versions()
+    if not known:
         raise StoreError("the package holds no migrations", "install lark-store again")
-    return head
+    return known[-1]
 
 
 def build(connection: Connection) -> None:
-    """Build the catalog of a fresh store, or bring an older one up to date, in a transaction of `Catalog.migrating`."""
+    """Build a new catalog, or upgrade an older one, in a transaction of `Catalog.migrating`."""
+    from alembic import command
+
     command.upgrade(_config(connection), "head")
 
 
+def complete(vectors: VectorStore) -> dict[str, str]:
+    """Add missing columns to the tables of an older store; see `lark_store.schema.missing_columns`."""
+    return missing_columns.complete(vectors)
+
+
 def version(location: Location) -> str:
-    """Return the schema version of the store at `location`, reading only.
+    """Return the schema version of the store at `location` without writing.
 
     Raises
     ------
     NotAStoreError
-        There is no catalog, or what is there is not one of ours; or the folder of its vectors is gone.
+        There is no lark-store catalog, or the folder of its vectors is missing.
     StoreError
-        It may not or can't be read.
+        The catalog can't be read.
     """
-    found = location.catalog.schema()
+    schema = location.catalog.schema()
     if location.root is not None and not Path(location.vectors).is_dir() and "://" not in location.vectors:
         raise NotAStoreError(
             f"the store `{location.label}` can't be read: `{location.vectors}` is missing",
-            "restore the store from a backup, or name another with `--store PATH`",
+            "restore the store from a backup, or choose another with `--store PATH`",
         )
-    return found
+    return schema
 
 
 def check(location: Location, snapshot: str | None = None) -> None:
-    """Make sure that the store, or one of its snapshots, can be opened as it is.
+    """Check that the store, or one of its snapshots, has the current schema.
 
     Raises
     ------
@@ -75,42 +96,61 @@ def check(location: Location, snapshot: str | None = None) -> None:
         _check(catalog.schema(), location.label)
 
 
-def _check(found: str, label: str) -> None:
-    ours = newest()
-    if found == ours:
+def _check(schema: str, label: str) -> None:
+    newest_schema = newest()
+    if schema == newest_schema:
         return
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if found in known:
+    if schema in _versions():
         raise OlderSchemaError(
-            f"the store `{label}` has schema {found}; this lark-store needs {ours}",
+            f"the store `{label}` has schema {schema}; this lark-store needs {newest_schema}",
             "upgrade it with `lark-store db upgrade` (a backup is made first)",
         )
     raise NewerSchemaError(
-        f"the store `{label}` has schema {found}, which this lark-store (schema {ours}) does not know",
+        f"the store `{label}` has schema {schema}, newer than this lark-store's schema {newest_schema}",
         "install a newer version with `pip install --upgrade lark-store`",
     )
 
 
 def upgrade(location: Location) -> Path | str | None:
-    """Back the catalog up, then migrate it to the newest schema, and those of the snapshots in the same way.
+    """Back up the catalog, then upgrade it, the tables and the snapshots' catalogs to the newest schema.
 
-    Returns where the (first) backup is, or None if there was nothing to do.
+    Returns the location of the (first) backup, or None if the schema is up to date.
+
+    Raises
+    ------
+    StoreError
+        The store is upgraded, but a table can't be read.
     """
-    backups = [_upgrade(location.catalog, version(location))]
-    for name in location.snapshots.names():
-        with location.snapshots.catalog(name) as catalog:
-            backups.append(_upgrade(catalog, catalog.schema()))
+    unreadable: dict[str, str] = {}
+    schema, vectors = version(location), VectorStore(location.vectors)
+    backups = [_upgrade(location.catalog, schema, lambda: unreadable.update(complete(vectors)))]
+    backups += [upgrade_snapshot(location, name) for name in location.snapshots.names()]
+    for name, reason in unreadable.items():
+        raise StoreError(
+            f"the store is upgraded, but its table `{name}` can't be read: {reason}",
+            "`lark-store db check` tells whether it can be repaired or needs a backup",
+        )
     return next((backup for backup in backups if backup), None)
 
 
-def _upgrade(catalog: Catalog, found: str) -> Path | str | None:
+def upgrade_snapshot(location: Location, name: str) -> Path | str | None:
+    """Upgrade the catalog of a snapshot; returns the location of its backup, or None if it is up to date."""
+    with location.snapshots.catalog(name) as catalog:
+        return _upgrade(catalog, catalog.schema())
+
+
+def _upgrade(catalog: Catalog, schema: str, complete_tables: Callable[[], None] | None = None) -> Path | str | None:
+    """Upgrade one catalog. Tables are completed before its commit, so a killed upgrade is repeated."""
     try:
-        _check(found, catalog.label)
+        _check(schema, catalog.label)
     except OlderSchemaError:
         with catalog.migrating() as connection:
-            if catalog.schema() != found:  # another process was first: the backup is its, of the old catalog
+            if catalog.schema() != schema:  # another process has upgraded it, and made the backup
                 return None
-            backup = catalog.keep(found)
+            backup = catalog.keep(schema)
             build(connection)
+            fill_checksums(connection)
+            if complete_tables:
+                complete_tables()
         return backup
     return None

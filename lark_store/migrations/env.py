@@ -1,9 +1,9 @@
-"""Alembic's entry: runs on the connection that `lark_store.migrations` hands over, and on no other."""
+"""Alembic's entry point; it uses the connection from `lark_store.migrations`."""
 
 from alembic import context
 
+from lark_store.schema.backends.base import VERSION_TABLE
 from lark_store.schema.catalog import Base
-from lark_store.schema.location import VERSION_TABLE
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -1,1 +1,9 @@
-"""Sketches to influence to metrics, and SQL over all of it."""
+"""Sketches → answers.
+
+select     what is searched
+methods    how it is scored, and their registry
+scoring    the products and searches
+nulls      references of p-values, and their registry
+answers    one module per command
+sql        SQL over all of it
+"""

@@ -1,1 +1,4 @@
-"""What is stored and how it is reached: the catalog, the vector tables, the open database, the records."""
+"""What is stored: the catalog, the vector tables, files of factors, locks, and the open database.
+
+`backends` has where it is stored.
+"""

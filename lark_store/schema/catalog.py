@@ -1,21 +1,24 @@
-"""The catalog: what people manage, as SQLAlchemy tables. It stays small.
+"""The catalog: SQLAlchemy models of all named objects and runs. It stays small.
 
-The tables are built by the migrations alone; `tests/test_migrations.py` holds the two against each other.
-Column types are those that SQLite's STRICT tables and PostgreSQL share.
+Only migrations create the tables; `tests/migrations/test_migrations.py` compares them with the models.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import json
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import REAL, CheckConstraint, Double, ForeignKey, MetaData, Text, TypeDecorator, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy import CheckConstraint, Column, ForeignKey, MetaData, Text, TypeDecorator, UniqueConstraint, event
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, relationship
+
+from lark_store.schema.checksums import CHECKSUM, checksum
+from lark_store.schema.column_types import Big, Json, Real, UtcTime
+from lark_store.specs import TARGET_RULES
 
 if TYPE_CHECKING:
-    from sqlalchemy import Dialect
-    from sqlalchemy.types import TypeEngine
+    from collections.abc import Mapping
+
+    from sqlalchemy import Connection, Table
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -25,64 +28,73 @@ NAMING = {
     "pk": "pk_%(table_name)s",
 }
 STRICT = {"sqlite_strict": True}
-Real: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
+_UNCHECKED = "unchecked"  # key in `Column.info`: the row's checksum does not cover the column
 
 STAGES = ("finetune", "pretrain", "query")
-TARGET_RULES = ("response", "text", "predicted", "auto")
 RUN_STATUSES = ("running", "done", "interrupted", "failed", "superseded")
 
 
 def one_of(column: str, values: tuple[str, ...]) -> str:
-    """Return the SQL condition that a text column holds one of `values`."""
+    """Return the SQL condition for a text column to be one of `values`."""
     return f"{column} IN ({', '.join(repr(v) for v in values)})"
 
 
-class Json(TypeDecorator[dict[str, Any]]):
-    """A JSON object kept as text."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: dict[str, Any] | None, dialect: Dialect) -> str | None:  # noqa: ARG002
-        """Write the object as text with sorted keys."""
-        return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, Any] | None:  # noqa: ARG002
-        """Read the object back."""
-        return None if value is None else json.loads(value)
-
-
-class UtcTime(TypeDecorator[dt.datetime]):
-    """A point in time, kept as ISO 8601 text in UTC."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: dt.datetime | None, dialect: Dialect) -> str | None:  # noqa: ARG002
-        """Write the time in UTC with microseconds, so that text order is time order."""
-        return None if value is None else value.astimezone(dt.UTC).isoformat(timespec="microseconds")
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> dt.datetime | None:  # noqa: ARG002
-        """Read the time back."""
-        return None if value is None else dt.datetime.fromisoformat(value)
-
-
 def now() -> dt.datetime:
-    """Return the time now, in UTC."""
+    """Return the current time in UTC."""
     return dt.datetime.now(dt.UTC)
 
 
 class Base(DeclarativeBase):
-    """Base of the catalog's tables."""
+    """Base of all catalog models."""
 
     metadata = MetaData(naming_convention=NAMING)
     type_annotation_map = {str: Text, float: Real, dict[str, Any]: Json, dt.datetime: UtcTime}  # noqa: RUF012
 
 
-class StoreMeta(Base):
-    """One row that tells one store from another. `vectors` is where its tables are; None: beside the catalog.
+class Checked(Base):
+    """A row with a checksum of all columns except its id; null in rows of older versions.
 
-    `sketcher` is the one that is used where none is named.
+    The checksum is set on flush, so write these rows as objects, not with `insert` or `update`.
+    """
+
+    __abstract__ = True
+
+    checksum: Mapped[int | None] = mapped_column(Big, default=None, sort_order=99)
+
+
+def row_checksum(table: Table, stored: Mapping[str, Any]) -> int:
+    """Return the checksum of a row of `table` from its stored values (JSON and times as text)."""
+    columns = (c.name for c in table.columns if c.name not in {"id", CHECKSUM} and _UNCHECKED not in c.info)
+    return checksum({"table": table.name} | {name: stored[name] for name in columns})
+
+
+def _stored(column: Column[Any], value: Any) -> Any:
+    """Return a value in its stored form."""
+    if value is None:
+        return None
+    if isinstance(column.type, TypeDecorator):
+        return column.type.process_bind_param(value, None)  # type: ignore[arg-type]
+    kind = column.type.python_type
+    return kind(value) if kind in {int, float} else value
+
+
+def _set_checksum(mapper: Mapper[Any], _connection: Connection, row: Checked) -> None:
+    table: Any = mapper.local_table
+    for column in table.columns:  # set defaults now; the database or SQLAlchemy would set them after the flush
+        default = column.default or column.server_default
+        if getattr(row, column.key) is None and default is not None:
+            setattr(row, column.key, default.arg(None) if callable(default.arg) else default.arg)
+    row.checksum = row_checksum(table, {c.name: _stored(c, getattr(row, c.key)) for c in table.columns})
+
+
+event.listen(Checked, "before_insert", _set_checksum, propagate=True)
+event.listen(Checked, "before_update", _set_checksum, propagate=True)
+
+
+class StoreMeta(Checked):
+    """The single row that identifies a store.
+
+    `vectors`: location of the Lance tables (None: next to the catalog). `sketcher`: the default sketcher.
     """
 
     __tablename__ = "store_meta"
@@ -92,12 +104,12 @@ class StoreMeta(Base):
     store_uuid: Mapped[str]
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
     created_with: Mapped[str]
-    vectors: Mapped[str | None] = mapped_column(default=None)
+    vectors: Mapped[str | None] = mapped_column(default=None, info={_UNCHECKED: "differs in a copy of the store"})
     sketcher: Mapped[str] = mapped_column(server_default="lark")
 
 
 class WorkNote(Base):
-    """What a piece of work under way touches, where no folder has it as a file."""
+    """A note on running work, in catalogs without a folder: the names it touches."""
 
     __tablename__ = "work"
     __table_args__ = STRICT
@@ -108,7 +120,7 @@ class WorkNote(Base):
 
 
 class SnapshotCopy(Base):
-    """A snapshot where no folder has it as files: its record, and a copy of the catalog as a SQLite file."""
+    """A snapshot, in catalogs without a folder: its record and a copy of the catalog as a SQLite file."""
 
     __tablename__ = "snapshot"
     __table_args__ = STRICT
@@ -118,8 +130,8 @@ class SnapshotCopy(Base):
     catalog: Mapped[bytes]
 
 
-class Named(Base):
-    """What is managed by name: the columns that those tables share."""
+class Named(Checked):
+    """The common columns of named objects."""
 
     __abstract__ = True
 
@@ -129,7 +141,10 @@ class Named(Base):
 
 
 class Checkpoint(Named):
-    """A model's weights at one moment of its training."""
+    """A model's weights at one step of its training.
+
+    `parts` are the locations of its config and tokenizer, if they are outside `path`: `path` and `revision` of each.
+    """
 
     __tablename__ = "checkpoint"
     __table_args__ = STRICT
@@ -142,11 +157,12 @@ class Checkpoint(Named):
     epoch: Mapped[float | None]
     step: Mapped[int | None]
     learning_rate: Mapped[float | None]
+    parts: Mapped[dict[str, Any] | None]
     metrics: Mapped[list[CheckpointMetric]] = relationship(cascade="all, delete-orphan")
 
 
-class CheckpointMetric(Base):
-    """One figure that was measured at a checkpoint, such as its accuracy."""
+class CheckpointMetric(Checked):
+    """A metric of a checkpoint, such as its accuracy."""
 
     __tablename__ = "checkpoint_metric"
     __table_args__ = STRICT
@@ -157,7 +173,10 @@ class CheckpointMetric(Base):
 
 
 class Source(Named):
-    """A named set of samples; a query is a sample of a source whose stage is `query`."""
+    """A named set of samples; a query is a sample of a source whose stage is `query`.
+
+    `is_stripped` is 1 if a version before schema 0008 may have stripped white space around texts and ids.
+    """
 
     __tablename__ = "source"
     __table_args__ = (CheckConstraint(one_of("stage", STAGES), name="stage"), STRICT)
@@ -167,10 +186,14 @@ class Source(Named):
     uri: Mapped[str]
     licence: Mapped[str | None]
     columns: Mapped[dict[str, Any]]
+    is_stripped: Mapped[int] = mapped_column(default=0, server_default="0")
 
 
 class FormatVariant(Named):
-    """How a sample becomes text, and which of its tokens are targets."""
+    """A template that formats samples, the rule for their target tokens, and the loss over these (None: mean).
+
+    `answers` are the settings of the rule `predicted-answer`: see `lark_store.modeling.predicted_answers`.
+    """
 
     __tablename__ = "format_variant"
     __table_args__ = (
@@ -184,10 +207,12 @@ class FormatVariant(Named):
     targets: Mapped[str]
     max_length: Mapped[int]
     sha256: Mapped[str]
+    loss: Mapped[str | None] = mapped_column(default=None)
+    answers: Mapped[dict[str, Any] | None] = mapped_column(default=None)
 
 
 class Sketcher(Named):
-    """What is sketched and how: the part of a sketch's identity that is chosen before a model is met."""
+    """The configuration of sketches, independent of any model: bins, seed, parameters and correction."""
 
     __tablename__ = "sketcher"
     __table_args__ = (CheckConstraint(one_of("dtype", ("float16", "float32")), name="dtype"), STRICT)
@@ -205,10 +230,10 @@ class Sketcher(Named):
     power: Mapped[float | None]
 
 
-class Correction(Base):
-    """The factors by which gradients at one checkpoint are corrected; `sha256` is that of their file's content.
+class Correction(Checked):
+    """The factors that correct gradients at one checkpoint; `sha256` is the hash of their file.
 
-    A checkpoint has one set of a kind, so that all sketches made there by one sketcher can be compared.
+    A checkpoint has one set per kind, so that all its sketches by one sketcher are comparable.
     """
 
     __tablename__ = "correction"
@@ -230,7 +255,7 @@ class Correction(Base):
 
 
 class Run:
-    """The columns that both kinds of run share."""
+    """The common columns of ingest and score runs."""
 
     id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
     status: Mapped[str] = mapped_column(sort_order=-1)
@@ -244,8 +269,8 @@ class Run:
     error: Mapped[str | None] = mapped_column(sort_order=1)
 
 
-class IngestRun(Run, Base):
-    """The sketching of one source, in one variant, at one checkpoint, by one sketcher."""
+class IngestRun(Run, Checked):
+    """The sketching of one source in one variant, at one checkpoint, by one sketcher."""
 
     __tablename__ = "ingest_run"
     __table_args__ = (CheckConstraint(one_of("status", RUN_STATUSES), name="status"), STRICT)
@@ -265,7 +290,7 @@ class IngestRun(Run, Base):
     variant: Mapped[FormatVariant] = relationship()
 
 
-class ScoreRun(Run, Base):
+class ScoreRun(Run, Checked):
     """The scoring of one group (source and variant) of sketches against one set of queries."""
 
     __tablename__ = "score_run"
@@ -292,11 +317,11 @@ class ScoreRun(Run, Base):
     variant: Mapped[FormatVariant] = relationship(foreign_keys=[variant_id])
 
 
-class SearchIndex(Base):
-    """What `index build` found about the codes of one sketch table: how far an approximate search can be trusted.
+class SearchIndex(Checked):
+    """The measured recall of approximate search on one sketch table, from `index build`.
 
-    `candidates` sketches are read for each query; `recall` is the share of the exact ten best that were among them, on
-    queries that had no part in choosing that number.
+    A search reads `candidates` sketches per query. `recall` is the share of the exact top 10 among them, measured on
+    queries that did not choose `candidates`.
     """
 
     __tablename__ = "search_index"
@@ -311,7 +336,7 @@ class SearchIndex(Base):
 
 
 class Study(Named):
-    """An experiment whose tables come from this store: its recipe, where it ran, hashes of what it read and made."""
+    """An experiment on this store: its recipe, its environment, and hashes of its inputs and outputs."""
 
     __tablename__ = "study"
     __table_args__ = STRICT
@@ -323,7 +348,7 @@ class Study(Named):
 
 
 class Evaluation(Named):
-    """How true some methods' scores were found to be, by one kind of evaluation."""
+    """One evaluation of attribution scores."""
 
     __tablename__ = "evaluation"
     __table_args__ = STRICT
@@ -334,8 +359,8 @@ class Evaluation(Named):
     finished_at: Mapped[dt.datetime | None]
 
 
-class EvaluationScore(Base):
-    """One figure of an evaluation: a method's value by one measure, of one query in one trial where there are such."""
+class EvaluationScore(Checked):
+    """One value of an evaluation: a method's result in one measure, per query and trial if they apply."""
 
     __tablename__ = "evaluation_score"
     __table_args__ = STRICT

@@ -1,15 +1,19 @@
-"""The open database: the SQLAlchemy engine of the catalog and the connection to the vectors."""
+"""The open database: the catalog's SQLAlchemy engine and the connection to the vectors."""
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from sqlalchemy import event, select
+from sqlalchemy import event, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from lark_store.core.fork import check_owner
+from lark_store.core.names import check_name
+from lark_store.core.paths import is_folder
 from lark_store.errors import NameTakenError, NameUnknownError, StoreBusyError, StoreError
 from lark_store.schema.catalog import (
     Checkpoint,
@@ -21,7 +25,8 @@ from lark_store.schema.catalog import (
     StoreMeta,
     Study,
 )
-from lark_store.schema.names import check_name
+from lark_store.schema.column_types import UnreadableValueError
+from lark_store.schema.faults import CHECK_HINT
 from lark_store.schema.vectors import VectorStore
 
 if TYPE_CHECKING:
@@ -29,15 +34,15 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from lark_store.schema.location import Location
-    from lark_store.schema.records import SnapshotInfo
+    from lark_store.results import SnapshotInfo
+    from lark_store.schema.backends.base import Location
 
 N = TypeVar("N", bound=Named)
 V = TypeVar("V")
 
 _KINDS: dict[type[Named], tuple[str, str]] = {
-    Study: ("study", "make one with `lark-store study run`"),
-    Evaluation: ("evaluation", "make one with `lark-store evaluate`"),
+    Study: ("study", "create one with `lark-store study run`"),
+    Evaluation: ("evaluation", "create one with `lark-store evaluate`"),
     Checkpoint: ("checkpoint", "add it with `lark-store checkpoint add`"),
     Source: ("source", "add it with `lark-store source add`"),
     FormatVariant: ("variant", "add it with `lark-store variant add`"),
@@ -45,17 +50,16 @@ _KINDS: dict[type[Named], tuple[str, str]] = {
 }
 
 
-def read_only(what: str | None, *_: object) -> NoReturn:
+def read_only(snapshot: str | None, *_: object) -> NoReturn:
     """Refuse to write through a snapshot."""
-    raise StoreError(
-        f"a snapshot is read-only{f': `{what}`' if what else ''}", "open the store itself to change it: no `--snapshot`"
-    )
+    name = f": `{snapshot}`" if snapshot else ""
+    raise StoreError(f"a snapshot is read-only{name}", "to change the store, open it without `--snapshot`")
 
 
 class Database:
-    """A store that is open: `session()` for the catalog, `vectors` for the Lance tables.
+    """An open store: `session()` for the catalog, `vectors` for the Lance tables.
 
-    With `snapshot`, its tables are read at that snapshot's versions; nothing can be written then.
+    With `snapshot`, tables are read at the snapshot's versions and can't be written.
     """
 
     def __init__(self, location: Location, snapshot: SnapshotInfo | None = None) -> None:
@@ -68,6 +72,23 @@ class Database:
             self.engine = location.snapshots.engine(snapshot.name)
             self.vectors = VectorStore(location.vectors, snapshot.tables)
         self._memory: dict[str, tuple[object, Any]] = {}
+        self._pid = os.getpid()
+        self._is_closed = False
+
+    def check_usable(self) -> None:
+        """Check that this process can use the store.
+
+        Raises
+        ------
+        StoreError
+            The store is closed, was opened before a fork, or its folder is missing.
+        """
+        label, root = self.location.label, self.location.root
+        if self._is_closed:
+            raise StoreError(f"the store `{label}` is closed", "open it again with `Store.open`")
+        check_owner(self._pid, label)
+        if root is not None and not is_folder(root):
+            raise StoreError(f"the open store `{label}` was moved or removed", "open it at its new path")
 
     @property
     def is_snapshot(self) -> bool:
@@ -76,22 +97,23 @@ class Database:
 
     @property
     def default_sketcher(self) -> str:
-        """The name of the sketcher that is used where none is named."""
+        """The name of the default sketcher."""
         with self.session() as session:
-            return session.scalars(select(StoreMeta.sketcher)).one()
+            return _default_sketcher(session)
 
-    def remember(self, what: str, state: object, make: Callable[[], V]) -> V:
-        """Return `what` as it was made for this state of the store, or make it; one state of it is kept."""
-        held = self._memory.get(what)
-        if held is None or held[0] != state:
-            self._memory[what] = held = (state, make())
-        found: V = held[1]
-        return found
+    def remember(self, key: str, state: object, make: Callable[[], V]) -> V:
+        """Return the cached value of `key` for this state of the store, or make it. Only one state is cached."""
+        entry = self._memory.get(key)
+        if entry is None or entry[0] != state:
+            self._memory[key] = entry = (state, make())
+        value: V = entry[1]
+        return value
 
     def close(self) -> None:
-        """Let go of the catalog and of what is remembered."""
+        """Close the catalog's connections and clear the cache."""
+        self._is_closed = True
         self._memory.clear()
-        self.engine.dispose()
+        self.engine.dispose(close=self._pid == os.getpid())  # in a fork, the connections belong to the parent
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -101,10 +123,27 @@ class Database:
                 if self.snapshot is not None:
                     event.listen(session, "before_flush", partial(read_only, self.snapshot.name))
                 yield session
-        except IntegrityError as error:  # what was looked up first is there since
-            raise StoreBusyError(
-                "another process changed the same in the catalog at the same time", "run the command again"
-            ) from error
+        except UnreadableValueError as error:
+            raise self._unreadable(error) from error
+        except IntegrityError as error:  # the row was added after the lookup
+            raise StoreBusyError("another process changed the same catalog row", "run the command again") from error
+
+    def _unreadable(self, error: UnreadableValueError) -> UnreadableValueError:
+        """Add the row and column to the error of an undecodable value."""
+        from lark_store.schema.catalog_values import wrong_values
+
+        with self.engine.connect() as connection:
+            first = next((value for value in wrong_values(connection) if value.is_unreadable), None)
+        return error if first is None else UnreadableValueError(f"the catalog is damaged: {first}", CHECK_HINT)
+
+
+def lock_catalog(session: Session) -> None:
+    """Take the catalog's write lock until the transaction ends, so that rows read from here on can't change.
+
+    Transactions that start with this lock are serial. Call it before the first read: SQLite refuses to upgrade a
+    transaction from reading to writing after another one has written.
+    """
+    session.execute(update(StoreMeta).values(id=StoreMeta.id))
 
 
 def find(session: Session, kind: type[N], name: str) -> N:
@@ -113,18 +152,30 @@ def find(session: Session, kind: type[N], name: str) -> N:
     Raises
     ------
     NameUnknownError
-        With the nearest name as its hint.
+        Its hint is the nearest name.
     """
-    may_be = "\0" not in name  # which PostgreSQL takes in no text
-    row = session.scalar(select(kind).where(kind.name == name)) if may_be else None
+    is_valid = "\0" not in name  # PostgreSQL refuses NUL in text
+    row = session.scalar(select(kind).where(kind.name == name)) if is_valid else None
     if row is None:
-        label, how = _KINDS[kind]
-        raise NameUnknownError.of(label, name, session.scalars(select(kind.name)), how)
+        label, how_to_add = _KINDS[kind]
+        raise NameUnknownError.of(label, name, session.scalars(select(kind.name)), how_to_add)
     return row
 
 
-def still_there(db: Database, *rows: Named) -> None:
-    """Make sure that rows read before are in the catalog yet, not removed and not others of the same name.
+def find_sketcher(session: Session, name: str | None) -> Sketcher:
+    """Return the sketcher with this name, by default the store's."""
+    return find(session, Sketcher, _default_sketcher(session) if name is None else name)
+
+
+def _default_sketcher(session: Session) -> str:
+    name = session.scalars(select(StoreMeta.sketcher)).one_or_none()
+    if name is None:
+        raise StoreError("the catalog is damaged: store_meta has no row", CHECK_HINT)
+    return name
+
+
+def check_unchanged(db: Database, *rows: Named) -> None:
+    """Check that rows read earlier are still in the catalog, not removed or replaced under the same name.
 
     Raises
     ------
@@ -132,14 +183,14 @@ def still_there(db: Database, *rows: Named) -> None:
     """
     with db.session() as session:
         for row in rows:
-            found = find(session, type(row), row.name)
-            if (found.id, found.created_at) != (row.id, row.created_at):
+            current = find(session, type(row), row.name)
+            if (current.id, current.created_at) != (row.id, row.created_at):
                 label, _ = _KINDS[type(row)]
                 raise NameUnknownError(f"{label} `{row.name}` was removed and added again", "run the command again")
 
 
-def known_as(session: Session, row: N, same: tuple[str, ...]) -> N | None:
-    """Return the stored row of this name, or None; its columns in `same` must hold what `row` says.
+def find_same(session: Session, row: N, same: tuple[str, ...]) -> N | None:
+    """Return the stored row with the name of `row`, or None; the two must agree in the columns `same`.
 
     Raises
     ------
@@ -147,24 +198,34 @@ def known_as(session: Session, row: N, same: tuple[str, ...]) -> N | None:
     """
     check_name(row.name)
     kind = type(row)
-    known = session.scalar(select(kind).where(kind.name == row.name))
-    if known is None:
+    stored = session.scalar(select(kind).where(kind.name == row.name))
+    if stored is None:
         return None
-    differs = [c for c in same if getattr(known, c) != getattr(row, c)]
+    differs = [c for c in same if getattr(stored, c) != getattr(row, c)]
     if differs:
         label, _ = _KINDS[kind]
-        facts = ", ".join(f"{c} `{getattr(known, c)}`, not `{getattr(row, c)}`" for c in differs)
+        facts = ", ".join(_difference(column, getattr(stored, column), getattr(row, column)) for column in differs)
         raise NameTakenError(
-            f"{label} `{row.name}` is in the store already with {facts}",
-            "a name never changes its meaning; choose another name",
+            f"{label} `{row.name}` already exists with {facts}",
+            "names can't be redefined; choose another name",
         )
-    return known
+    return stored
+
+
+def _difference(column: str, stored: object, new: object) -> str:
+    """Describe two values of a column; recipes are too long to print."""
+    if not isinstance(stored, dict):
+        return f"{column} `{stored}`, not `{new}`"
+    if column == "recipe" or not isinstance(new, dict):
+        return f"another {column}"
+    keys = [key for key in stored | new if stored.get(key) != new.get(key)]
+    return ", ".join(_difference(key, stored.get(key), new.get(key)) for key in keys)
 
 
 def add_named(session: Session, row: N, same: tuple[str, ...]) -> N:
-    """Add a row, or return the stored one that says the same: adding is idempotent."""
-    known = known_as(session, row, same)
-    if known is None:
+    """Add a row, or return the stored row if it agrees in the columns `same`: adding is idempotent."""
+    stored = find_same(session, row, same)
+    if stored is None:
         session.add(row)
         session.flush()
-    return known or row
+    return stored or row

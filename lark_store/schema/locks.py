@@ -1,11 +1,11 @@
-"""Who is at work on a store, by its locks, so that no two pieces of work cross each other.
+"""Locks that keep concurrent work on a store from interfering.
 
-- A `Work` is held by what adds to the store (an ingest of one unit, a source that is read, a scoring). Beside its lock
-  lies a note of the sources and checkpoints that it touches.
-- `removing` is held by what takes away. It refuses while a work touches the same names, and no work begins meanwhile.
-- `maintenance` is held by removal, optimize, snapshots, check, repair and backup: one of them at a time.
+- `Work`: held by any addition (the ingest of one unit, an added source, a scoring). Its note lists the sources and
+  checkpoints that it touches.
+- `removing`: held by a removal. It fails while a work touches the same names, and blocks new work.
+- `maintenance`: held by removal, optimize, snapshots, check, repair and backup, one at a time.
 
-A lock dies with its process; a note whose lock is free is one that a killed process left.
+Locks end with their process; a note with a free lock was left by a killed process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from lark_store.errors import StoreBusyError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lark_store.schema.location import Location, Lock
+    from lark_store.schema.backends.base import Location, Lock
 
-_PATIENCE_S = 30.0
+_GATE_TIMEOUT_S = 30.0
+_SCORING = "score-"
 Names = dict[str, list[str]]  # kind, such as `source`, to names
 
 
 @contextmanager
-def _held(lock: Lock, seconds: float, fact: str, hint: str) -> Iterator[None]:
+def _hold(lock: Lock, seconds: float, fact: str, hint: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=seconds)
     except Timeout as error:
@@ -41,17 +42,17 @@ def _held(lock: Lock, seconds: float, fact: str, hint: str) -> Iterator[None]:
 
 
 @contextmanager
-def _gate(location: Location, patience: float | None = None) -> Iterator[None]:
-    """Hold the gate: by each work for the moment in which it begins, by removal and repair for as long as they last."""
-    fact, hint = "another process is removing from this store", "wait for it, then run the command again"
-    with _held(location.locks.lock("gate"), _PATIENCE_S if patience is None else patience, fact, hint):
+def _gate(location: Location, timeout: float | None = None) -> Iterator[None]:
+    """Hold the gate: each work while it starts, removal and repair until they end."""
+    fact, hint = "another process is removing data from this store", "wait for it, then run the command again"
+    with _hold(location.locks.lock("gate"), _GATE_TIMEOUT_S if timeout is None else timeout, fact, hint):
         yield
 
 
 class Work:
-    """A piece of work: `key` tells it from others, `doing` says what it is, `touches` what must not go meanwhile.
+    """Running work, identified by `key` and described by `doing`; the names in `touches` can't be removed meanwhile.
 
-    Without `touches` nothing at all may go.
+    Without `touches`, nothing can be removed.
     """
 
     def __init__(self, location: Location, key: str, doing: str, touches: Names | None = None) -> None:
@@ -59,30 +60,28 @@ class Work:
         self._lock = location.locks.lock(key)
 
     def acquire(self) -> None:
-        """Begin.
+        """Start the work.
 
         Raises
         ------
         StoreBusyError
-            Another process does this work, or something is being removed.
+            Another process does this work, or a removal is running.
         """
         with _gate(self.location):
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
-                raise StoreBusyError(
-                    f"another process is {self.doing}", "wait for it, or do something else meanwhile"
-                ) from error
+                raise StoreBusyError(f"another process is {self.doing}", "wait for it to finish") from error
             try:
                 self.location.locks.write(self.key, {"doing": self.doing, "touches": self.touches})
-            except Exception:  # a full disk, or a database that is gone
+            except Exception:  # a full disk, or a lost database
                 self._lock.release()
                 raise
 
     def release(self) -> None:
-        """End; harmless where it was not begun."""
+        """End the work, if it was started."""
         if self._lock.is_locked:
-            self.location.locks.remove(self.key)  # else each name ever used would leave a file
+            self.location.locks.remove(self.key)  # otherwise lock files would accumulate
             self._lock.release()
 
 
@@ -99,39 +98,50 @@ def working(location: Location, key: str, doing: str, touches: Names | None = No
 
 @contextmanager
 def scoring(location: Location) -> Iterator[None]:
-    """Hold off every removal while scores are made; several may score at a time."""
-    key = f"score-{uuid4().hex}"
-    with working(location, key, "scoring"):
+    """Block removals while scoring; several scorings can run at a time."""
+    with working(location, f"{_SCORING}{uuid4().hex}", "scoring"):
         yield
+
+
+def n_scoring(location: Location) -> int:
+    """Count the running scorings, including this process's; remove notes of killed ones."""
+    n = 0
+    for key in location.locks.notes():
+        if key.startswith(_SCORING):  # keys are single-use; the note follows the lock
+            if _live_note(location, key) is None:
+                location.locks.remove(key)
+            else:
+                n += 1
+    return n
 
 
 @contextmanager
 def maintenance(location: Location) -> Iterator[None]:
-    """Hold the store's maintenance: one job at a time.
+    """Hold the maintenance lock: one job at a time.
 
     Raises
     ------
     StoreBusyError
     """
-    fact = "another process is removing from this store, optimizing it or making a snapshot"
-    with _held(location.locks.lock("maintenance"), 0, fact, "wait for it, then run the command again"):
+    fact = "another process is removing data, optimizing or making a snapshot"
+    with _hold(location.locks.lock("maintenance"), 0, fact, "wait for it, then run the command again"):
         yield
 
 
 @contextmanager
 def removing(location: Location, kind: str, name: str) -> Iterator[None]:
-    """Hold off all work on the checkpoint or source of this name.
+    """Block all work on the checkpoint or source of this name.
 
     Raises
     ------
     StoreBusyError
-        Such work is under way.
+        Such work is running.
     """
     with maintenance(location), _gate(location):
         for key in location.locks.notes():
-            work = _alive(location, key)
+            work = _live_note(location, key)
             if work is None:
-                location.locks.remove(key)  # what wrote it has ended, or was killed
+                location.locks.remove(key)  # its process ended or was killed
             elif work["touches"] is None or name in work["touches"].get(kind, []):
                 raise StoreBusyError(
                     f"{kind} `{name}` is in use: another process is {work['doing']}",
@@ -140,47 +150,47 @@ def removing(location: Location, kind: str, name: str) -> Iterator[None]:
         yield
 
 
-def _alive(location: Location, key: str) -> dict[str, Any] | None:
-    """Return what a note says if its work is under way. Behind the gate: no work begins while its lock is tried."""
+def _live_note(location: Location, key: str) -> dict[str, Any] | None:
+    """Return the note of running work, else None. Call it behind the gate, so that no work starts meanwhile."""
     lock = location.locks.lock(key)
     with suppress(Timeout):
         lock.acquire(timeout=0)
         lock.release()
         return None
-    return location.locks.read(key)  # None: it has just ended
+    return location.locks.read(key)  # None if it has just ended
 
 
 @dataclass(frozen=True)
 class Pause:
-    """The store while no work begins: the notes of what is under way, and the locks that killed work left."""
+    """The store while no work can start: notes of running work, and leftover locks of killed work."""
 
     works: list[dict[str, Any]]
     leftovers: list[str]
 
     @property
     def doing(self) -> list[str]:
-        """What is under way, in words."""
+        """Descriptions of the running work."""
         return sorted(str(work["doing"]) for work in self.works)
 
     def touches(self, **names: str) -> bool:
-        """Tell whether a work is under way that touches all of these names, given as kind=name."""
-        said = [work["touches"] for work in self.works]
-        return any(t is None or all(name in t.get(kind, []) for kind, name in names.items()) for t in said)
+        """Tell whether any running work touches all of these names, given as kind=name."""
+        touched = [work["touches"] for work in self.works]
+        return any(t is None or all(name in t.get(kind, []) for kind, name in names.items()) for t in touched)
 
 
 @contextmanager
-def paused(location: Location, patience: float | None = None) -> Iterator[Pause]:
-    """Hold off work that would begin, and tell what is under way.
+def paused(location: Location, timeout: float | None = None) -> Iterator[Pause]:
+    """Block new work and report the running work.
 
     Raises
     ------
     StoreBusyError
-        Something is being removed or repaired for longer than `patience` seconds.
+        A removal or repair takes longer than `timeout` seconds.
     """
-    with _gate(location, patience):
+    with _gate(location, timeout):
         works, leftovers = [], location.locks.unnoted()
         for key in location.locks.notes():
-            work = _alive(location, key)
+            work = _live_note(location, key)
             if work is None:
                 leftovers.append(key)
             else:

@@ -1,50 +1,77 @@
-"""`Store`, the public face: make, open and close a store, and one method for each command, in parts by kind."""
+"""`Store`, the public API: create, open and close a store; one method per command, grouped in parts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 from lark_store import migrations
-from lark_store.errors import StoreError
+from lark_store.errors import InputError, StoreError
+from lark_store.schema.backends.open import check_vectors
 from lark_store.schema.database import Database
-from lark_store.schema.location import check_vectors
-from lark_store.store.ask import Ask
-from lark_store.store.care import Care
-from lark_store.store.doors import Doors
-from lark_store.store.fresh import make
-from lark_store.store.manage import Manage
-from lark_store.store.part import location_of
-from lark_store.store.trust import Trust
-from lark_store.store.work import Work
+from lark_store.store.answers import AnswerMethods
+from lark_store.store.base import location_of
+from lark_store.store.compute import ComputeMethods
+from lark_store.store.create import make
+from lark_store.store.integrity import IntegrityMethods
+from lark_store.store.interchange import InterchangeMethods
+from lark_store.store.lifecycle import LifecycleMethods
+from lark_store.store.registry import RegistryMethods
+from lark_store.store.samples import SampleMethods
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
 
-class Store(Manage, Work, Ask, Doors, Care, Trust):
-    """An open store. Make one with `Store.create`, open one with `Store.open`; use it as a context manager.
+class Store(
+    RegistryMethods,
+    SampleMethods,
+    ComputeMethods,
+    AnswerMethods,
+    InterchangeMethods,
+    LifecycleMethods,
+    IntegrityMethods,
+):
+    """An open store. Create one with `Store.create` or open one with `Store.open`, and use it as a context manager.
 
-    Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Every method raises a `LarkStoreError` with a hint for a foreseeable
-    fault; a name or an input that is wrong changes nothing.
+    Names are slugs (`a-z`, `0-9`, `.`, `_`, `-`). Foreseeable faults raise a `LarkStoreError` with a hint. A wrong name
+    or input changes nothing.
     """
 
     def __init__(self, database: Database) -> None:
+        if not isinstance(database, Database):
+            raise InputError(
+                "`Store(...)` takes no path: use `Store.open` to open a store or `Store.create` to create one",
+                f"for example `Store.open({str(database)!r})`",
+            )
         self._db = database
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the store's location; unpickling reopens it."""
+        self._db.check_usable()
+        location, snapshot = self._db.location, self._db.snapshot
+        if location.has_password:
+            raise StoreError(
+                f"the store `{self.place}` can't be pickled: its URL holds a password",
+                "set PGPASSWORD instead, or open the store in each process",
+            )
+        opened = partial(type(self).open, snapshot=None if snapshot is None else snapshot.name)
+        return opened, (location.label if location.root is None else str(location.root),)
 
     @classmethod
     def create(cls, path: str | Path | None = None, *, vectors: str | None = None, sketcher: str | None = None) -> Self:
-        """Make a fresh store with the variants `raw` and `chatml` and the sketchers `lark` and `adam`, and open it.
+        """Create a store with the variants `raw` and `chatml` and the sketchers `lark` and `adam`, and open it.
 
-        `path` is a folder that does not exist yet (default: `LARK_STORE` or `./lark.store`), or `postgresql://…`, a
-        database in which there is no store yet. `vectors` is where the vectors go: a folder or a URL `s3://…`, `gs://…`
-        or `az://…`; beside the catalog by default, always to be named where that is in PostgreSQL. `sketcher` is the
-        built-in one that is used where none is named (default: `lark`, the paper's); see `sketcher_default`.
+        `path` is a folder that doesn't exist yet (default: `LARK_STORE` or `./lark.store`), or `postgresql://…`, a
+        database without a store. `vectors` is the location of the vectors: a folder or a URL `s3://…`, `gs://…` or
+        `az://…`. By default they lie beside the catalog; with PostgreSQL the location is required. `sketcher` is the
+        default sketcher, one of the built-in ones (default: `lark`, the paper's); see `sketcher_default`.
 
         Raises
         ------
         StoreExistsError
-            There is something at `path` or `vectors` already.
+            `path` or `vectors` is already in use.
         NameUnknownError, StoreError
         """
         location = location_of(path)
@@ -53,9 +80,9 @@ class Store(Manage, Work, Ask, Doors, Care, Trust):
 
     @classmethod
     def open(cls, path: str | Path | None = None, *, snapshot: str | None = None) -> Self:
-        """Open a store, or with `snapshot` the store as it was when that was made: to be read only.
+        """Open a store, or with `snapshot` a read-only view of the store as it was at that snapshot.
 
-        Never changes its schema.
+        Never changes the schema.
 
         Raises
         ------
@@ -65,17 +92,18 @@ class Store(Manage, Work, Ask, Doors, Care, Trust):
         migrations.check(location)
         if snapshot is None:
             return cls(Database(location))
-        from lark_store.upkeep.snapshots import read
+        from lark_store.maintenance.snapshots import read
 
         info = read(location, snapshot)
         migrations.check(location, snapshot)
         return cls(Database(location, info))
 
     def close(self) -> None:
-        """Let go of the store's files."""
+        """Release the store's files. The object can't be used afterwards."""
         self._db.close()
 
     def __enter__(self) -> Self:
+        self._db.check_usable()
         return self
 
     def __exit__(
@@ -88,7 +116,7 @@ class Store(Manage, Work, Ask, Doors, Care, Trust):
 
     @property
     def place(self) -> str:
-        """Where the store is, as it was named, without a password."""
+        """The store's location as it was given, without a password."""
         return self._db.location.label
 
     @property
@@ -101,5 +129,5 @@ class Store(Manage, Work, Ask, Doors, Care, Trust):
             Its catalog is in PostgreSQL.
         """
         if self._db.location.root is None:
-            raise StoreError(f"the store `{self.place}` has no folder", "`Store.place` says where it is")
+            raise StoreError(f"the store `{self.place}` has no folder", "use `Store.place` for its location")
         return self._db.location.root

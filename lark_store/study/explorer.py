@@ -1,6 +1,6 @@
-"""What the report shows of each query: its text, its path over the epochs, and the samples that drive it.
+"""The report's data per query: its text, its course over the epochs, and its top samples.
 
-Compact, as it is part of the page: each text is there once, and samples, groups and rows are named by their place.
+The data is part of the page, so it is compact: each text occurs once, and rows refer to samples and groups by index.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from lark_store.study.chart_style import source_colours
 from lark_store.study.groups import SKETCHER
-from lark_store.study.style import source_colours
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,19 +38,19 @@ SELECT s.*, b.place FROM scored s JOIN wanted USING (query_id, source, variant, 
 LEFT JOIN best b USING (checkpoint, query_id, source, variant, sample_id)
 ORDER BY s.query_id, s.source, s.variant, s.sample_id, s.checkpoint"""
 _TEXTS = """
-SELECT source, sample_id, coalesce(prompt, text, '') AS text, response
+SELECT source, sample_id, coalesce(prompt, text, messages, '') AS text, coalesce(response, completion) AS response
 FROM samples WHERE list_contains($sources, source)"""
 
 
 def explorer(results: Results, store: Store) -> dict[str, Any]:
-    """Return the page's data on queries: lists by checkpoint are in order of epochs, null where nothing is known."""
+    """Return the page's data on queries; lists by checkpoint are in order of epochs, with null for missing values."""
     recipe = results.recipe
-    named = {"sketcher": SKETCHER, "method": METHOD, "queries": recipe.queries.name, "variant": recipe.queries.variant}
-    scores = store.sql(_SCORES, named | {"checkpoints": recipe.checkpoints, "top": TOP})
+    keys = {"sketcher": SKETCHER, "method": METHOD, "queries": recipe.queries.name, "variant": recipe.queries.variant}
+    scores = store.sql(_SCORES, keys | {"checkpoints": recipe.checkpoints, "top": TOP})
     sources = [source.name for source in (recipe.queries, recipe.tuning, *recipe.pretraining)]
-    found = store.sql(_TEXTS, {"sources": sources})
-    texts = {(source, sample_id): (text, response) for source, sample_id, text, response in found.iter_rows()}
-    tops = _Tops(recipe.checkpoints, texts)
+    text_rows = store.sql(_TEXTS, {"sources": sources})
+    texts = {(source, sample_id): (text, response) for source, sample_id, text, response in text_rows.iter_rows()}
+    tops = _TopRows(recipe.checkpoints, texts)
     rows = {key[0]: tops.of_query(part) for key, part in scores.group_by("query_id", maintain_order=True)}
     queries = [
         _query(str(key[0]), part, recipe.checkpoints, texts.get((recipe.queries.name, str(key[0])), ("", None)))
@@ -68,27 +68,27 @@ def explorer(results: Results, store: Store) -> dict[str, Any]:
     }
 
 
-def cut(text: str | None, most: int) -> str | None:
-    """Return a text without its middle where it is longer than `most`: a question may stand at its end."""
-    if text is None or len(text) <= most:
+def cut(text: str | None, limit: int) -> str | None:
+    """Cut the middle out of a text longer than `limit`: the end may hold the question."""
+    if text is None or len(text) <= limit:
         return text
-    start = most * 2 // 3
-    return f"{text[:start].rstrip()} […] {text[start - most :].lstrip()}"
+    start = limit * 2 // 3
+    return f"{text[:start].rstrip()} […] {text[start - limit :].lstrip()}"
 
 
 def short(value: float | None) -> float | None:
-    """Return a number with the digits that are shown; None for one that is not finite."""
+    """Round a number to the displayed digits; None if it is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{DIGITS}g}")
 
 
 def _query(query_id: str, rows: pl.DataFrame, checkpoints: list[str], text: tuple[str, str | None]) -> dict[str, Any]:
-    """Return what is known of a query itself."""
-    at = {row["checkpoint"]: row for row in rows.iter_rows(named=True)}
+    """Return a query's text, label, predictions and figures."""
+    row_at = {row["checkpoint"]: row for row in rows.iter_rows(named=True)}
 
     def along(field: str) -> list[Any]:
-        return [at[name][field] if name in at else None for name in checkpoints]
+        return [row_at[name][field] if name in row_at else None for name in checkpoints]
 
     return {
         "id": query_id,
@@ -102,8 +102,8 @@ def _query(query_id: str, rows: pl.DataFrame, checkpoints: list[str], text: tupl
     }
 
 
-class _Tops:
-    """Gathers samples and groups of all queries, so that each is written once."""
+class _TopRows:
+    """Collects the samples and groups of all queries, each once."""
 
     def __init__(self, checkpoints: list[str], texts: dict[tuple[str, str], tuple[str, str | None]]) -> None:
         self.groups: list[list[str]] = []
@@ -114,7 +114,7 @@ class _Tops:
         self._sample_at: dict[tuple[str, str], int] = {}
 
     def of_query(self, scores: pl.DataFrame) -> dict[str, Any]:
-        """Return a query's rows [sample, group, score by checkpoint], and by checkpoint the places of the top ones."""
+        """Return a query's rows [sample, group, scores by checkpoint], and the top rows' indices by checkpoint."""
         rows: list[list[Any]] = []
         top: list[list[tuple[int, int]]] = [[] for _ in self._checkpoints]
         keys = ("source", "variant", "sample_id")
@@ -129,14 +129,14 @@ class _Tops:
         return {"rows": rows, "top": [[n for _, n in sorted(places)] for places in top]}
 
     def _sample(self, source: str, sample_id: str) -> int:
-        at = self._sample_at.setdefault((source, sample_id), len(self.samples))
-        if at == len(self.samples):
+        index = self._sample_at.setdefault((source, sample_id), len(self.samples))
+        if index == len(self.samples):
             text, response = self._texts.get((source, sample_id), ("", None))
             self.samples.append([source, sample_id, cut(text, LONGEST), cut(response, LONGEST)])
-        return at
+        return index
 
     def _group(self, source: str, variant: str) -> int:
-        at = self._group_at.setdefault((source, variant), len(self.groups))
-        if at == len(self.groups):
+        index = self._group_at.setdefault((source, variant), len(self.groups))
+        if index == len(self.groups):
             self.groups.append([source, variant])
-        return at
+        return index

@@ -1,7 +1,7 @@
-"""Fine-tuning by transformers' Trainer on the loss that is sketched: a checkpoint per epoch, added to the store.
+"""Fine-tuning by transformers' Trainer on the sketched loss: a checkpoint per epoch, added to the store.
 
-A checkpoint that is in the store is whole, since it is added when all its files are written. What else lies in the
-folder was cut off; it goes, and its epoch is trained again from the checkpoint before it, with the same result.
+A checkpoint in the store is complete: it is added after all its files are written. Any other checkpoint folder is
+incomplete: it is removed, and its epoch is trained again from the previous checkpoint, with the same result.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lark_store.callback import LarkStoreCallback
+from lark_store.core.device import pick_device
 from lark_store.errors import CheckpointError, InputError
-from lark_store.ingest.checkpoints import first_line
-from lark_store.ingest.gradients import pick_device, recompute_activations
-from lark_store.ingest.losses import Batch, sample_losses
-from lark_store.ingest.models import context_length, load_model, load_tokenizer, quiet
-from lark_store.ingest.variants import Tokens
-from lark_store.schema.records import Progress
+from lark_store.gradients.paths.hooks import recompute_activations
+from lark_store.modeling.checkpoints import first_line
+from lark_store.modeling.loading import context_length, load_model, load_tokenizer, quiet
+from lark_store.modeling.losses import Batch, sample_losses
+from lark_store.modeling.tokens import Tokens
+from lark_store.results import Progress
 from lark_store.store import Store
 from lark_store.study.render import renderer_of
 
@@ -31,34 +32,34 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState
 
-    from lark_store.ingest.sources import Sample
-    from lark_store.schema.records import OnProgress
+    from lark_store.modeling.sample import Sample
+    from lark_store.results import OnProgress
     from lark_store.study.recipe import Recipe
 
-_TO_GO_ON = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
+_RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 
 
 def finetune(store: Store, recipe: Recipe, base: Path, samples: Sequence[Sample], on_progress: OnProgress) -> None:
-    """Train the epochs whose checkpoints are not in the store.
+    """Train the epochs without a checkpoint in the store.
 
     Raises
     ------
     InputError
-        A sample can't be rendered; transformers refuses an option.
+        A sample can't be rendered, or transformers refuses an option.
     CheckpointError
         A checkpoint was not written.
     """
     folder = recipe.root / "checkpoints"
-    done = _whole(store, folder)
-    if len(done) == recipe.epochs:
-        _forget(done.values())
+    finished = _complete_checkpoints(store, folder)
+    if len(finished) == recipe.epochs:
+        _remove_resume_files(finished.values())
         return
-    _train(recipe, base, samples, on_progress, done)
-    _forget(_whole(store, folder).values())
+    _train(recipe, base, samples, on_progress, finished)
+    _remove_resume_files(_complete_checkpoints(store, folder).values())
 
 
 def _train(
-    recipe: Recipe, base: Path, samples: Sequence[Sample], on_progress: OnProgress, done: dict[str, Path]
+    recipe: Recipe, base: Path, samples: Sequence[Sample], on_progress: OnProgress, finished: dict[str, Path]
 ) -> None:
     device = pick_device(recipe.device)
     model = load_model(base, device, recipe.finetune.precision)
@@ -67,99 +68,99 @@ def _train(
     tokenizer = load_tokenizer(base)
     renderer = renderer_of(recipe, recipe.tuning.variant, tokenizer, context_length(model))
     rendered = [renderer.attempt(sample) for sample in samples]
-    bad = [(sample, found) for sample, found in zip(samples, rendered, strict=True) if not isinstance(found, Tokens)]
+    bad = [(sample, tokens) for sample, tokens in zip(samples, rendered, strict=True) if not isinstance(tokens, Tokens)]
     if bad:
         fact = f"{len(bad)} samples of `{recipe.tuning.name}` can't be trained on; `{bad[0][0].sample_id}`: {bad[0][1]}"
-        raise InputError(fact, "take them out of the file, or raise the variant's `max_length`")
+        raise InputError(fact, "remove them from the file, or raise the variant's `max_length`")
     trainer = _StudyTrainer(
         rates=recipe.finetune.learning_rates,
         model=model,
         args=_arguments(recipe, device),
         train_dataset=rendered,
-        data_collator=_together,
+        data_collator=_collate,
         processing_class=tokenizer,
         callbacks=[
             LarkStoreCallback(recipe.store, model=recipe.model_name, by="epoch"),
             _Housekeeping(recipe.store),
-            _Told(on_progress),
+            _ProgressReporter(on_progress),
         ],
     )
     trainer.remove_callback(PrinterCallback)
     with quiet():
-        trainer.train(resume_from_checkpoint=_start(done))
+        trainer.train(resume_from_checkpoint=_start(finished))
 
 
-def _start(done: dict[str, Path]) -> str | None:
-    """Return the checkpoint to go on from: the last one."""
-    if not done:
+def _start(finished: dict[str, Path]) -> str | None:
+    """Return the last checkpoint, to resume from."""
+    if not finished:
         return None
-    last = list(done.values())[-1]
+    last = list(finished.values())[-1]
     if not (last / "optimizer.pt").is_file():
         raise CheckpointError(
-            f"the training can't go on from `{last}`: its optimizer's state is gone",
-            "begin again: remove the study's folder",
+            f"training can't resume from `{last}`: its optimizer state is gone",
+            "remove the study's folder, then run the study again",
         )
     return str(last)
 
 
-def _whole(store: Store, folder: Path) -> dict[str, Path]:
-    """Return the folders of the epochs that are in the store, in order; remove what else lies there.
+def _complete_checkpoints(store: Store, folder: Path) -> dict[str, Path]:
+    """Return the folders of the epochs in the store, in order; remove other checkpoints.
 
-    Where the study was moved, the store is told.
+    Updates the store's paths if the study was moved.
     """
-    known = dict(store.sql("select name, path from checkpoints where name like 'epoch-%' order by step").iter_rows())
-    found = {name: folder / path.rsplit("/", 1)[-1] for name, path in known.items()}
-    for name, path in found.items():
-        if path.is_dir() and str(path.resolve()) != known[name]:
+    stored = dict(store.sql("select name, path from checkpoints where name like 'epoch-%' order by step").iter_rows())
+    folders = {name: folder / path.rsplit("/", 1)[-1] for name, path in stored.items()}
+    for name, path in folders.items():
+        if path.is_dir() and str(path.resolve()) != stored[name]:
             store.checkpoint_add(name, path)
     for path in folder.glob("checkpoint-*"):
-        if path not in found.values():
+        if path not in folders.values():
             shutil.rmtree(path)
-    return found
+    return folders
 
 
-def _forget(folders: Any) -> None:
-    """Remove what only a training that goes on needs: it is larger than the model."""
+def _remove_resume_files(folders: Any) -> None:
+    """Remove the files for resuming: they are larger than the model."""
     for folder in folders:
-        for name in _TO_GO_ON:
+        for name in _RESUME_FILES:
             (folder / name).unlink(missing_ok=True)
 
 
 def check_options(recipe: Recipe) -> None:
-    """Make sure that transformers takes the training's options, and has what the optimizer needs.
+    """Check that transformers accepts the training options and the optimizer's dependencies are installed.
 
     Raises
     ------
     InputError
     """
     arguments = _arguments(recipe, pick_device(recipe.device))
-    with _refused():
+    with _refusal():
         Trainer.get_optimizer_cls_and_kwargs(arguments)
 
 
 @contextmanager
-def _refused() -> Iterator[None]:
+def _refusal() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError) as error:
-        what = shorten(first_line(error), 200, placeholder=" …")
-        hint = "see `optim` of its TrainingArguments; `adamw_torch`, `adafactor` and `sgd` need nothing more"
-        raise InputError(f"transformers refuses the recipe's `finetune`: {what}", hint) from error
+        reason = shorten(first_line(error), 200, placeholder=" …")
+        hint = "choose another `optimizer`; `adamw_torch`, `adafactor` and `sgd` need no further package"
+        raise InputError(f"transformers refuses the recipe's `finetune`: {reason}", hint) from error
 
 
 def _arguments(recipe: Recipe, device: torch.device) -> TrainingArguments:
-    how = recipe.finetune
-    micro = how.micro_batch_size or how.batch_size
-    with _refused():
-        made = TrainingArguments(
+    options = recipe.finetune
+    micro = options.micro_batch_size or options.batch_size
+    with _refusal():
+        arguments = TrainingArguments(
             output_dir=str(recipe.root / "checkpoints"),
             num_train_epochs=recipe.epochs,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=how.batch_size // micro,
-            learning_rate=how.learning_rates[0],
-            optim=how.optimizer,
-            weight_decay=how.weight_decay,
-            max_grad_norm=how.max_grad_norm,
+            gradient_accumulation_steps=options.batch_size // micro,
+            learning_rate=options.learning_rates[0],
+            optim=options.optimizer,
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm,
             save_strategy="epoch",
             logging_strategy="epoch",
             remove_unused_columns=False,
@@ -169,24 +170,24 @@ def _arguments(recipe: Recipe, device: torch.device) -> TrainingArguments:
             seed=recipe.seed,
             use_cpu=device.type == "cpu",
         )
-    made._n_gpu = min(made.n_gpu, 1)  # noqa: SLF001 (transformers' own way to say: no DataParallel)
-    return made
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001 (disables DataParallel)
+    return arguments
 
 
-def _together(samples: list[Tokens]) -> dict[str, Any]:
+def _collate(samples: list[Tokens]) -> dict[str, Any]:
     return {"samples": samples}
 
 
 class _StudyTrainer(Trainer):  # type: ignore[misc]
-    """Trains on the mean over samples of the loss that is sketched, with a learning rate for each epoch."""
+    """Trains on the samples' mean sketched loss, with a learning rate per epoch."""
 
     def __init__(self, rates: Sequence[float], **options: Any) -> None:
         super().__init__(**options)
         self._rates = rates
-        self.model_accepts_loss_kwargs = False  # `compute_loss` returns a mean: it is divided by the accumulation
+        self.model_accepts_loss_kwargs = False  # so that the mean loss is divided by the accumulation steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Set the learning rate by the epoch that a step belongs to."""
+        """Set the learning rate by epoch."""
         from torch.optim.lr_scheduler import LambdaLR
 
         rates, steps = self._rates, num_training_steps // len(self._rates)
@@ -201,32 +202,32 @@ class _StudyTrainer(Trainer):  # type: ignore[misc]
         return (loss, {}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count nothing: the inputs are no tensors."""
+        """Return 0: the inputs are not tensors."""
         del inputs
         return 0
 
 
 class _Housekeeping(TrainerCallback):  # type: ignore[misc]
-    """Keeps the optimizer's state of the last checkpoint alone; a checkpoint that was not added ends the training."""
+    """Keeps the optimizer state of the last checkpoint only; stops the training if a checkpoint was not added."""
 
     def __init__(self, store: Path) -> None:
         self._store = store
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look whether it was added, then remove the older ones' state."""
+        """Check that the checkpoint was added, then remove the state of older ones."""
         del args, control, kwargs
         with Store.open(self._store) as store:
-            found = store.sql("select path, step from checkpoints where name like 'epoch-%' order by step")
-        if state.global_step not in found["step"]:
+            rows = store.sql("select path, step from checkpoints where name like 'epoch-%' order by step")
+        if state.global_step not in rows["step"]:
             raise CheckpointError(
-                f"the checkpoint of step {state.global_step} was not added to the store; the log says why",
-                "run the study again: it goes on from the checkpoint before it",
+                f"the checkpoint of step {state.global_step} was not added to the store; see the log",
+                "run the study again: it resumes from the previous checkpoint",
             )
-        _forget(map(Path, found["path"][:-1]))
+        _remove_resume_files(map(Path, rows["path"][:-1]))
 
 
-class _Told(TrainerCallback):  # type: ignore[misc]
-    """Says how far the training is."""
+class _ProgressReporter(TrainerCallback):  # type: ignore[misc]
+    """Reports the training's progress."""
 
     def __init__(self, on_progress: OnProgress) -> None:
         self._on_progress = on_progress

@@ -1,8 +1,8 @@
 "use strict";
-// The page of a study. Texts are untrusted: they are only ever set as text.
+// A study's page. Texts are untrusted: set them as text only.
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const at = (id) => document.getElementById(id);
+  const byId = (id) => document.getElementById(id);
   const charts = read("charts-data"), study = read("study-data");
   const checkpoints = study.checkpoints;
   const epochs = checkpoints.map((name) => name.replace(/^epoch-/, ""));
@@ -26,7 +26,7 @@
   const number = (value, digits = 3) =>
     value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 
-  // Figures: Vega draws them in place of the still ones, as wide as the page.
+  // Figures: Vega replaces the static ones, at the width of the page.
   function fitted(spec, width) {
     const fit = structuredClone(spec);
     const names = [...(spec.layer ?? []), ...(spec.hconcat?.[0].layer ?? [])].flatMap((l) => l.encoding?.color?.scale?.domain ?? []);
@@ -111,7 +111,7 @@
     const width = 144, height = 34;
     const x = (i) => 5 + ((width - 10) * i) / Math.max(1, values.length - 1);
     const y = (value) => 4 + ((scale.high - value) / (scale.high - scale.low || 1)) * (height - 8);
-    const words = values.map((value, i) => `${checkpoints[i]}: ${value === null ? "not in the best 100" : number(value, 4)}`);
+    const words = values.map((value, i) => `${checkpoints[i]}: ${value === null ? "not in the top 100" : number(value, 4)}`);
     const svg = draw("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMinYMid meet", role: "img", "aria-label": words.join(", ") });
     svg.append(draw("title", {}, words.join("\n")));
     if (scale.low <= 0 && scale.high >= 0) svg.append(draw("line", { class: "grid", x1: 0, x2: width, y1: y(0), y2: y(0) }));
@@ -146,8 +146,8 @@
     rows.push(row(`Φ, ${study.against}`, query.pt.map((value) => number(value))));
     rows.push(row("FT/PT", query.ft.map((ft, i) => number(ft !== null && query.pt[i] > 0 ? ft / query.pt[i] : null, 2))));
     rows.push(row("closer", query.winner.map((word) => word ?? "–")));
-    at("query-label").textContent = query.label === null ? "By epoch." : `Label: ${query.label}. By epoch:`;
-    at("query-table").replaceChildren(
+    byId("query-label").textContent = query.label === null ? "By epoch." : `Label: ${query.label}. By epoch:`;
+    byId("query-table").replaceChildren(
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "epoch"), ...epochs.map(head))),
       make("tbody", {}, ...rows));
   }
@@ -160,16 +160,16 @@
       ], 4),
       plot("Loss (nats per target token)", [{ name: "loss", colour: "#7f8790", values: query.loss }], 3),
     ];
-    at("query-plots").replaceChildren(...plots.filter((one) => one !== null));
+    byId("query-plots").replaceChildren(...plots.filter((one) => one !== null));
   }
   function fillTop() {
     const rows = shown.top[chosen].map((i) => shown.rows[i]);
-    at("top-title").textContent = rows.length
-      ? `The ${rows.length} samples with the most influence at ${checkpoints[chosen]}`
+    byId("top-title").textContent = rows.length
+      ? `The ${rows.length} most influential samples at ${checkpoints[chosen]}`
       : `No influence is stored at ${checkpoints[chosen]}`;
     const all = rows.flatMap((row) => row[2]).filter((value) => value !== null);
     const scale = { low: Math.min(0, ...all), high: Math.max(0, ...all) };
-    at("top").replaceChildren(...rows.map(([sample, group, scores], i) => {
+    byId("top").replaceChildren(...rows.map(([sample, group, scores], i) => {
       const [source, id, text, response] = study.samples[sample], variant = study.groups[group][1];
       const body = make("div", { class: "text" });
       fillText(body, text, response);
@@ -186,17 +186,17 @@
   }
   function show(index) {
     shown = study.queries[index];
-    at("query-name").textContent = `Query ${shown.id}`;
-    at("query-question").textContent = questionOf(shown);
-    at("query-question").hidden = !questionOf(shown);
-    fillText(at("query-text"), shown.text, shown.response);
+    byId("query-name").textContent = `Query ${shown.id}`;
+    byId("query-question").textContent = questionOf(shown);
+    byId("query-question").hidden = !questionOf(shown);
+    fillText(byId("query-text"), shown.text, shown.response);
     fillTable(shown);
     fillPlots(shown);
     fillTop();
   }
 
-  // Finding and stepping.
-  const select = at("query-select");
+  // Search and navigation.
+  const select = byId("query-select");
   function step(by) {
     select.selectedIndex = Math.min(Math.max(select.selectedIndex + by, 0), select.options.length - 1);
     changed();
@@ -204,12 +204,12 @@
   function changed() {
     const isAny = select.options.length > 0;
     if (isAny) show(Number(select.value));
-    at("query-previous").disabled = !isAny || select.selectedIndex === 0;
-    at("query-next").disabled = !isAny || select.selectedIndex === select.options.length - 1;
-    at("query-count").textContent = isAny ? `${select.selectedIndex + 1} of ${select.options.length}` : "none has these words";
+    byId("query-previous").disabled = !isAny || select.selectedIndex === 0;
+    byId("query-next").disabled = !isAny || select.selectedIndex === select.options.length - 1;
+    byId("query-count").textContent = isAny ? `${select.selectedIndex + 1} of ${select.options.length}` : "no match";
   }
   function find() {
-    const words = at("query-find").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = byId("query-find").value.toLowerCase().split(/\s+/).filter(Boolean);
     const before = String(study.queries.indexOf(shown));
     const found = study.queries.flatMap((query, i) => {
       const all = `${query.id} ${query.text} ${query.label ?? ""}`.toLowerCase();
@@ -222,21 +222,21 @@
   }
   function start() {
     if (!study.queries.length) {
-      at("queries").append(make("p", {}, "The study has no query."));
+      byId("queries").append(make("p", {}, "The study has no queries."));
       return;
     }
-    at("query-controls").hidden = at("query").hidden = false;
-    at("checkpoint-select").append(...checkpoints.map((name, i) => make("option", { value: i }, name)));
-    at("checkpoint-select").value = String(chosen);
-    at("checkpoint-select").addEventListener("change", (event) => { chosen = Number(event.target.value); fillTop(); });
-    at("query-find").addEventListener("input", find);
+    byId("query-controls").hidden = byId("query").hidden = false;
+    byId("checkpoint-select").append(...checkpoints.map((name, i) => make("option", { value: i }, name)));
+    byId("checkpoint-select").value = String(chosen);
+    byId("checkpoint-select").addEventListener("change", (event) => { chosen = Number(event.target.value); fillTop(); });
+    byId("query-find").addEventListener("input", find);
     select.addEventListener("change", changed);
-    at("query-previous").addEventListener("click", () => step(-1));
-    at("query-next").addEventListener("click", () => step(1));
+    byId("query-previous").addEventListener("click", () => step(-1));
+    byId("query-next").addEventListener("click", () => step(1));
     find();
   }
 
-  // In print, what is folded away is there too.
+  // Open folded tables for printing.
   const asides = [...document.querySelectorAll("details.aside")];
   let closed = [];
   addEventListener("beforeprint", () => {

@@ -1,7 +1,6 @@
-"""A study's report: one HTML file that asks for nothing from outside, and its tables as CSV.
+"""A study's report: one self-contained HTML file, and its tables as CSV.
 
-The page's own policy (Content-Security-Policy) forbids any request, and any script but those written here: sample texts
-are untrusted.
+Sample texts are untrusted, so the page's Content-Security-Policy forbids all requests and foreign scripts.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from lark_store.core.atomic_files import writing
 from lark_store.errors import InputError
+from lark_store.study.chart_style import rate_text
+from lark_store.study.charts import figures, svg
 from lark_store.study.explorer import explorer
-from lark_store.study.figures import figures, svg
-from lark_store.study.files import writing
-from lark_store.study.layout import FIGURES, sheets
-from lark_store.study.style import rate_text
+from lark_store.study.presentation import FIGURES, sheets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lark_store.store import Store
-    from lark_store.study.findings import Finding
+    from lark_store.study.conclusions import Finding
     from lark_store.study.recipe import Recipe
     from lark_store.study.results import Results
 
@@ -38,7 +37,7 @@ HERE = Path(__file__).parent
 
 
 def write(results: Results, findings: Sequence[Finding], store: Store, path: Path) -> Path:
-    """Write the report to `path`; `store` has the texts and scores of the samples that it shows.
+    """Write the report to `path`; `store` provides the texts and scores of its samples.
 
     Raises
     ------
@@ -50,12 +49,12 @@ def write(results: Results, findings: Sequence[Finding], store: Store, path: Pat
         with writing(path) as draft:
             draft.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"`{path}` can't be written: {error.strerror}", "choose another place") from error
+        raise InputError(f"`{path}` can't be written: {error.strerror}", "choose another location") from error
     return path
 
 
 def save_tables(results: Results, folder: Path) -> list[Path]:
-    """Write each table that has rows as NAME.csv; return the paths. One that has none any more goes."""
+    """Write each non-empty table as NAME.csv, remove the files of empty ones, and return the paths."""
     paths = {folder / f"{name}.csv": frame for name, frame in results.tables().items()}
     for path, frame in paths.items():
         with writing(path) as draft:
@@ -69,7 +68,7 @@ def save_tables(results: Results, folder: Path) -> list[Path]:
 def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
     """Return the report's HTML."""
     specs = {name: chart.to_dict() for name, chart in figures(results).items()}
-    scripts = {"vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "page": _beside("page.js")}
+    scripts = {"vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "page": _read_asset("page.js")}
     data = {"charts": {name: _bare(spec) for name, spec in specs.items()}, "study": explorer(results, store)}
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -84,8 +83,8 @@ def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
         sheets=sheets(results),
         figures=[_figure(name, spec) for name, spec in specs.items()],
         recipe_text=recipe_toml(results.recipe),
-        environment={name: _plain(value) for name, value in results.environment.items()},
-        style=Markup(_beside("page.css")),  # noqa: S704 - our own file
+        environment={name: _as_text(value) for name, value in results.environment.items()},
+        style=Markup(_read_asset("page.css")),  # noqa: S704 - our own file
         scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704 - ours and Vega's
         policy=_policy(list(scripts.values())),
         data={name: _json(value) for name, value in data.items()},
@@ -93,7 +92,7 @@ def render(results: Results, findings: Sequence[Finding], store: Store) -> str:
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """Return a recipe as TOML with every key that has a value."""
+    """Return a recipe as TOML, with every non-null key."""
     values = recipe.model_dump(mode="json", exclude_none=True)
     many = [(f"[[{name}]]", part) for name in ("variant", "source") for part in values.pop(name)]
     parts = {k: values.pop(k) for k in list(values) if isinstance(values[k], dict)}
@@ -103,14 +102,14 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Return a value as TOML; its strings, numbers and lists are JSON's."""
+    """Return a value as TOML; strings, numbers and lists are written as in JSON."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _facts(results: Results) -> dict[str, str]:
-    """Return what stands at the top of the page."""
+    """Return the facts at the top of the page."""
     recipe = results.recipe
     rates = list(dict.fromkeys(rate_text(rate) for rate in recipe.finetune.learning_rates))
     return {
@@ -118,48 +117,48 @@ def _facts(results: Results) -> dict[str, str]:
         "Fine-tuned on": f"{recipe.tuning.name}, {recipe.epochs} epochs at {', then '.join(rates)}",
         "Pretraining sources": ", ".join(source.name for source in recipe.pretraining),
         "Queries": f"{results.queries['query_id'].n_unique():,} ({recipe.queries.name})",
-        "Sketch": f"{recipe.sketch.k:,} bins, seed {recipe.sketch.seed}",
+        "Sketch": f"{recipe.sketch.k:,} bins, seed {recipe.sketch.seed}, correction `{recipe.sketch.correction}`",
     }
 
 
 def _figure(name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a figure: its number, caption, and drawing that is there without JavaScript and in print."""
+    """Return a figure: number, caption, and a static drawing for print and for browsers without JavaScript."""
     number, caption = FIGURES[name]
-    drawing = Markup(svg(_bare(spec), name))  # noqa: S704 - Vega escapes what it draws
+    drawing = Markup(svg(_bare(spec), name))  # noqa: S704 - Vega escapes its text
     title = spec["title"]
     words = {"title": title["text"], "under": " ".join(title.get("subtitle", []))}
     return {"name": name, "number": number, "caption": caption, "svg": drawing, **words}
 
 
 def _bare(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a chart without ground, title (the page has it) and the address of its schema."""
-    kept = {key: value for key, value in spec.items() if key not in {"$schema", "title"}}
-    return kept | {"config": spec["config"] | {"background": "transparent"}}
+    """Return a chart without background, title (the page has it) and schema address."""
+    parts = {key: value for key, value in spec.items() if key not in {"$schema", "title"}}
+    return parts | {"config": spec["config"] | {"background": "transparent"}}
 
 
-def _beside(name: str) -> str:
+def _read_asset(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")
 
 
 def _json(value: Any) -> Markup:
-    """Return JSON that ends no script element and means the same in JavaScript."""
+    """Return JSON which is safe inside a script element and means the same in JavaScript."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)  # noqa: S704 - no sign that HTML knows is left
+    return Markup(text)  # noqa: S704 - all HTML characters are escaped
 
 
 def _marked(text: str) -> Markup:
-    """Return a text with what stands between backticks as code."""
+    """Return a text as HTML, with backticks as code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _policy(scripts: list[str]) -> str:
-    """Return the page's policy: no request, no script but these."""
+    """Return the page's policy: no requests, only these scripts."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     rules = ("default-src 'none'", f"script-src {allowed}", "style-src 'unsafe-inline'", "img-src data: blob:")

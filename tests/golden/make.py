@@ -1,10 +1,10 @@
-"""Make the golden store of a schema: a tiny store, made by the code of that time, for the upgrade tests.
+"""Make the golden store of a schema: a tiny store, made by the old code, for the upgrade tests.
 
     python tests/golden/make.py COMMIT      # the last commit before the next schema came
 
 checks COMMIT out into a folder that goes again, and has its code make a store: two checkpoints of a tiny model, three
 sources, sketches, scores; a snapshot, an index and a study where there were such things. `NNNN.tar.xz` beside this file
-is the store, NNNN its schema; `NNNN.json` is what the old code answered about it. `tests/test_golden.py` finds them.
+is the store, NNNN its schema; `NNNN.json` holds the old code's answers, for `tests/migrations/test_golden.py`.
 
 The weights are not inside: `save_model` makes the same files, byte by byte, with any version of any library.
 """
@@ -75,9 +75,9 @@ def save_model(folder: Path, seed: int) -> Path:
         values = np.float32(1) + values / np.float32(4) if len(shape) == 1 else values / np.float32(2)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(body), len(body) + 4 * size]}
         body += values.astype("<f4").tobytes()
-    said = json.dumps(header).encode()
-    said += b" " * (-len(said) % 8)
-    (folder / "model.safetensors").write_bytes(len(said).to_bytes(8, "little") + said + body)
+    output = json.dumps(header).encode()
+    output += b" " * (-len(output) % 8)
+    (folder / "model.safetensors").write_bytes(len(output).to_bytes(8, "little") + output + body)
     for name, content in {"config": CONFIG, "tokenizer": tokenizer(), "tokenizer_config": TOKENIZER_CONFIG}.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
     return folder
@@ -104,7 +104,7 @@ def tokenizer() -> dict[str, Any]:
             "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model}  # fmt: skip
 
 
-# --- the store, by the code of that time ---------------------------------------------------------------------------
+# --- the store, made by the old code -------------------------------------------------------------------------------
 
 
 def add(store: Store, folder: Path, name: str, rows: list[dict[str, str]], stage: str) -> None:
@@ -115,7 +115,7 @@ def add(store: Store, folder: Path, name: str, rows: list[dict[str, str]], stage
 
 
 def fill(store: Store, work: Path) -> None:
-    """Do what makes rows of every kind that the schema has."""
+    """Create rows of every kind in the schema."""
     for epoch, name in enumerate(CHECKPOINTS):
         model, metrics = save_model(work / name, epoch), {"accuracy": 0.5 + epoch / 4}
         store.checkpoint_add(name, model, epoch=epoch, learning_rate=1e-3, metrics=metrics)
@@ -141,7 +141,7 @@ def score(store: Store) -> None:
     store.attribute(CHECKPOINTS, queries="test", sketcher=SKETCHER)
 
 
-# What every version of the code can answer.
+# Queries which every version of the code can answer.
 ANSWERS = {
     "samples": "SELECT source, sample_id, prompt, response, text, label, meta, content_sha256 FROM samples",
     "checkpoint_metrics": "SELECT checkpoint, name, value FROM checkpoint_metrics",
@@ -154,7 +154,7 @@ ANSWERS = {
 
 
 def answers(store: Store) -> dict[str, list[list[Any]]]:
-    """Ask for all that is stored, in an order of its own."""
+    """Return all stored data, sorted."""
     return {
         name: [list(row) for row in store.sql(f"{query} ORDER BY ALL").iter_rows()] for name, query in ANSWERS.items()
     }
@@ -162,16 +162,16 @@ def answers(store: Store) -> dict[str, list[list[Any]]]:
 
 def tops(store: Store) -> dict[str, list[list[Any]]]:
     """Return every sample's score for each query, which the code computes from the sketches."""
-    found = {}
-    for at, query in itertools.product(CHECKPOINTS, ("q4", "q5")):
-        frame = store.top(query, checkpoint=at, sketcher=SKETCHER, k=100).frame
+    results = {}
+    for checkpoint, query in itertools.product(CHECKPOINTS, ("q4", "q5")):
+        frame = store.top(query, checkpoint=checkpoint, sketcher=SKETCHER, k=100).frame
         names = ["source", "variant", "sample_id"]
-        found[f"{at}/{query}"] = [list(row) for row in frame.sort(names).select(*names, "score").iter_rows()]
-    return found
+        results[f"{checkpoint}/{query}"] = [list(row) for row in frame.sort(names).select(*names, "score").iter_rows()]
+    return results
 
 
 def make(out: Path) -> None:
-    """Make the store of the `lark_store` that is imported, pack it and write what it answers."""
+    """Make a store with the imported `lark_store`, pack it and write its answers."""
     from lark_store import Store
 
     with tempfile.TemporaryDirectory() as folder:
@@ -179,12 +179,12 @@ def make(out: Path) -> None:
         with Store.create(path) as store:
             fill(store, Path(folder))
         with Store.open(path) as store:
-            said = {"answers": answers(store), "tops": tops(store)}
+            output = {"answers": answers(store), "tops": tops(store)}
         status: Any = Store.db_status(path)
         schema = status[0] if isinstance(status, tuple) else status.schema
         with tarfile.open(out / f"{schema}.tar.xz", "w:xz", preset=9) as archive:
             archive.add(path, "golden.store", filter=plain)
-    text = json.dumps(said, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(output, ensure_ascii=False, separators=(",", ":"))
     (out / f"{schema}.json").write_text(text + "\n", encoding="utf-8")
 
 

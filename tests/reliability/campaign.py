@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from places import Place
     from processes import Process, Runner
 
-BATCH = 64  # rows that an ingest commits at once
+BATCH = 16  # rows per commit of an ingest
 KINDS = {"add", "ingest", "score", "optimize", "index", "migrate"}
 _WORKS_AGAIN = {"optimize", "index", "migrate"}  # also where it was done just before
 _FOR_EACH = 2  # kills planned for each that is to land inside the work of one of these
 _REPAIR_S = 0.3
 _PROGRESS = re.compile(r"^(.+ · .+ · .+): (\d+)/(\d+)$", re.MULTILINE)
 REPAIR = Step("repair", "db repair", 0)
-# What no repair may touch, since samples and names are the user's: the same command, run again, mends it.
+# Findings which no repair may touch, as samples and names belong to the user: a rerun of the command mends them.
 _MENDED_BY_THE_STEP = {"unknown source"}
 
 
 @dataclass
 class Kill:
-    """One kill: of which step, when (seconds after its work began), where it landed and what was found after it."""
+    """One kill: the step, the time (seconds after its work began), the place where it landed and the findings."""
 
     campaign: int
     step: Step
@@ -48,9 +48,9 @@ class Kill:
     rows_doubled: int = 0
 
     def __str__(self) -> str:
-        found = ", ".join(self.findings) or "nothing"
+        text = ", ".join(self.findings) or "nothing"
         again = f", {self.rows_again} rows again" if self.rows_again else ""
-        return f"{self.step.line[:60]}: killed {self.landed} after {self.delay:.3f} s{again}; found {found}"
+        return f"{self.step.line[:60]}: killed {self.landed} after {self.delay:.3f} s{again}; found {text}"
 
 
 def undisturbed(runner: Runner, place: Place, files: Path) -> dict[str, float]:
@@ -68,10 +68,10 @@ def undisturbed(runner: Runner, place: Place, files: Path) -> dict[str, float]:
 
 
 class Campaign:
-    """Works one store through the script and kills; `kills` has what happened. About `wanted` kills land in `KINDS`."""
+    """Run one store through the script and kill; `kills` records the events. About `wanted` kills land in `KINDS`."""
 
     def __init__(
-        self, runner: Runner, place: Place, files: Path, seconds: dict[str, float], seed: int, wanted: int
+        self, runner: Runner, place: Place, files: Path, seconds: dict[str, float], seed: int, n_kills: int
     ) -> None:
         self.runner, self.place, self.files, self.seconds, self.seed = runner, place, files, seconds, seed
         self.random = random.Random(seed)  # noqa: S311  no secret
@@ -82,7 +82,7 @@ class Campaign:
         self.removing = False
         steps = script(files)
         slots = [number for number, step in enumerate(steps) for _ in range(step.kills)]
-        self.n_planned = min(math.ceil(_FOR_EACH * wanted), len(slots))
+        self.n_planned = min(math.ceil(_FOR_EACH * n_kills), len(slots))
         chosen = self.random.sample(slots, self.n_planned)
         self.steps = [(f"{number} {step.line}", step, chosen.count(number)) for number, step in enumerate(steps)]
 
@@ -130,7 +130,7 @@ class Campaign:
             assert self._lost(step, store) == 0
 
     def _kill(self, name: str, step: Step, delay: float) -> bool:
-        """Start a step, kill it, and look at what is left; returns whether there is more of it to do."""
+        """Start a step, kill it, and check the store; returns whether the step is unfinished."""
         process = self.runner.start(self.place, *step.words)
         process.wait_for_work()
         process.wait(delay)
@@ -142,26 +142,28 @@ class Campaign:
         try:
             with Store.open(self.place.store) as store:
                 self._look(kill, store, process)
-        except OlderSchemaError:  # it says what to do: `db upgrade`, the step itself
+        except OlderSchemaError:  # its hint is `db upgrade`, the step itself
             assert step.kind == "migrate"
             kill.findings.append("note: older schema")
             return True
         return kill.landed == "inside" and step.kind != "migrate"
 
     def _look(self, kill: Kill, store: Store, process: Process) -> None:
-        """Compare a store with what it held before the kill, check it, and by chance repair it or leave it so."""
+        """Compare a store with its contents before the kill, check it, and repair it or not, by chance."""
         if kill.step.kind == "ingest":
-            done, stored = _computed(process), n_sketches(store) - self.n_sketches
-            self.computed += done
+            result, stored = _computed(process), n_sketches(store) - self.n_sketches
+            self.computed += result
             in_hand = kill.landed == "inside" and "loading the model" in process.err
-            kill.rows_again = max(0, done + in_hand - stored)
+            kill.rows_again = max(0, result + in_hand - stored)
         kill.rows_lost = self._lost(kill.step, store)
         kill.rows_doubled = sum(n - 1 for n in self.known.values())
-        found = store.db_check()
-        kill.findings += [f"{row['severity']}: {row['what']} ({row['where']})" for row in found.iter_rows(named=True)]
-        left = set(found.filter(pl.col("repair").is_null())["what"])
-        assert left <= _MENDED_BY_THE_STEP, found
-        if found.is_empty() or kill.step is REPAIR or self.random.random() < 0.5:
+        findings = store.db_check()
+        kill.findings += [
+            f"{row['severity']}: {row['what']} ({row['where']})" for row in findings.iter_rows(named=True)
+        ]
+        left = set(findings.filter(pl.col("repair").is_null())["what"])
+        assert left <= _MENDED_BY_THE_STEP, findings
+        if findings.is_empty() or kill.step is REPAIR or self.random.random() < 0.5:
             return  # as most people do: the next step meets the store as the kill left it
         if self.random.random() < 0.5:
             self._kill("repair", REPAIR, self.random.uniform(0, self.seconds.setdefault("repair", _REPAIR_S)))
@@ -171,10 +173,10 @@ class Campaign:
         assert self._lost(kill.step, store) == 0
 
     def _lost(self, step: Step, store: Store) -> int:
-        """Return how many keys of what is known are gone; from now on, what is there is known."""
+        """Count the known keys which are gone; the present keys become the known ones."""
         known, self.known, self.n_sketches = self.known, keys(store), n_sketches(store)
         gone = known - self.known
-        if self.removing or step.kind == "remove":  # what goes is right, until it is scored again
+        if self.removing or step.kind == "remove":  # removed rows stay away until the next scoring
             self.removing = step.kind != "score"
             gone = Counter({key: n for key, n in gone.items() if not _may_go(key)})
         return gone.total()
@@ -193,11 +195,11 @@ def _landed(process: Process) -> str:
 
 def _computed(process: Process) -> int:
     """Return how many rows an ingest computed, by its own progress."""
-    return sum({unit: int(done) for unit, done, _ in _PROGRESS.findall(process.err)}.values())
+    return sum({unit: int(n_done) for unit, n_done, _ in _PROGRESS.findall(process.err)}.values())
 
 
 def table(kills: list[Kill]) -> pl.DataFrame:
-    """Return what came of kills, step by step, with the sum of all."""
+    """Return the outcomes of kills by step, with their sums."""
     rows = []
     for kind in [*dict.fromkeys(kill.step.kind for kill in kills), "all"]:
         mine = [kill for kill in kills if kind in {kill.step.kind, "all"}]
@@ -223,7 +225,7 @@ def table(kills: list[Kill]) -> pl.DataFrame:
 def findings(kills: list[Kill]) -> pl.DataFrame:
     """Return how many kills left which kind of finding."""
     counts = Counter(
-        (kill.step.kind, what) for kill in kills for what in {finding.split(" (")[0] for finding in kill.findings}
+        (kill.step.kind, name) for kill in kills for name in {finding.split(" (")[0] for finding in kill.findings}
     )
-    rows = [{"step": kind, "finding": what, "kills": n} for (kind, what), n in sorted(counts.items())]
+    rows = [{"step": kind, "finding": name, "kills": n} for (kind, name), n in sorted(counts.items())]
     return pl.DataFrame(rows, schema={"step": pl.String, "finding": pl.String, "kills": pl.Int64})

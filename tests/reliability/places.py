@@ -1,4 +1,4 @@
-"""Where the store of a campaign is: all that a campaign knows of the kind of its place.
+"""The place of a campaign's store: a folder or a cluster.
 
 A place that is no folder is another class with these methods; no campaign needs to change for it.
 """
@@ -12,14 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lark_store import migrations
-from lark_store.schema.location import VERSION_TABLE, Location
+from lark_store.schema.backends.base import VERSION_TABLE
+from lark_store.schema.backends.open import location_at
 
 if TYPE_CHECKING:
     import pytest
-    from cluster import Server
+    from helpers.cluster import Server
 
-# What takes a revision back, newest first. What that revision added is lost.
+# Statements which undo a revision, newest first. Data added by the revision is lost.
+_CHECKED = (
+    *("store_meta", "checkpoint", "checkpoint_metric", "source", "format_variant", "sketcher", "correction"),
+    *("ingest_run", "score_run", "search_index", "study", "evaluation", "evaluation_score"),
+)
 BACK = {
+    "0010": ["ALTER TABLE format_variant DROP COLUMN answers"],
+    "0009": ["ALTER TABLE format_variant DROP COLUMN loss", "ALTER TABLE checkpoint DROP COLUMN parts"],
+    "0008": [
+        *(f"ALTER TABLE {table} DROP COLUMN checksum" for table in _CHECKED),
+        "ALTER TABLE source DROP COLUMN is_stripped",
+    ],
     "0007": ["ALTER TABLE store_meta DROP COLUMN sketcher"],
     "0006": [
         "DELETE FROM sketcher WHERE name = 'adam'",  # which new stores have since then
@@ -46,11 +57,11 @@ class Place(Protocol):
 
     @property
     def store(self) -> str:
-        """What `--store` takes."""
+        """The value for `--store`."""
 
     @property
     def init(self) -> list[str]:
-        """The command that makes the store."""
+        """The command which creates the store."""
 
     def fresh(self, name: str) -> Place:
         """Return another place, with no store yet."""
@@ -59,24 +70,24 @@ class Place(Protocol):
         """Make the store one of an older schema, with its snapshots, where there were such stores."""
 
     def others(self) -> list[str]:
-        """Return what lies beside the tables and should not grow."""
+        """Return the extra files, which should not accumulate."""
 
 
 @dataclass(frozen=True)
 class FolderPlace:
-    """A store in a folder of its own, `root`; `env` is what its commands need in their environment."""
+    """A store in a folder of its own, `root`; `env` is the environment of its commands."""
 
     root: Path
     env: dict[str, str] = field(default_factory=dict)
 
     @property
     def store(self) -> str:
-        """What `--store` takes."""
+        """The value for `--store`."""
         return str(self.root / "lark.store")
 
     @property
     def init(self) -> list[str]:
-        """The command that makes the store."""
+        """The command which creates the store."""
         return ["init"]
 
     def fresh(self, name: str) -> FolderPlace:
@@ -87,7 +98,7 @@ class FolderPlace:
 
     def older(self, version: str) -> None:
         """Make the store one of an older schema, with its snapshots."""
-        here = Location.of(Path(self.store))
+        here = location_at(Path(self.store))
         catalogs = [Path(self.store) / "catalog.sqlite"]
         catalogs += [Path(self.store) / "snapshots" / f"{name}.sqlite" for name in here.snapshots.names()]
         for path in catalogs:
@@ -100,16 +111,16 @@ class FolderPlace:
                 catalog.execute(f"UPDATE {VERSION_TABLE} SET version_num = ?", (version,))
 
     def backups(self) -> dict[str, str]:
-        """Return the backups that upgrades left, with the schema that each has."""
-        found = {}
+        """Return the backups left by upgrades, with their schemas."""
+        results = {}
         for path in sorted(Path(self.store).glob("*.backup.sqlite")):
             with closing(sqlite3.connect(path)) as backup:
                 assert backup.execute("PRAGMA quick_check").fetchone() == ("ok",)
-                (found[path.name],) = backup.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()
-        return found
+                (results[path.name],) = backup.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()
+        return results
 
     def others(self) -> list[str]:
-        """Return what lies beside the tables: the store's files that are not Lance's, SQLite's logs or locks."""
+        """Return the extra files: neither Lance's nor SQLite's logs nor locks."""
         folder = Path(self.store)
         paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
         ours = [str(p) for p in paths if p.parts[0] not in {"vectors", "locks"} and p.suffix not in _LOGS]
@@ -129,12 +140,12 @@ class ClusterPlace:
 
     @property
     def store(self) -> str:
-        """What `--store` takes."""
+        """The value for `--store`."""
         return self.server.place(self.root)
 
     @property
     def init(self) -> list[str]:
-        """The command that makes the store."""
+        """The command which creates the store."""
         return ["init", "--vectors", self.server.vectors(self.root)]
 
     def fresh(self, name: str) -> ClusterPlace:
@@ -145,8 +156,8 @@ class ClusterPlace:
         """Do nothing: the first schema in PostgreSQL is the newest."""
 
     def others(self) -> list[str]:
-        """Return the notes of work that nobody removed."""
-        return Location.of(self.store).locks.notes()
+        """Return the remaining notes of work."""
+        return location_at(self.store).locks.notes()
 
 
 def cluster_place(root: Path, request: pytest.FixtureRequest) -> ClusterPlace:

@@ -1,4 +1,4 @@
-"""Commands of the program as processes that can be killed: forked by `runner.py`, or started afresh."""
+"""Commands as killable processes: forked by `runner.py`, or started afresh."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from places import Place
 
-PROGRAM = Path(sys.executable).with_name("lark-store")
 _START_S = 600.0  # of a machine that is very busy
 PATIENCE_S = 600.0
 
@@ -30,13 +29,13 @@ class Process:
         self._out, self._err = folder / "out", folder / "err"
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(str(server))
-        asked = {
+        request = {
             "arguments": [*arguments, "--store", place.store],
             "env": place.env,
             "out": str(self._out),
             "err": str(self._err),
         }
-        self._connection.sendall(json.dumps(asked).encode() + b"\n")
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
         self._lines = b""
         self.code: int | None = None
         self.begun: float | None = None
@@ -98,25 +97,29 @@ class Process:
 
     @property
     def out(self) -> str:
-        """What it printed."""
+        """Its standard output."""
         return self._out.read_text(encoding="utf-8")
 
     @property
     def err(self) -> str:
-        """What it said."""
+        """Its standard error."""
         return self._err.read_text(encoding="utf-8")
 
 
 class Runner:
-    """The server, as a context manager; `start` makes a process, `run` waits for its end."""
+    """The server, as a context manager; `start` makes a process, `run` waits for its end.
 
-    def __init__(self, folder: Path) -> None:
+    Its ingests commit `rows_per_commit` rows at a time, by default as many as a user's.
+    """
+
+    def __init__(self, folder: Path, rows_per_commit: int | None = None) -> None:
         self._folder, self._socket = folder, folder / "s"
+        self._options = [] if rows_per_commit is None else [str(rows_per_commit)]
         self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         script = Path(__file__).with_name("runner.py")
-        self._server = subprocess.Popen([sys.executable, script, self._socket])
+        self._server = subprocess.Popen([sys.executable, script, self._socket, *self._options])
         until = time.monotonic() + _START_S
         while not self._socket.exists():
             assert self._server.poll() is None

@@ -1,4 +1,4 @@
-"""The fixed script of steps that a campaign works a store through, and what of the store is compared at the end."""
+"""The fixed steps of a campaign, and the contents of a store compared at the end."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import polars.selectors
 import polars.testing
-from conftest import qa_rows, save_checkpoint, text_rows, write_jsonl
+from helpers.checkpoints import save_checkpoint
+from helpers.texts import qa_rows, text_rows, write_jsonl
 
 from lark_store import Store
-from lark_store.upkeep.orphans import files_of
+from lark_store.maintenance.orphan_files import files_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from places import Place
 
-REMOVED = ("sea-1", "sea-70")
+REMOVED = ("sea-1", "sea-20")
 N_REMOVED = 2 * len(REMOVED)  # sketches: in two variants
 
 
@@ -49,12 +50,12 @@ class Step:
 
 
 def make_files(folder: Path) -> None:
-    """Make the checkpoint and the texts of the script."""
+    """Make the checkpoint and the texts of the script: an ingest takes several commits of `campaign.BATCH` rows."""
     save_checkpoint(folder / "base", hidden_size=32, intermediate_size=64)
-    write_jsonl(folder / "finetune.jsonl", qa_rows(90))
-    write_jsonl(folder / "test.jsonl", qa_rows(10, start=1000))
-    write_jsonl(folder / "songs.jsonl", text_rows(100))
-    write_jsonl(folder / "more.jsonl", text_rows(180))
+    write_jsonl(folder / "finetune.jsonl", qa_rows(24))
+    write_jsonl(folder / "test.jsonl", qa_rows(4, start=1000))
+    write_jsonl(folder / "songs.jsonl", text_rows(26))
+    write_jsonl(folder / "more.jsonl", text_rows(46))
 
 
 def script(files: Path) -> list[Step]:
@@ -72,7 +73,7 @@ def script(files: Path) -> list[Step]:
         Step("ingest", f"{ingest} -s songs --variant raw --variant chatml", 5, goes_on=True),
         Step("optimize", "db optimize", 5),
         Step("score", attribute, 4),
-        Step("snapshot", "snapshot create then", 2, again="there is a snapshot `then` already"),
+        Step("snapshot", "snapshot create then", 2, again="snapshot `then` already exists"),
         Step("migrate", "db upgrade", 5, older="0002"),
         Step("index", index, 5),
         Step("add", f"source add songs {files}/more.jsonl --stage pretrain", 2),
@@ -86,7 +87,7 @@ def script(files: Path) -> list[Step]:
     ]
 
 
-# --- what is in a store --------------------------------------------------------------------------------------------
+# --- contents of a store -------------------------------------------------------------------------------------------
 
 
 def rows_of(store: Store, table: str, columns: list[str] | None = None) -> pl.DataFrame:
@@ -101,15 +102,15 @@ def sketches_of(store: Store) -> str | None:
 
 def keys(store: Store) -> Counter[str]:
     """Count the keys of samples, sketches and committed scores; one that is there twice counts 2."""
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     samples = rows_of(store, "samples", ["source", "sample_id"])
-    found.update(f"sample {source}/{sample_id}" for source, sample_id in samples.iter_rows())
+    result.update(f"sample {source}/{sample_id}" for source, sample_id in samples.iter_rows())
     table = sketches_of(store)
     if table:
-        found.update(f"sketch {key}" for key in rows_of(store, table, ["row_key"])["row_key"])
+        result.update(f"sketch {key}" for key in rows_of(store, table, ["row_key"])["row_key"])
     scores = store.sql("SELECT query_id, source, variant, sample_id FROM influence")
-    found.update(f"score {'/'.join(row)}" for row in scores.iter_rows())
-    return found
+    result.update(f"score {'/'.join(row)}" for row in scores.iter_rows())
+    return result
 
 
 def n_sketches(store: Store) -> int:
@@ -119,25 +120,27 @@ def n_sketches(store: Store) -> int:
 
 
 def orphans(store: Store) -> list[str]:
-    """Return the files of all tables that no version has."""
+    """Return the files of all tables which belong to no version."""
     vectors = store._db.vectors
     return [f"{name}/{path}" for name in vectors.table_names() for path in files_of(vectors, name, set()).orphans]
 
 
 def content(store: Store) -> dict[str, Any]:
-    """Return all that a store holds and answers, without numbers of runs and times, in an order of its own."""
-    found: dict[str, Any] = {"samples": rows_of(store, "samples").sort("source", "sample_id")}
+    """Return the contents and answers of a store, without run numbers and times, sorted."""
+    results: dict[str, Any] = {"samples": rows_of(store, "samples").sort("source", "sample_id")}
     table = sketches_of(store)
     assert table is not None
     sketches = store._db.vectors.table(table).to_lance().to_table().sort_by("row_key")
-    found["sketches"] = pl.DataFrame(pl.from_arrow(sketches.drop_columns(["ingest_run", "code", "vector"])))
+    results["sketches"] = pl.DataFrame(
+        pl.from_arrow(sketches.drop_columns(["ingest_run", "checksum", "code", "vector"]))
+    )
     for column in ("code", "vector"):
-        found[column] = sketches.column(column).combine_chunks().flatten().to_numpy().tobytes()
+        results[column] = sketches.column(column).combine_chunks().flatten().to_numpy().tobytes()
     for view, (leave_out, order) in _COMPARED.items():
-        found[view] = store.sql(f"SELECT * EXCLUDE ({leave_out}) FROM {view} ORDER BY {order}")
+        results[view] = store.sql(f"SELECT * EXCLUDE ({leave_out}) FROM {view} ORDER BY {order}")
     for view in ("all", "influence", "dominance", "comparisons"):
-        found[f"metrics {view}"] = in_order(store.metrics(view=view, sketcher="small"))
-    return found
+        results[f"metrics {view}"] = in_order(store.metrics(view=view, sketcher="small"))
+    return results
 
 
 def in_order(metrics: pl.DataFrame) -> pl.DataFrame:
@@ -153,7 +156,7 @@ def in_order(metrics: pl.DataFrame) -> pl.DataFrame:
     return metrics.sort(polars.selectors.string())
 
 
-# The views of a store, without what is another in every run; in an order that no rounding of a score changes.
+# The views of a store, without values which differ in each run; in an order independent of rounded scores.
 _COMPARED = {
     "checkpoints": ("created_at", "name"),
     "checkpoint_metrics": ("value", "ALL"),
@@ -167,9 +170,9 @@ _COMPARED = {
 
 
 def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """Return in what two contents differ: bytes are compared as bytes, figures made of sums to five digits."""
+    """Return the differences of two contents: bytes compared as bytes, figures made of sums to five digits."""
     assert left.keys() == right.keys()
-    found = []
+    actual = []
     for name, expected in left.items():
         if isinstance(expected, bytes):
             same = expected == right[name]
@@ -180,11 +183,11 @@ def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
                 )
                 same = True
             except AssertionError as error:
-                found.append(f"{name}: {error}")
+                actual.append(f"{name}: {error}")
                 continue
         if not same:
-            found.append(f"{name}: other bytes")
-    return found
+            actual.append(f"{name}: other bytes")
+    return actual
 
 
 _EXACT = {"samples", "sketches", "checkpoints", "checkpoint_metrics", "sources", "variants", "sketchers", "failures"}

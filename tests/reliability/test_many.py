@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pytest
-from conftest import qa_rows, save_checkpoint, text_rows, write_jsonl
+from helpers.checkpoints import save_checkpoint
+from helpers.texts import qa_rows, text_rows, write_jsonl
 from places import FolderPlace, Place, cluster_place
 from processes import Runner
 from script import differences, keys, orphans, read
@@ -52,8 +53,8 @@ say = partial(print, flush=True)
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    with Runner(tmp_path_factory.mktemp("processes")) as made:
-        yield made
+    with Runner(tmp_path_factory.mktemp("processes")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def begin(runner: Runner, place: Place, files: Path) -> None:
 
 
 class Crowd:
-    """Processes that work on one store at once, each again and again; `seen` has what readers were told."""
+    """Processes which work on one store at once, again and again; `seen` holds the readers' answers."""
 
     def __init__(self, runner: Runner, place: Place) -> None:
         self.runner, self.place = runner, place
@@ -89,18 +90,18 @@ class Crowd:
         self.seen: list[tuple[str, Any]] = []
         self.over = threading.Event()
 
-    def run(self, what: str, *arguments: str, busy: str | None = None) -> str | None:
-        """Run a command; returns what it printed, None if it said that another is at work on the same."""
+    def run(self, kind: str, *arguments: str, busy: str | None = None) -> str | None:
+        """Run a command; returns its output, or None if another process is at work on the same."""
         process = self.runner.start(self.place, *arguments)
         code = process.wait()
-        self.counts[f"{what}: conflicts tried again"] += process.conflicts
+        self.counts[f"{kind}: conflicts tried again"] += process.conflicts
         if code == 0:
-            self.counts[f"{what}: done"] += 1
+            self.counts[f"{kind}: done"] += 1
             return process.out
         assert busy, f"{arguments}: {code}\n{process.err}"
         assert re.search(busy, process.err), process.err
         assert "hint: wait for it" in process.err
-        self.counts[f"{what}: said who is at work"] += 1
+        self.counts[f"{kind}: said who is at work"] += 1
         return None
 
     def ingest(self, number: int) -> None:
@@ -118,9 +119,9 @@ class Crowd:
 
     def read(self) -> None:
         """Ask in each way once."""
-        for what, query in (("runs", RUNS), ("scores", SCORES)):
+        for kind, query in (("runs", RUNS), ("scores", SCORES)):
             out = self.run("read", "sql", query, "-f", "json", "--max-rows", "0")
-            self.seen.append((what, json.loads(out or "")))
+            self.seen.append((kind, json.loads(out or "")))
         process = self.runner.run(
             self.place, "top", "q1001", "-c", "base", "--sketcher", "small", "-k", "9999", "-f", "json"
         )
@@ -146,23 +147,23 @@ class Crowd:
 
 
 def judge(seen: list[tuple[str, Any]], store: Store) -> Counter[str]:
-    """Hold what readers were told against what was committed in the end; returns how many of each were whole."""
+    """Compare the readers' answers with the committed runs; returns the counts of complete ones."""
     sizes = dict(store.sql("SELECT ingest_run, n_sketched FROM ingest_runs").iter_rows())
     final = {row["source"]: row["value"] for row in means(store.metrics(sketcher="small").to_dicts())}
     told: Counter[str] = Counter()
-    for what, answer in seen:
-        if what == "runs":
+    for kind, answer in seen:
+        if kind == "runs":
             for run in answer:
                 whole = sizes[run["ingest_run"]] if run["status"] == "done" else 0
                 assert run["n"] == whole, run
                 told[f"runs, {'whole' if whole else 'nothing yet'}"] += 1
-        elif what == "scores":
+        elif kind == "scores":
             for run in answer:
                 n_queries, n = run["n_queries"], run["n_samples"]
                 assert (n_queries, run["rows"], run["hits"]) == (QUERIES, QUERIES, QUERIES * n), run
                 assert run["least"] == run["most"] == n == ROWS, run
                 told["score runs, whole"] += 1
-        elif what == "top":
+        elif kind == "top":
             rows, how = len(json.loads(answer[0])), answer[1]
             named = re.search(r"ingest runs (\d+(?:, \d+)*)", how)
             assert named, how
@@ -183,7 +184,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sizes_of_queries(store: Store) -> int:
-    """Return the number of the run that sketched the queries."""
+    """Return the number of the queries' ingest run."""
     return int(store.sql("SELECT ingest_run FROM ingest_runs WHERE source = 'test'").item())
 
 
@@ -204,7 +205,7 @@ def met(store: Store) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", ["folder", "cluster"])
-def test_many_at_once_make_what_one_alone_makes(runner, files, tmp_path, request, kind):
+def test_concurrent_processes_equal_a_single_one(runner, files, tmp_path, request, kind):
     place = FolderPlace(tmp_path) if kind == "folder" else cluster_place(tmp_path, request)
     alone, together = place.fresh("alone"), place.fresh("together")
     begin(runner, alone, files)
@@ -239,7 +240,7 @@ def test_many_at_once_make_what_one_alone_makes(runner, files, tmp_path, request
     assert n_met > 0
 
 
-def test_four_that_upgrade_an_older_store_at_once_upgrade_it_once(runner, files, tmp_path):
+def test_four_simultaneous_upgrades_happen_once(runner, files, tmp_path):
     place = FolderPlace(tmp_path)
     begin(runner, place, files)
     runner.run(place, "snapshot", "create", "then")
@@ -257,10 +258,10 @@ def test_four_that_upgrade_an_older_store_at_once_upgrade_it_once(runner, files,
                 assert f"has schema {version}; this lark-store needs {migrations.newest()}" in process.err
                 assert "hint: upgrade it with `lark-store db upgrade`" in process.err
                 refused += 1
-        done = [process.err for process in upgrades if process.err != "nothing to do\n"]
-        assert len(done) in (1, 2)  # the catalog is one piece of work, the snapshot's catalog another
-        assert len(set(done)) == len(done), done  # nobody names another's backup
-        before |= {f"{what}-{version}.backup.sqlite": version for what in ("catalog", "snapshot-then")}
+        result = [process.err for process in upgrades if process.err != "the schema is up to date\n"]
+        assert len(result) in (1, 2)  # the catalog is one piece of work, the snapshot's catalog another
+        assert len(set(result)) == len(result), result  # nobody names another's backup
+        before |= {f"{kind}-{version}.backup.sqlite": version for kind in ("catalog", "snapshot-then")}
         assert place.backups() == before
         assert differences(expected, read(place)) == []
     with Store.open(place.store) as store:

@@ -1,4 +1,4 @@
-"""What `index build` measures."""
+"""The measurements of `index build`."""
 
 import sqlalchemy as sa
 from alembic import op

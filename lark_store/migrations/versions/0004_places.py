@@ -1,4 +1,4 @@
-"""Where the vectors are, and what a catalog without a folder keeps in itself: notes of work, snapshots."""
+"""The location of the vectors; notes of work and snapshots in catalogs without a folder."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Corrections: what a sketcher says of them, and the factors that were fitted at a checkpoint."""
+"""Corrections: the options of sketchers, and the factors of checkpoints."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Evaluations and their scores; the power of a curvature's correction; the checkpoints that a score sums over."""
+"""Evaluations and their scores; the power of curvature corrections; the checkpoints of summed scores."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""The sketcher that a store uses where none is named: the paper's in every store that is older than the choice."""
+"""The default sketcher of a store; older stores use the paper's."""
 
 import sqlalchemy as sa
 from alembic import op

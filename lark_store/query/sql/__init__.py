@@ -1,1 +1,1 @@
-"""SQL over the store: `engine` runs it, `views` and `functions` are what it sees, `sandbox` and `stop` hold it in."""
+"""SQL over the store: `engine` runs it, `views` and `functions` are its tables, `sandbox` and `limits` limit it."""

@@ -1,4 +1,4 @@
-"""The views' part of docs/reference/sql.md: `python -m lark_store.query.sql.reference FILE` writes it anew."""
+"""Generate the views' part of docs/reference/sql.md: `python -m lark_store.query.sql.reference FILE`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _END = "<!-- End of the views. -->\n"
 
 
 def reference() -> str:
-    """Return a section for each view and table function: what a row is, and a table of its columns."""
+    """Return a section for each view and table function: the meaning of a row, and a table of columns."""
     sections = []
     for name, documented in (VIEWS | FUNCTIONS).items():
         title = documented.signature if isinstance(documented, Function) else name
@@ -24,7 +24,7 @@ def reference() -> str:
 
 
 def renewed(text: str) -> str:
-    """Return a document with what stands between the two marks made anew."""
+    """Return a document with the text between the two marks regenerated."""
     before, rest = text.split(_BEGIN)
     _, after = rest.split(_END)
     return f"{before}{_BEGIN}\n{reference()}\n{_END}{after}"

@@ -1,0 +1,1 @@
+"""Sketches: `oporp` is the map, `layout` a sketcher's parameters, `kernels` the arithmetic per device."""

@@ -1,0 +1,1 @@
+"""Maintenance: checks, repair, backups, removal, compaction, disk usage and snapshots."""

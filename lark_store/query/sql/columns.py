@@ -1,0 +1,151 @@
+"""Columns of SQL views and table functions, with their types and meanings: declared once for SQL, frames and docs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_POLARS = {"VARCHAR": "String", "DOUBLE": "Float64", "FLOAT": "Float32", "INTEGER": "Int32", "BIGINT": "Int64"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its DuckDB type and its meaning, with the unit."""
+
+    type: str
+    meaning: str
+
+
+def columns(type_: str, **meanings: str) -> dict[str, Column]:
+    """Return columns of one type."""
+    return {name: Column(type_, meaning) for name, meaning in meanings.items()}
+
+
+def text(**meanings: str) -> dict[str, Column]:
+    """Return VARCHAR columns."""
+    return columns("VARCHAR", **meanings)
+
+
+def double(**meanings: str) -> dict[str, Column]:
+    """Return DOUBLE columns."""
+    return columns("DOUBLE", **meanings)
+
+
+def frame_schema(columns: dict[str, Column]) -> pl.Schema:
+    """Return the polars schema of a frame with these columns."""
+    import polars as pl
+
+    return pl.Schema({name: getattr(pl, _POLARS[column.type]) for name, column in columns.items()})
+
+
+_RANK = columns("INTEGER", rank="rank, from 1")
+_NOISE = double(noise="standard deviation of the score from sketching")
+_SAMPLE = text(
+    source="name of the sample's source",
+    stage="the source's stage",
+    variant="name of the format variant",
+    sample_id="id of the sample",
+    text="the sample's text; a prompt and its response are joined, a chat is a dialogue",
+)
+_AT = text(checkpoint="name of the checkpoint; the last of a sum", query_id="id of the query")
+_CHECKPOINT, _QUERY = ({name: _AT[name]} for name in ("checkpoint", "query_id"))
+_QUERIES = text(queries="name of the query source")
+_BY = text(scored_by="sketcher and method, plus the checkpoints of a sum")
+_QUERY_AT = text(query_checkpoint="name of the queries' checkpoint; the last of a sum")
+_NOTE = text(note="notes on the score; null if none")
+TOP = {
+    **_AT,
+    **_RANK,
+    **columns("FLOAT", score="score of the method; > 0 proponent, < 0 opponent"),
+    **_NOISE,
+    **double(
+        p_value="p-value against the scores of the other sources",
+        q_value="Benjamini–Hochberg q-value: share of false hits so far",
+    ),
+    **columns("FLOAT", cosine="`hybrid` only: the cosine"),
+    **columns("INTEGER", cosine_rank="`hybrid` only: rank by cosine"),
+    **columns("FLOAT", bm25="`hybrid` only: the BM25 score"),
+    **columns("INTEGER", bm25_rank="`hybrid` only: rank by BM25"),
+    **_SAMPLE,
+    **_BY,
+    **_NOTE,
+}
+FT_PT = {
+    **_CHECKPOINT,
+    **_QUERIES,
+    **_QUERY,
+    **text(
+        source="name of the fine-tuning source",
+        variant="its format variant",
+        against_source="name of the pretraining source",
+        against_variant="its format variant",
+    ),
+    **double(
+        ft="Φ of the fine-tuning group: its highest score",
+        pt="Φ of the pretraining group: its highest score",
+        ratio="ft / pt; null where pt is not above 0",
+    ),
+    **text(winner="finetune, pretrain or tie"),
+    **_QUERY_AT,
+    **_BY,
+    **_NOTE,
+}
+TRAJECTORY = {
+    **_CHECKPOINT,
+    **double(epoch="epochs trained", learning_rate="learning rate at the checkpoint"),
+    **columns("BIGINT", step="optimizer steps trained"),
+    **_QUERIES,
+    **_QUERY,
+    **{name: _SAMPLE[name] for name in ("source", "variant", "sample_id")},
+    **double(score="cosine or dot of the two gradients"),
+    **_NOISE,
+    **double(query_loss="the query's loss, in nats per target token", sample_loss="the sample's loss, likewise"),
+    **_QUERY_AT,
+    **_BY,
+}
+SIMILAR_TEXT = {
+    **_RANK,
+    **columns("FLOAT", score="the BM25 score"),
+    **{name: _SAMPLE[name] for name in ("source", "stage", "sample_id", "text")},
+}
+METRICS = {
+    **text(metric="name of the metric; null in `influence`, `dominance`"),
+    **_CHECKPOINT,
+    **_QUERIES,
+    **text(
+        source="name of the measured source",
+        variant="its format variant",
+        against_source="name of the source it is compared with",
+        against_variant="its format variant",
+        against_checkpoint="checkpoint a change is counted from",
+    ),
+    **double(
+        value="value of the metric; null in `influence`, `dominance`",
+        low="lower end of its 95% interval",
+        high="upper end of its 95% interval",
+        sketch_error="bound of its standard deviation over sketcher seeds",
+        p_value="p-value of the paired permutation test",
+        q_value="`comparisons` only: Benjamini–Hochberg q-value",
+    ),
+    **columns("BIGINT", n_queries="number of queries"),
+    **double(
+        r_median="`ft_pt_ratio`, `format_effect`, `dominance` only: median of the ratios of single queries",
+        r_q1="their first quartile",
+        r_q3="their third quartile",
+    ),
+    **columns("BIGINT", n_ratio="number of queries with a ratio: their divisor is above 0"),
+    **double(mean_max_influence="`influence` only: mean over queries of Φ"),
+    **text(finetune="`influence` only: fine-tuning source and variant"),
+    **double(
+        ft_wins="`influence`, `dominance`: share with Φ(ft) > Φ(pt)",
+        pt_dominance="`dominance` only: share with Φ(pt) > Φ(ft)",
+        ft="`dominance` only: mean Φ of the fine-tuning group",
+        pt="`dominance` only: mean Φ of the pretraining group",
+        ratio="`dominance` only: ft / pt over their common queries; null unless both are above 0",
+    ),
+    **_QUERY_AT,
+    **_BY,
+}

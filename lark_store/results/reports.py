@@ -1,0 +1,81 @@
+"""Reports of ingest, plan and repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lark_store.results.tabular import Tabular
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True, repr=False)
+class IngestReport(Tabular[dict[str, Any]]):
+    """The result of an ingest, one row per checkpoint × source × variant.
+
+    `units` has the columns checkpoint, source, variant, n_samples, n_existing, n_sketched, n_failed, n_truncated
+    (sketched samples longer than the variant or the model allows), n_cut (tokens they lost), run, seconds and bytes;
+    seconds and bytes are null for an import. `failures` has checkpoint, source, variant, sample_id and reason; `notes`
+    report unusual handling. Its rows are the units.
+    """
+
+    units: pl.DataFrame
+    failures: pl.DataFrame
+    notes: list[str]
+
+    @property
+    def n_failed(self) -> int:
+        """Number of samples that failed."""
+        return int(self.units["n_failed"].sum())
+
+    @property
+    def n_truncated(self) -> int:
+        """Number of sketched samples that were truncated."""
+        return int(self.units["n_truncated"].sum())
+
+    @property
+    def n_cut(self) -> int:
+        """Number of tokens lost by truncation."""
+        return int(self.units["n_cut"].sum())
+
+    @property
+    def _rows(self) -> pl.DataFrame:
+        return self.units
+
+
+@dataclass(frozen=True, repr=False)
+class PlanReport(Tabular[dict[str, Any]]):
+    """The estimated cost of an ingest.
+
+    `units` has the columns checkpoint, source, variant, n_samples, n_existing, tokens_per_sample (mean), n_truncated
+    (samples that will be truncated), n_cut (tokens they will lose), seconds and bytes, for the missing sketches. Tokens
+    are counted on some samples of each unit, or all if they are few, and scaled up.
+    `checkpoints` has checkpoint, path (`BatchPath`: several samples per backward pass, `HookPath`: one at a time),
+    tensors and coordinates sketched, bytes_per_sample, seconds_per_sample and peak_bytes of memory: the device's on
+    CUDA, else the process's. `notes` list further costs and samples that will fail. Its rows are the units.
+    """
+
+    units: pl.DataFrame
+    checkpoints: pl.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def _rows(self) -> pl.DataFrame:
+        return self.units
+
+
+@dataclass(frozen=True, repr=False)
+class RepairReport(Tabular[dict[str, Any]]):
+    """The result of a repair: repaired findings and remaining ones. Its rows are the remaining ones.
+
+    Both frames have the columns of `Store.db_check`. After a dry run, `mended` has the planned repairs.
+    """
+
+    mended: pl.DataFrame
+    left: pl.DataFrame
+
+    @property
+    def _rows(self) -> pl.DataFrame:
+        return self.left

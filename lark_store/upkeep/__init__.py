@@ -1,1 +1,0 @@
-"""The life of what is stored: removal, compaction, figures of the disk, snapshots."""

@@ -11,6 +11,9 @@
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
+# A test that fails runs once more, and the log shows both: it fails the run only if it fails twice. A test that passed
+# the second time is a race, in the test or in the product, to be looked into.
+RERUNS := --reruns 1 --rerun-show-tracebacks
 N ?= 40
 CLUSTER ?= tests/maintenance/test_upkeep.py tests/ingest/test_recovery.py tests/query/test_attribute_incremental.py
 BIN := $(VENV)/bin
@@ -32,8 +35,8 @@ demo: install
 	$(BIN)/python -m demo.run
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS)
-	$(BIN)/pytest -n $(WORKERS) --place cluster $(CLUSTER)
+	$(BIN)/pytest -n $(WORKERS) $(RERUNS)
+	$(BIN)/pytest -n $(WORKERS) $(RERUNS) --place cluster $(CLUSTER)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -8,11 +8,12 @@ outside the main thread, or anything on Windows.
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from lark_store.errors import InputError
 
@@ -23,11 +24,9 @@ SECONDS, BYTES = 10.0, 1 << 30
 _TICK_S = 0.05
 
 
-def _peak() -> int:
-    """Return this process's peak memory in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _memory_in_use() -> int:
+    """Return this process's resident memory in bytes: not its peak, under which a template could grow unseen."""
+    return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager
@@ -41,12 +40,12 @@ def bounded() -> Iterator[None]:
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    deadline, memory_limit, inside = time.monotonic() + SECONDS, _peak() + BYTES, True
+    deadline, memory_limit, inside = time.monotonic() + SECONDS, _memory_in_use() + BYTES, True
 
     def check(_number: int, _frame: Any) -> None:
         if inside and time.monotonic() > deadline:
             raise InputError(f"the template ran longer than {SECONDS:g} s on one sample", "use another template")
-        if inside and _peak() > memory_limit:
+        if inside and _memory_in_use() > memory_limit:
             raise InputError(f"the template used more than {BYTES >> 20} MiB on one sample", "use another template")
 
     previous_handler = signal.signal(signal.SIGALRM, check)

@@ -122,6 +122,10 @@ REACHING = [
 ]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+GROWING = (  # to 300 MB, held for half a second
+    "{% set n = namespace(x=[]) %}{% for i in range(300) %}{% set n.x = n.x + ['x' * 1000000 ~ i] %}{% endfor %}"
+    "{% for i in range(50) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+)
 QA = Sample("a", "Is it?", "yes")
 
 
@@ -158,6 +162,14 @@ def test_template_exhausting_memory_is_stopped(folder, monkeypatch):
     with pytest.raises(InputError, match="the template used more than 64 MiB"):
         renderer("tokenizer", DOUBLING, folder).render(QA)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 6 << 20  # KiB
+
+
+def test_template_memory_is_counted_from_memory_in_use(folder, monkeypatch):
+    monkeypatch.setattr(template_limits, "BYTES", 64 << 20)
+    high = b"x" * (600 << 20)  # a peak far above what the template needs
+    del high
+    with pytest.raises(InputError, match="the template used more than 64 MiB"):
+        renderer("tokenizer", GROWING, folder).render(QA)
 
 
 def test_ingest_with_an_endless_template_ends_with_the_reason(store, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from lark_store.cli import (
     samples,
     sql,
     study,
+    ui,
 )
 from lark_store.cli.options import ENVIRONMENT, StoreOption
 from lark_store.cli.output import logged, say
@@ -81,6 +82,7 @@ samples.register(app)
 integrity.register(app)
 study.register(app)
 evaluate.register(app)
+ui.register(app)
 
 
 def main() -> None:

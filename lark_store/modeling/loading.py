@@ -26,6 +26,15 @@ _UNKNOWN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
+class _Kept:
+    """The last loaded model by its arguments; None: models are not kept."""
+
+    models: dict[tuple[Any, ...], Any] | None = None
+
+
+_KEPT = _Kept()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from writing to the terminal."""
@@ -167,6 +176,16 @@ def unweighted_model(
     return model.to(device).eval()
 
 
+@contextmanager
+def kept_loaded() -> Iterator[None]:
+    """Inside, `load_model` keeps the last model and returns it again when it is asked for the same."""
+    previous, _KEPT.models = _KEPT.models, {}
+    try:
+        yield
+    finally:
+        _KEPT.models = previous
+
+
 def load_model(folder: Path | ModelFolder, device: torch.device, precision: str, attention: str = "auto") -> Any:
     """Load a checkpoint's causal language model in evaluation mode (no dropout) on `device`.
 
@@ -178,6 +197,16 @@ def load_model(folder: Path | ModelFolder, device: torch.device, precision: str,
     CheckpointError
         The weights are unreadable or incomplete, or the model is not causal.
     """
+    key = (model_folder(folder), str(device), precision, attention)
+    if _KEPT.models is None:
+        return _load(folder, device, precision, attention)
+    if key not in _KEPT.models:
+        _KEPT.models.clear()  # two may not fit into memory
+        _KEPT.models[key] = _load(folder, device, precision, attention)
+    return _KEPT.models[key]
+
+
+def _load(folder: Path | ModelFolder, device: torch.device, precision: str, attention: str) -> Any:
     dtype = precision if check_precision(precision) != "auto" else "auto" if device.type == "cuda" else "float32"
     place = model_folder(folder)
     check_attention(attention)

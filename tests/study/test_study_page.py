@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import polars as pl
 import pytest
+from helpers.browser import complaints, in_chromium, requested
 from helpers.study import example_results, stripped
 from helpers.texts import qa_rows, text_rows, write_jsonl
 
@@ -239,31 +240,6 @@ def test_unwritable_path_is_a_clear_error(results, study_store, tmp_path):
         pages.write(results, FINDINGS, study_store, tmp_path / "taken")
 
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-in_chromium = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver, of Debian's packages"
-)
-SWITCHES = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """A headless Chromium that logs its console and its requests."""
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM
-    for switch in [*SWITCHES.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"]:
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
 def opened(browser, page: Path):
     """Open a page and wait until it says that its charts are drawn."""
     browser.get(page.as_uri())
@@ -272,10 +248,6 @@ def opened(browser, page: Path):
         assert time.monotonic() < end, browser.get_log("browser")
         time.sleep(0.05)
     return browser
-
-
-def complaints(browser) -> list[dict[str, object]]:
-    return [entry for entry in browser.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}]
 
 
 @in_chromium
@@ -289,9 +261,7 @@ def test_page_renders_without_requests(browser, page):
         assert drawing.size["width"] > 500, name
         still = browser.find_element(By.CSS_SELECTOR, f"#figure-{name} .still")
         assert not still.is_displayed(), name
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    urls = [p["request"]["url"] for p in sent if not p["documentURL"].startswith("chrome")]  # not the start page's
+    urls = requested(browser)
     assert page.as_uri() in urls
     assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
 

@@ -1,0 +1,106 @@
+"""Hits of `top` as cards of a page: the text with the words that it shares with the query, score, noise, p and q."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from lark_store.display.values import numbers, p_value
+from lark_store.results.answers import SIGNIFICANT
+from lark_store.ui.tables import pieces
+
+if TYPE_CHECKING:
+    from lark_store.results import Hit, Hits
+
+_WIDTH = 100.0  # of a bar
+_LONGEST = 1_500  # characters of a text
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A score as a bar with its noise: positions from 0 to 100."""
+
+    start: float
+    width: float
+    low: float
+    high: float
+    zero: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """A hit for a page. `verdict` says whether it is significant; `rest` counts the characters not shown."""
+
+    hit: Hit
+    href: str
+    score: str
+    noise: str
+    p: str
+    q: str
+    verdict: str
+    bar: Bar
+    pieces: list[tuple[str, bool]]
+    rest: int
+    name: str
+
+
+def cards(hits: Hits, marked: frozenset[str], scale: float | None = None) -> list[Card]:
+    """Return hits as cards; `scale` is the length of the longest bar, by default this ranking's own highest score."""
+    largest = scale or largest_of(hits) or 1.0
+    scores = [_signed(text) for text in numbers([hit.score for hit in hits])]
+    return [_card(hit, score, marked, largest) for hit, score in zip(hits, scores, strict=True)]
+
+
+def largest_of(*rankings: Hits) -> float:
+    """Return the largest absolute score, its noise included."""
+    return max((abs(hit.score) + (hit.noise or 0.0) for hits in rankings for hit in hits), default=0.0)
+
+
+def _card(hit: Hit, score: str, marked: frozenset[str], largest: float) -> Card:
+    return Card(
+        hit=hit,
+        href=f"/sample/{quote(hit.source)}/{quote(hit.sample_id, safe='')}",
+        score=score,
+        noise="" if hit.noise is None else f"{hit.noise:.2g}",
+        p="" if hit.p_value is None else p_value(hit.p_value),
+        q="" if hit.q_value is None else p_value(hit.q_value),
+        verdict=_verdict(hit),
+        bar=_bar(hit.score, hit.noise or 0.0, largest),
+        pieces=pieces(hit.text[:_LONGEST], marked),
+        rest=max(0, len(hit.text) - _LONGEST),
+        name=f"{hit.source}/{hit.sample_id}",
+    )
+
+
+def _verdict(hit: Hit) -> str:
+    if hit.q_value is None:
+        return "not tested"
+    return "significant" if hit.q_value <= SIGNIFICANT else "not significant"
+
+
+def _bar(score: float, noise: float, largest: float) -> Bar:
+    """Return the bar of a score between -largest and largest, with 0 in the middle."""
+
+    def place(value: float) -> float:
+        return _WIDTH * min(max((value / largest + 1) / 2, 0.0), 1.0)
+
+    zero = place(0.0)
+    start, end = sorted((zero, place(score)))
+    return Bar(start, end - start, place(score - noise), place(score + noise), zero)
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "−", 1) if number.startswith("-") else number
+
+
+def summary(hits: Hits) -> dict[str, Any]:
+    """Return what to say about a ranking: how it was made, its notes, and whether anything is significant."""
+    tested = [hit for hit in hits if hit.q_value is not None]
+    if not tested:
+        finding = "No hit was tested against a reference."
+    elif not hits.n_significant:
+        finding = f"Nothing significant: 0 of {len(hits)} hits at q ≤ {SIGNIFICANT}."
+    else:
+        finding = f"{hits.n_significant} of {len(hits)} hits are significant at q ≤ {SIGNIFICANT}."
+    return {"finding": finding, "how": hits.how.split("\n"), "scale": hits.scale}

@@ -1,0 +1,11 @@
+"""The pages: a module for each, with its routes in `ROUTES`."""
+
+from __future__ import annotations
+
+from lark_store.ui.pages import ask, compare, dominance, groups, queries, query, sample, sql, store, tokens
+
+ROUTES = [
+    route
+    for module in (store, queries, query, sample, groups, dominance, ask, tokens, compare, sql)
+    for route in module.ROUTES
+]

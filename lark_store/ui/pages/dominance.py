@@ -1,0 +1,85 @@
+"""The paper's tables: influence per source, fine-tuning against pretraining, and comparisons with q-values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lark_store.ui.equivalent import lines
+from lark_store.ui.explorer import explorer_of, page
+from lark_store.ui.parameters import Parameters
+from lark_store.ui.scope import choose
+from lark_store.ui.tables import table
+
+if TYPE_CHECKING:
+    import polars as pl
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse
+
+    from lark_store.ui.explorer import Explorer
+    from lark_store.ui.scope import Scope
+
+_VIEWS = {
+    "dominance": "Fine-tuning against pretraining (the paper's Table II)",
+    "influence": "Influence per source (the paper's Table I)",
+    "comparisons": "Differences of sources, and changes between checkpoints",
+}
+_FORMS = ("csv", "json")
+
+
+def show(request: Request) -> HTMLResponse:
+    """Show the three tables of all checkpoints."""
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    choices = choose(explorer.store, parameters, scored=True)
+    scope = choices.scope
+    tables = [
+        (
+            title,
+            table(_measured(explorer, scope, view)),
+            {form: scope.url(f"/dominance.{form}", view=view) for form in _FORMS},
+        )
+        for view, title in _VIEWS.items()
+    ]
+    options = _options(scope)
+    return page(
+        request,
+        "dominance",
+        "Dominance",
+        choices=choices,
+        tables=tables,
+        chart=scope.url("/plot/dominance.svg"),
+        lines=lines(explorer, "metrics", view="dominance", **options),
+    )
+
+
+def _asked(request: Request) -> pl.DataFrame:
+    """Return the table that a URL names."""
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    scope = choose(explorer.store, parameters, scored=True).scope
+    return _measured(explorer, scope, parameters.one_of("view", _VIEWS, "dominance"))
+
+
+def _options(scope: Scope) -> dict[str, str]:
+    return {"method": scope.method, "sketcher": scope.sketcher, "query_variant": scope.query_variant}
+
+
+def _measured(explorer: Explorer, scope: Scope, view: str) -> pl.DataFrame:
+    frame = explorer.store.metrics(view=view, **_options(scope))
+    if "queries" in frame.columns:
+        frame = frame.filter(queries=scope.queries)
+    return frame
+
+
+def csv(request: Request) -> Response:
+    """Return a table as CSV, with all digits."""
+    return Response(_asked(request).write_csv(), media_type="text/csv")
+
+
+def json(request: Request) -> Response:
+    """Return a table as JSON, a list of rows."""
+    return Response(_asked(request).write_json(), media_type="application/json")
+
+
+ROUTES = [Route("/dominance", show), Route("/dominance.csv", csv), Route("/dominance.json", json)]

@@ -1,0 +1,142 @@
+"""One query: its prompt and response, its proponents and opponents, and the same at all checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import polars as pl
+from starlette.routing import Route
+
+from lark_store.errors import NameUnknownError
+from lark_store.ui.equivalent import lines
+from lark_store.ui.explorer import explorer_of, page
+from lark_store.ui.hits import cards, largest_of, summary
+from lark_store.ui.parameters import Parameters
+from lark_store.ui.scope import choose
+from lark_store.ui.tables import parts_of, table, words_of
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse
+
+    from lark_store.store import Store
+    from lark_store.ui.scope import Choices, Scope
+
+_MOST = 50
+_SAMPLE = "SELECT * FROM samples WHERE source = ? AND sample_id = ?"
+_LOSSES = """
+SELECT c.name AS checkpoint, c.epoch, x.loss, p.answer AS predicted_answer
+FROM checkpoints c
+LEFT JOIN (
+    SELECT checkpoint, loss FROM sketches WHERE sketcher = $sketcher AND source = $queries AND sample_id = $query
+    AND variant = $query_variant) x ON x.checkpoint = c.name
+LEFT JOIN (
+    SELECT checkpoint, any_value(answer) AS answer FROM predictions
+    WHERE sketcher = $sketcher AND source = $queries AND sample_id = $query GROUP BY ALL) p ON p.checkpoint = c.name
+WHERE list_contains($checkpoints, c.name) ORDER BY list_position($checkpoints, c.name)"""
+
+
+def show(request: Request) -> HTMLResponse:
+    """Show a query at one checkpoint."""
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    query_id = request.path_params["query"]
+    choices = choose(explorer.store, parameters, scored=False)
+    scope = choices.scope
+    row = sample_row(explorer.store, scope.queries, query_id)
+    parts = parts_of(row)
+    k, where = parameters.whole("k", 5, 1, _MOST), parameters.text("where")
+    ranked = scope.search | {"k": k, "where": where}
+    proponents = explorer.store.top(query_id, **ranked)
+    opponents = explorer.store.top(query_id, **ranked, opponents=True)
+    marked, scale = words_of(parts), largest_of(proponents, opponents)
+    path = f"/query/{quote(query_id, safe='')}"
+    return page(
+        request,
+        "query",
+        query_id,
+        choices=choices,
+        query_id=query_id,
+        parts=parts,
+        losses=table(_losses(explorer.store, choices, query_id)),
+        k=k,
+        where=where or "",
+        columns=_columns(explorer.store),
+        rankings=[
+            ("Proponents", "training on them lowers the query's loss", cards(proponents, marked, scale)),
+            ("Opponents", "training on them raises the query's loss", cards(opponents, marked, scale)),
+        ],
+        summary=summary(proponents),
+        at_all=scope.url(f"{path}/checkpoints", k=k, where=where),
+        histogram=scope.url("/plot/histogram.svg", query=query_id, where=where),
+        tokens=scope,
+        lines=lines(explorer, "top", query_id, **ranked),
+    )
+
+
+def at_all_checkpoints(request: Request) -> HTMLResponse:
+    """Show a query's hits at all checkpoints side by side, and their trajectories."""
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    query_id = request.path_params["query"]
+    choices = choose(explorer.store, parameters, scored=False)
+    scope = choices.scope
+    parts = parts_of(sample_row(explorer.store, scope.queries, query_id))
+    k, where = parameters.whole("k", 5, 1, _MOST), parameters.text("where")
+    options = scope.search | {"k": k, "where": where}
+    del options["checkpoint"]
+    rankings = explorer.store.top(query_id, checkpoints=choices.checkpoints, **options)
+    beside = rankings.side_by_side[query_id].drop("text")
+    links = {"sample_id": lambda row: f"/sample/{quote(row['source'])}/{quote(row['sample_id'], safe='')}"}
+    marked, scale = words_of(parts), largest_of(*rankings)
+    path = f"/query/{quote(query_id, safe='')}"
+    return page(
+        request,
+        "query_checkpoints",
+        f"{query_id} at all checkpoints",
+        choices=choices,
+        query_id=query_id,
+        parts=parts,
+        losses=table(_losses(explorer.store, choices, query_id)),
+        k=k,
+        where=where or "",
+        columns=_columns(explorer.store),
+        beside=table(beside, links),
+        rankings=[(hits.checkpoint, summary(hits)["finding"], cards(hits, marked, scale)) for hits in rankings],
+        at_one=scope.url(path, k=k, where=where),
+        trajectory=scope.url("/plot/trajectory.svg", query=query_id, k=k, where=where),
+        lines=lines(explorer, "top", query_id, checkpoints=choices.checkpoints, **options),
+    )
+
+
+def sample_row(store: Store, source: str, sample_id: str) -> dict[str, Any]:
+    """Return a sample's row of the view `samples`.
+
+    Raises
+    ------
+    NameUnknownError
+    """
+    rows = store.sql(_SAMPLE, [source, sample_id])
+    if rows.is_empty():
+        raise NameUnknownError(f"`{source}` has no sample `{sample_id}`", "search for it on the page Queries or Store")
+    return rows.row(0, named=True)
+
+
+def _losses(store: Store, choices: Choices, query_id: str) -> pl.DataFrame:
+    """Return the query's loss and its predicted answer at each checkpoint; without the answers if there are none."""
+    scope: Scope = choices.scope
+    keys = {"sketcher": scope.sketcher, "queries": scope.queries, "query_variant": scope.query_variant}
+    frame = store.sql(_LOSSES, keys | {"query": query_id, "checkpoints": choices.checkpoints})
+    return frame.drop("predicted_answer") if frame["predicted_answer"].count() == 0 else frame
+
+
+def _columns(store: Store) -> list[str]:
+    """Return the columns that a condition on samples may name: those of sketches, of samples, and of metadata."""
+    keys = store.sql(
+        "SELECT DISTINCT unnest(json_keys(meta)) AS name "
+        "FROM (SELECT meta FROM samples WHERE meta IS NOT NULL LIMIT 1000) ORDER BY name"
+    )
+    own = ["source", "stage", "domain", "variant", "sample_id", "n_tokens", "n_loss_tokens", "loss", "grad_norm"]
+    return own + ["prompt", "response", "text", "label"] + keys["name"].to_list()
+
+
+ROUTES = [Route("/query/{query:path}/checkpoints", at_all_checkpoints), Route("/query/{query:path}", show)]

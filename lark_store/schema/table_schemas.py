@@ -180,15 +180,6 @@ def projection(schema: pa.Schema, columns: Iterable[str]) -> list[str] | dict[st
     return {name: f"CAST(NULL AS {ADDED[name]})" if name in missing else f"`{name}`" for name in names}
 
 
-def whole_rows(dataset: Any, columns: Iterable[str]) -> Any:
-    """Return a Lance dataset for DuckDB, as a scanner if it lacks columns of `ADDED`.
-
-    DuckDB reads only the needed columns of a dataset, but all columns of a scanner.
-    """
-    selected = projection(dataset.schema, columns)
-    return dataset if isinstance(selected, list) else dataset.scanner(columns=selected)
-
-
 def kind_of(table: str) -> str:
     """Return the kind of a table, a key of `INDICES`.
 

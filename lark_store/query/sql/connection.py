@@ -10,6 +10,7 @@ from sqlalchemy import inspect, select
 
 from lark_store.core.arrow import skip_pandas
 from lark_store.errors import QueryError, StoreBusyError
+from lark_store.query.sql.datasets import whole_rows
 from lark_store.query.sql.limits import Stop, too_large
 from lark_store.query.sql.relations import relations
 from lark_store.query.sql.sandbox import sandbox
@@ -31,7 +32,7 @@ from lark_store.schema.catalog import (
 )
 from lark_store.schema.checksums import CHECKSUM
 from lark_store.schema.column_types import Json, UtcTime
-from lark_store.schema.table_schemas import SKETCH_COLUMNS, TABLES, projection, sketch_schema, sketch_table, whole_rows
+from lark_store.schema.table_schemas import SKETCH_COLUMNS, TABLES, sketch_schema, sketch_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 _SNAPSHOT_ATTEMPTS = 10
 _ROWS_PER_BATCH = 8192
-_CUTS = ["ingest_run", "n_cut"]
 _TABLES = ("samples", "failures", "influence", "source_influence")
 _CATALOG: dict[str, type[Base]] = {
     "_checkpoint": Checkpoint,
@@ -126,7 +126,7 @@ def connect(
 def _fill(db: Database, connection: duckdb.DuckDBPyConnection, names: frozenset[str] | None) -> None:
     """Create the views, or only those with these names."""
     _register(db, connection, names)
-    if names is None or not names.isdisjoint(("_sketches", "_cuts")):
+    if names is None or "_sketches" in names:
         _register_sketches(db, connection)
     for name, view in VIEWS.items():
         if names is None or name in names:
@@ -134,24 +134,16 @@ def _fill(db: Database, connection: duckdb.DuckDBPyConnection, names: frozenset[
 
 
 def _register_sketches(db: Database, connection: duckdb.DuckDBPyConnection) -> None:
-    """Create views of the sketches of all sketchers, and of the tokens cut off."""
+    """Create a view of the sketches of all sketchers."""
     with db.session() as session:
         committed = select(IngestRun.fingerprint).where(IngestRun.status == "done", IngestRun.n_sketched > 0).distinct()
         tables = [sketch_table(fingerprint) for fingerprint in session.scalars(committed)]
     for name in tables:
         # Without the vector: DuckDB refuses datasets with a halffloat column.
-        dataset = db.vectors.table(name).to_lance()
-        scanner = dataset.scanner(columns=projection(dataset.schema, SKETCH_COLUMNS))
-        connection.register(f"_{name}", scanner)
-        narrow = dataset.scanner(columns=projection(dataset.schema, _CUTS))  # DuckDB reads all columns of a scanner
-        connection.register(f"_cuts_of_{name}", narrow)
-    empty = sketch_schema(1, "float32").empty_table().select(SKETCH_COLUMNS)
-    connection.register("_no_sketches", empty)
+        connection.register(f"_{name}", whole_rows(db.vectors.table(name).to_lance(), SKETCH_COLUMNS))
+    connection.register("_no_sketches", sketch_schema(1, "float32").empty_table().select(SKETCH_COLUMNS))
     union = " UNION ALL ".join(f"FROM _{name}" for name in ["no_sketches", *tables])
     connection.execute(f"CREATE TEMP VIEW _sketches AS {union}")
-    connection.register("_cuts_of_no_sketches", empty.select(_CUTS))
-    union = " UNION ALL ".join(f"FROM _cuts_of_{name}" for name in ["no_sketches", *tables])
-    connection.execute(f"CREATE TEMP VIEW _cuts AS {union}")
 
 
 def _register(db: Database, connection: duckdb.DuckDBPyConnection, names: frozenset[str] | None) -> None:

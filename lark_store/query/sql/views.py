@@ -266,7 +266,7 @@ VIEWS = {
         cuts AS (
             SELECT ingest_run, count(*) - count(n_cut) AS n_unknown, count(*) FILTER (n_cut > 0) AS n_truncated,
                    sum(n_cut) AS n_cut
-            FROM _cuts GROUP BY ALL
+            FROM _sketches GROUP BY ALL
         )
         SELECT r.sketcher, r.checkpoint, r.source, r.variant, coalesce(any_value(z.n_samples), 0) AS n_samples,
                sum(r.n_sketched)::BIGINT AS n_sketched,

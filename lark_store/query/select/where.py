@@ -12,11 +12,11 @@ import duckdb
 import polars as pl
 
 from lark_store.errors import InputError, QueryError
+from lark_store.query.sql.datasets import whole_rows
 from lark_store.query.sql.limits import Stop
 from lark_store.query.sql.sandbox import check_readable, one_select, sandbox
 from lark_store.schema.chats import CONTENT
 from lark_store.schema.faults import damage_of
-from lark_store.query.sql.datasets import whole_rows
 from lark_store.schema.table_schemas import SAMPLES
 
 if TYPE_CHECKING:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lark_store.callback import LarkStoreCallback
     from lark_store.errors import LarkStoreError
     from lark_store.results import (
+        ExplainedToken,
+        Explanation,
         Hit,
         Hits,
         IngestReport,
@@ -27,11 +29,15 @@ if TYPE_CHECKING:
         Trace,
     )
     from lark_store.store import Store
+    from lark_store.store.explain import Explainer
     from lark_store.store.rankings import Rankings
 
 __version__ = version("lark-store")
 
 _MODULES = {
+    "ExplainedToken": "lark_store.results",
+    "Explainer": "lark_store.store.explain",
+    "Explanation": "lark_store.results",
     "Hit": "lark_store.results",
     "Hits": "lark_store.results",
     "IngestReport": "lark_store.results",
@@ -48,6 +54,9 @@ _MODULES = {
 }
 
 __all__ = [
+    "ExplainedToken",
+    "Explainer",
+    "Explanation",
     "Hit",
     "Hits",
     "IngestReport",

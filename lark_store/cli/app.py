@@ -16,6 +16,7 @@ from lark_store.cli import (
     compute,
     corrections,
     evaluate,
+    explain,
     integrity,
     interchange,
     lifecycle,
@@ -75,6 +76,7 @@ registry.register(app)
 corrections.register(app)
 compute.register(app)
 answers.register(app)
+explain.register(app)
 sql.register(app)
 interchange.register(app)
 lifecycle.register(app)

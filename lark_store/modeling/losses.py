@@ -112,10 +112,16 @@ class Batch:
 
 def sample_losses(model: Any, batch: Batch) -> torch.Tensor:
     """Compute each sample's cross-entropy, the mean or the sum over its targets, (B,) float32 in nats."""
-    logits_NV = target_logits(model, batch).float()
-    losses_N = functional.cross_entropy(logits_NV, batch.labels(logits_NV), reduction="none")
+    losses_N, _ = target_losses(model, batch)
     parts = torch.split(losses_N, batch.n_targets)
     return torch.stack([p.sum() if s.is_summed else p.mean() for p, s in zip(parts, batch.samples, strict=True)])
+
+
+def target_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute each target's cross-entropy, (N,) float32 in nats; return also its label, (N,)."""
+    logits_NV = target_logits(model, batch).float()
+    labels_N = batch.labels(logits_NV)
+    return functional.cross_entropy(logits_NV, labels_N, reduction="none"), labels_N
 
 
 def target_logits(model: Any, batch: Batch) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Records returned by the API besides polars frames: frozen dataclasses."""
 
 from lark_store.results.answers import SIGNIFICANT, Hit, Hits, ScoreMatrix, Trace
+from lark_store.results.explanations import ExplainedToken, Explanation
 from lark_store.results.records import (
     BackupInfo,
     CheckpointInfo,
@@ -29,6 +30,8 @@ __all__ = [
     "Chosen",
     "Convertible",
     "CorrectionInfo",
+    "ExplainedToken",
+    "Explanation",
     "Hit",
     "Hits",
     "IngestReport",

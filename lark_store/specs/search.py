@@ -77,6 +77,18 @@ class TraceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainSpec:
+    """An explanation of one score; see `Store.explain`."""
+
+    variant: str | None = option(
+        None, flags="--variant -v", metavar="NAME", help="The sample's format variant, if several are sketched."
+    )
+    normalize: bool = option(
+        True, flags="--normalize/--dot", help="Parts of the cosine, or of the gradients' dot product."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttributeSpec(SearchSpec):
     """A search whose scores are stored; see `Store.attribute`."""
 
@@ -138,6 +150,26 @@ class TraceOptions(RankOptions, total=False):
     variants: Sequence[str]
     device: str
     precision: str
+    attention: str
+
+
+class ExplainOptions(TypedDict, total=False):
+    """The keywords of `Store.explain`."""
+
+    queries: str | None
+    query_variant: str | None
+    sketcher: str | None
+    variant: str | None
+    normalize: bool
+    device: str
+    attention: str
+
+
+class ExplainerOptions(TypedDict, total=False):
+    """The keywords of `Store.explainer`."""
+
+    sketcher: str | None
+    device: str
     attention: str
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from lark_store.specs import Compute, RankSpec, SearchSpec, TraceSpec, build
+from lark_store.specs import Compute, ExplainSpec, RankSpec, SearchSpec, TraceSpec, build
 from lark_store.store.base import Part, keywords, named
 
 if TYPE_CHECKING:
@@ -13,9 +13,21 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from lark_store.results import Hits, NewText, OnProgress, ScoreMatrix, Trace
-    from lark_store.specs import MethodOptions, ScoreOptions, ScoresOptions, TopOptions, TraceOptions
+    from lark_store.results import Explanation, Hits, NewText, OnProgress, ScoreMatrix, Trace
+    from lark_store.specs import (
+        ExplainerOptions,
+        ExplainOptions,
+        MethodOptions,
+        ScoreOptions,
+        ScoresOptions,
+        TopOptions,
+        TraceOptions,
+    )
+    from lark_store.store.explain import Explainer
     from lark_store.store.rankings import Rankings
+
+
+_OF_EXPLAINED = ("queries", "query_variant", "variant", "normalize")  # the rest is of the model
 
 
 class AnswerMethods(Part):
@@ -103,6 +115,51 @@ class AnswerMethods(Part):
         from lark_store.store.trace import trace
 
         return trace(self._db, question, checkpoint, options)
+
+    @keywords(ExplainSpec, SearchSpec, Compute)
+    def explain(
+        self,
+        query: str | None,
+        sample: str,
+        *,
+        checkpoint: str | None = None,
+        new: NewText | None = None,
+        **options: Unpack[ExplainOptions],
+    ) -> Explanation:
+        """Divide the exact score of a query and a sample among the tokens of both.
+
+        The gradients of both are taken at the checkpoint (default: the only one) in float32, with the sketcher's
+        correction, parameters and positions. Each token of either side has two parts of the score. `by_position` is
+        what its position contributes to the gradient: the layers' inputs and output gradients there. `by_target` is
+        what the loss of predicting it contributes. Both sum to the score, exact but for rounding.
+
+        `query` is as in `top`, with `new` for a text outside the store; `sample` is `SOURCE/ID`, or an id that only one
+        source has. With `normalize` the parts sum to the cosine, else to the dot product of the gradients. A variant is
+        by default the one with sketches, of several `chatml`. See `explainer` to keep the model for more questions.
+
+        Raises
+        ------
+        NameUnknownError, InputError, CheckpointError, CheckpointChangedError, NothingToScoreError
+        """
+        from lark_store.store.explain import Explainer, check_names
+
+        check_names(self._db, query, sample, new, options.get("queries"))
+        asked = {name: options[name] for name in _OF_EXPLAINED if name in options}  # type: ignore[literal-required]
+        return Explainer(self._db, checkpoint, options).explain(query, sample, new=new, **asked)
+
+    @keywords(SearchSpec, Compute)
+    def explainer(self, *, checkpoint: str | None = None, **options: Unpack[ExplainerOptions]) -> Explainer:
+        """Load the model of a checkpoint for several explanations: `store.explainer(...).explain(query, sample)`.
+
+        Its method `explain` takes the other arguments of `Store.explain`.
+
+        Raises
+        ------
+        NameUnknownError, InputError, CheckpointError, CheckpointChangedError, NothingToScoreError
+        """
+        from lark_store.store.explain import Explainer
+
+        return Explainer(self._db, checkpoint, options)
 
     @keywords(SearchSpec, RankSpec, Compute)
     def scores(

@@ -114,7 +114,7 @@ def _of_new(db: Database, new: list[NewText], spec: SearchSpec, ranking: Ranking
 
     if len({text.precision for text in new}) > 1:
         raise InputError("the new queries name several precisions", "give all of them the same one")
-    samples = [_sample(text) for text in new]
+    samples = [sample_of_new(text) for text in new]
     resolved_method(spec)  # a wrong method fails before the model is loaded
     spec, notes = with_sketcher(db, spec)
     variant, checkpoint = spec.query_variant or "chatml", spec.query_checkpoint or spec.checkpoints[0]
@@ -152,7 +152,7 @@ def with_notes(hits: Hits, notes: tuple[str, ...]) -> Hits:
     return replace(hits, notes=(*notes, *hits.notes))
 
 
-def _sample(new: NewText) -> Sample:
+def sample_of_new(new: NewText) -> Sample:
     """Return the sample of a new text.
 
     Raises

@@ -57,6 +57,7 @@ TAKES = {
     "dict[str, Any]": {"dict"},
     "Sequence[Any] | Mapping[str, Any] | None": {"list of texts", "list of numbers", "dict", "none"},
     "OnProgress | None": {"function", "none"},
+    "NewText | None": {"none"},
     "NewText | Sequence[NewText] | None": {"none"},
     "str | ModelObject | None": {"text", "none"},
     "str | Path | TokenizerObject | None": {"text", "path", "none"},

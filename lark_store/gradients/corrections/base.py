@@ -39,6 +39,13 @@ class Corrector:
         """Correct one sample's whole gradient of a parameter."""
         return gradient
 
+    def whole_like(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Rescale another value of a parameter's shape as `whole` rescales this gradient.
+
+        The map is symmetric: ⟨whole(g), v⟩ = ⟨g, whole_like(v, g)⟩.
+        """
+        return self.whole(name, value)
+
     def left(self, name: str, left_TL: torch.Tensor, matrix_T: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
         """Correct the left factor (T, L) of a matrix's gradient leftᵀ · right.
 

@@ -19,12 +19,16 @@ class NormCorrector(Corrector):
 
     whole_only = "scaling a tensor's gradient to norm 1 needs the whole gradient"
 
-    def whole(self, name: str, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def whole(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Correct one sample's whole gradient of a parameter."""
+        return self.whole_like(name, gradient, gradient)
+
+    def whole_like(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Divide a value by the norm of a gradient, which is fixed."""
         import torch
 
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        return gradient if norm == 0 else gradient.float() / norm
+        return value if norm == 0 else value.float() / norm
 
 
 class TensorCorrection(GradientCorrection):

@@ -72,7 +72,7 @@ class BatchPath:
         self._batch: Batch | None = None
         self._out = sketcher.new()
         self.anchor = torch.zeros((), device=sketcher.device, requires_grad=True)
-        layers, unused = _layers(model, parameters)
+        layers, unused = sketched_layers(model, parameters)
         model.requires_grad_(False)
         self._attached: list[Callable[[], None]] = [
             layer.register_forward_pre_hook(self._refuse(reason)).remove for layer, reason in unused
@@ -182,7 +182,7 @@ class _LayerPort:
         self.path.add(self.names, add)
 
 
-def _layers(
+def sketched_layers(
     model: torch.nn.Module, parameters: NamedParameters
 ) -> tuple[dict[str, tuple[torch.nn.Module, Rule, Names]], list[tuple[torch.nn.Module, str]]]:
     """Map the layers with parameters to sketch to their rules; a tied weight has several layers.

@@ -82,7 +82,7 @@ class SampleDetails:
 
 def sample_details(db: Database, name: str) -> SampleDetails:
     """Return a sample by `SOURCE/ID`, or by an id that only one source has; see `Store.sample_show`."""
-    source, sample_id = _find(db, name)
+    source, sample_id = find_sample(db, name)
     columns = [*CONTENT, "label", "meta"]
     (row,) = db.vectors.read("samples", columns, where(source=source, sample_id=sample_id)).to_dicts()
     meta = json.loads(row.pop("meta") or "{}")
@@ -127,7 +127,7 @@ def _rendered(
         return variant.name, None, error.fact
 
 
-def _find(db: Database, name: str) -> tuple[str, str]:
+def find_sample(db: Database, name: str) -> tuple[str, str]:
     """Return the source and the id of a sample by its name.
 
     Raises

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import altair as alt
 import polars as pl
-import vl_convert
 
-from lark_store.core.atomic_files import writing
+from lark_store.charts.style import OTHERS, QUIET, WIDTH, data, styled, tips, titled
 from lark_store.evaluate.kinds import KINDS
-from lark_store.study.chart_style import OTHERS, QUIET, WIDTH, data, styled, tips, titled
-from lark_store.study.charts import static_spec, svg
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lark_store.study.chart_style import Figure
+    from lark_store.charts.style import Figure
 
 _ROW = 26  # pixels
 
@@ -44,19 +38,3 @@ def chart(kind: str, table: pl.DataFrame) -> Figure:
     return styled(
         alt.vconcat(*panels).resolve_scale(x="shared").properties(title=titled(evaluation.title, evaluation.meaning))
     )
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a chart as NAME.svg, NAME.png (at double size) and a standalone NAME.html."""
-    spec: dict[str, Any] = figure.to_dict()
-    contents = {
-        "svg": svg(spec, name).encode(),
-        "png": vl_convert.vegalite_to_png(static_spec(spec), scale=2),
-        "html": vl_convert.vegalite_to_html(json.dumps(spec), bundle=True).encode(),
-    }
-    written = []
-    for kind, content in contents.items():
-        with writing(folder / f"{name}.{kind}") as draft:
-            draft.write_bytes(content)
-        written.append(folder / f"{name}.{kind}")
-    return written

@@ -229,7 +229,8 @@ class Task:
         return versions() | {"device": device, "precision": self.spec.precision, "platform": platform.platform()}
 
     def _write(self, name: str, table: pl.DataFrame, values: pl.DataFrame) -> list[Path]:
-        from lark_store.evaluate.charts import chart, save
+        from lark_store.charts.files import save
+        from lark_store.evaluate.charts import chart
 
         written = []
         for path, frame in ((self.folder / f"{name}.csv", table), (self.folder / f"{name}-values.csv", values)):

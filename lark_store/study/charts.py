@@ -5,18 +5,17 @@ Figures without data are omitted. The base checkpoint is epoch 0.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import polars as pl
-import vl_convert
 
-from lark_store.study.chart_style import (
-    EPOCH,
-    EPOCHS,
+from lark_store.charts import files
+from lark_store.charts.files import HOVER
+from lark_store.charts.marks import by_epoch, zero
+from lark_store.charts.numbers import bytes_text, points_text, rate_text, times_text
+from lark_store.charts.style import (
     HEIGHT,
     INK,
     METHOD_NAMES,
@@ -24,30 +23,22 @@ from lark_store.study.chart_style import (
     QUIET,
     TUNING,
     WIDTH,
-    by_epoch,
-    bytes_text,
     data,
-    epoch_axis,
     method_colours,
-    points_text,
-    rate_text,
-    source_colours,
     styled,
-    times_text,
     tips,
     titled,
-    zero,
 )
+from lark_store.study.chart_style import EPOCH, EPOCHS, epoch_axis, source_colours
 from lark_store.study.results import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lark_store.study.chart_style import Figure
+    from lark_store.charts.style import Figure
     from lark_store.study.results import Results
 
-HOVER = "hover"
 TWO_LINES = "split(datum.label, ' · ')"
 _INTERVAL: dict[str, str | tuple[str, str]] = {"low": ("95% from", ".3f"), "high": ("to", ".3f")}
 
@@ -64,39 +55,7 @@ def save(charts: dict[str, Figure], folder: Path) -> list[Path]:
     for name in _FIGURES.keys() - charts.keys():
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    written = []
-    for name, chart in charts.items():
-        spec = chart.to_dict()
-        for path, content in (
-            (folder / f"{name}.png", vl_convert.vegalite_to_png(static_spec(spec), scale=2)),
-            (folder / f"{name}.svg", svg(spec, name).encode()),
-        ):
-            path.write_bytes(content)
-            written.append(path)
-    return written
-
-
-def svg(spec: dict[str, Any], name: str) -> str:
-    """Return a chart as SVG, with reproducible ids which are unique across charts."""
-    drawn = vl_convert.vegalite_to_svg(static_spec(spec))
-    for n, svg_id in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', drawn))):
-        drawn = re.sub(rf'(\bid="|url\(#|href="#){re.escape(svg_id)}(?=["\)])', rf"\g<1>{name}-{n}", drawn)
-    return drawn
-
-
-def static_spec(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a chart's specification without its hover elements."""
-
-    def clean(part: Any) -> Any:
-        if isinstance(part, list):
-            return [clean(x) for x in part if not (isinstance(x, dict) and x.get("name") == HOVER)]
-        if isinstance(part, dict):
-            gone = {"params", "condition"} if "params" in spec else set()
-            return {k: v if k == "datasets" else clean(v) for k, v in part.items() if k not in gone}
-        return part
-
-    cleaned: dict[str, Any] = clean(spec)
-    return json.loads(json.dumps(cleaned))  # type: ignore[no-any-return]
+    return [path for name, chart in charts.items() for path in files.save(chart, folder, name, ("png", "svg"))]
 
 
 def _influence(results: Results, *, plain: bool) -> Figure | None:

@@ -18,10 +18,11 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from lark_store.charts.files import svg
+from lark_store.charts.numbers import rate_text
 from lark_store.core.atomic_files import writing
 from lark_store.errors import InputError
-from lark_store.study.chart_style import rate_text
-from lark_store.study.charts import figures, svg
+from lark_store.study.charts import figures
 from lark_store.study.explorer import explorer
 from lark_store.study.presentation import FIGURES, sheets
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from lark_store.study.chart_style import METHOD_NAMES, bytes_text, points_text, rate_text, times_text
+from lark_store.charts.numbers import bytes_text, points_text, rate_text, times_text
+from lark_store.charts.style import METHOD_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -48,7 +48,7 @@ def facts_store(facts_path, tmp_path):
 @pytest.fixture
 def without_charts(monkeypatch):
     """Evaluations draw no charts."""
-    monkeypatch.setattr("lark_store.evaluate.charts.save", lambda *_: [])
+    monkeypatch.setattr("lark_store.charts.files.save", lambda *_: [])
 
 
 HALF_SETS = {"checkpoint": "base", "half_sets": 6, "learning_rate": 1e-3}

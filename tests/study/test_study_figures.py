@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 from helpers.study import example_results, stripped
 
-from lark_store.study import chart_style, charts, presentation
+from lark_store.charts import numbers
+from lark_store.study import charts, presentation
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,11 @@ def test_every_figure_is_drawn_as_png_and_svg(results, tmp_path):
 def test_figures_are_reproducible_byte_for_byte(results, tmp_path):
     first, second = (charts.save(charts.figures(results), tmp_path / name) for name in ("one", "two"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_control_characters_in_ids_do_not_stop_a_study(tmp_path):
+    drawn = charts.figures(example_results(tmp_path, [f"q\x1b{i}" for i in range(12)]))
+    assert len(charts.save(drawn, tmp_path)) == 2 * len(presentation.FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +111,13 @@ def test_method_comparison_uses_the_recipes_epoch(results):
         (presentation.points(-0.25), "−25.0"),
         (presentation.p_value(0.0004), "< 0.001"),
         (presentation.p_value(0.021), "0.021"),
-        (chart_style.rate_text(2e-5), "2e-5"),
-        (chart_style.rate_text(1.5e-4), "1.5e-4"),
-        (chart_style.bytes_text(132_400), "132 kB"),
-        (chart_style.bytes_text(999), "999 B"),
-        (chart_style.bytes_text(28e9), "28 GB"),
-        (chart_style.times_text(2031.9), "2,030×"),
-        (chart_style.times_text(1.0), "1×"),
+        (numbers.rate_text(2e-5), "2e-5"),
+        (numbers.rate_text(1.5e-4), "1.5e-4"),
+        (numbers.bytes_text(132_400), "132 kB"),
+        (numbers.bytes_text(999), "999 B"),
+        (numbers.bytes_text(28e9), "28 GB"),
+        (numbers.times_text(2031.9), "2,030×"),
+        (numbers.times_text(1.0), "1×"),
     ],
 )
 def test_number_formatting(output, text):

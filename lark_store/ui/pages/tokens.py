@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from markupsafe import Markup
-from starlette.responses import RedirectResponse
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
-from lark_store.ui.parameters import form_of
+from lark_store.ui.parameters import Parameters, form_of
 from lark_store.ui.scope import choose
 from lark_store.ui.tables import table
 
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import HTMLResponse
 
-_WITHOUT = {"queries", "method"}  # of a search: an explanation takes no method
-_SHOWN = 10
+_WITHOUT = {"method"}  # of a search: an explanation takes none
+_MEANINGS = {
+    "position": "what the gradient carries at each token's position",
+    "target": "what the loss of predicting each token carries; only underlined tokens are predicted",
+}
 
 
 async def start(request: Request) -> RedirectResponse:
@@ -28,37 +31,46 @@ async def start(request: Request) -> RedirectResponse:
     parameters = await form_of(request)
     scope = choose(explorer_of(request).store, parameters, scored=False).scope
     options = {name: value for name, value in scope.search.items() if name not in _WITHOUT}
-    names = {
-        "query": f"{scope.queries}/{parameters.required('query')}",
-        "sample": parameters.required("sample"),
-        "variant": parameters.required("variant"),
-    }
+    names = {name: parameters.required(name) for name in ("query", "sample", "variant")}
     job = explorer_of(request).jobs.start("explain", **names, **options)
     return RedirectResponse(f"/tokens/{job.number}", 303)
 
 
 def answer(request: Request) -> HTMLResponse:
     """Show an explanation's progress, or the explanation."""
-    explorer = explorer_of(request)
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
     job = explorer.jobs.find(request.path_params["number"], "explain")
     if job.state != "done":
         return page(request, "job", "Tokens", job=job, again="/queries", what="The tokens' influence is computed.")
+    by = parameters.one_of("by", _MEANINGS, "position")
     found, options = job.answer, dict(job.options)
     query, sample = options.pop("query"), options.pop("sample")
     source, sample_id = sample.split("/", 1)
-    sides = [("The query", "query"), ("The sample", "sample")]
     return page(
         request,
         "tokens",
-        f"{sample} for {query}",
+        "Which tokens?",
         query=query,
         sample=sample,
         sample_href=f"/sample/{quote(source)}/{quote(sample_id, safe='')}",
-        sides=[(title, Markup(found.side_html(side))) for title, side in sides],  # noqa: S704  # it escapes its tokens
-        strongest=table(found.strongest(_SHOWN)),
-        totals=found.said.split("\n"),
+        by=by,
+        meanings=_MEANINGS,
+        sides=[(title, Markup(found.html(side, by))) for title, side in (("Query", "query"), ("Sample", "sample"))],  # noqa: S704  # it escapes its tokens
+        strongest=table(found.table(by)),
+        how=found.how.split("\n"),
         lines=lines(explorer, "explain", query, sample, **options),
     )
 
 
-ROUTES = [Route("/tokens", start, methods=["POST"]), Route("/tokens/{number:int}", answer)]
+def css(_request: Request) -> Response:
+    """Return the stylesheet of tokens."""
+    from lark_store.display.tokens import TOKEN_CSS
+
+    return Response(TOKEN_CSS, media_type="text/css")
+
+
+ROUTES = [
+    Route("/tokens", start, methods=["POST"]),
+    Route("/tokens/{number:int}", answer),
+    Route("/tokens.css", css),
+]

@@ -45,6 +45,8 @@ from lark_store.specs.option import Option, build, fields_named, option, option_
 from lark_store.specs.search import (
     AttributeOptions,
     AttributeSpec,
+    GroupsOptions,
+    GroupsSpec,
     MethodOptions,
     RankOptions,
     RankSpec,
@@ -78,6 +80,8 @@ __all__ = [
     "FitSpec",
     "FormatOptions",
     "FormatSpec",
+    "GroupsOptions",
+    "GroupsSpec",
     "ImportOptions",
     "ImportSpec",
     "IngestOptions",

@@ -26,6 +26,8 @@ from lark_store.display.table import About
 from lark_store.query.methods import METHODS, of_label
 from lark_store.specs import (
     Compute,
+    GroupsOptions,
+    GroupsSpec,
     MethodOptions,
     RankSpec,
     ScoreOptions,
@@ -164,6 +166,26 @@ def scores(
     say(f"{result.score} of {len(result.samples)} samples for {len(result.query_ids)} queries{result.across}")
     for note in result.notes:
         say(f"note: {note}")
+
+
+@takes(SearchSpec, RankSpec, GroupsSpec, Compute)
+def groups(
+    common: ReadOptions,
+    checkpoint: CheckpointsOption,
+    query: Annotated[list[str] | None, typer.Argument(help="Ids of queries (default: all).")] = None,
+    **options: Unpack[GroupsOptions],
+) -> None:
+    """Print the influence of groups of samples: of each topic, format, source, or any key of their metadata.
+
+    A group's value is the mean, sum or maximum of its samples' scores, averaged over the queries. Intervals (95%) are
+    over queries, for one query over the group's samples. `wins` is the share of queries for which no group has more.
+
+    Example: `lark-store groups --by topic --by format --checkpoint epoch-2`
+    """
+    with common.open() as opened:
+        frame = opened.groups(query, checkpoint=checkpoint, **options)
+    frame = frame if frame["subgroup_name"].count() or common.form != Format.table else frame.drop("subgroup_name")
+    emit_noted(_shown(frame, common), common.form, _about(frame), wide=common.wide)
 
 
 @takes(SearchSpec)
@@ -356,7 +378,7 @@ def _about(frame: pl.DataFrame) -> About:
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
-    for command in (top, trace, scores, metrics, coverage, ft_pt, trajectory, similar_text, self_influence):
+    for command in (top, trace, scores, groups, metrics, coverage, ft_pt, trajectory, similar_text, self_influence):
         app.command()(command)
     group = typer.Typer(help="The approximate search.", no_args_is_help=True, rich_markup_mode="markdown")
     group.command("build")(index_build)

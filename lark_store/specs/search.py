@@ -66,6 +66,20 @@ class RankSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupsSpec:
+    """How samples are grouped; see `Store.groups`."""
+
+    by: Sequence[str] = option(
+        ("source",),
+        flags="--by -b",
+        metavar="KEY",
+        help="A key of the samples' metadata, or source, stage, domain, variant, label; give it twice for pairs "
+        "(default: source).",
+    )
+    how: str = option("mean", help="A group's value: the `mean`, `sum` or `max` of its samples' scores.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TraceSpec:
     """A model's own answer to a question; see `Store.trace`."""
 
@@ -179,6 +193,13 @@ class ScoresOptions(SearchOptions, total=False):
     where: str | None
     device: str
     memory: int
+
+
+class GroupsOptions(ScoresOptions, total=False):
+    """The keywords of `Store.groups`."""
+
+    by: Sequence[str]
+    how: str
 
 
 class AttributeOptions(ScoreOptions, total=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from lark_store.specs import Compute, ExplainSpec, RankSpec, SearchSpec, TraceSpec, build
+from lark_store.specs import Compute, ExplainSpec, GroupsSpec, RankSpec, SearchSpec, TraceSpec, build
 from lark_store.store.base import Part, keywords, named
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lark_store.specs import (
         ExplainerOptions,
         ExplainOptions,
+        GroupsOptions,
         MethodOptions,
         ScoreOptions,
         ScoresOptions,
@@ -183,6 +184,40 @@ class AnswerMethods(Part):
 
         questions = ask(self._db, build(SearchSpec, options, checkpoints=named(checkpoint)))
         return all_scores(self._db, query_ids, questions, options.get("where"), build(Compute, options))
+
+    @keywords(SearchSpec, RankSpec, GroupsSpec, Compute)
+    def groups(
+        self,
+        query: str | Sequence[str] | None = None,
+        *,
+        checkpoint: str | Sequence[str],
+        **options: Unpack[GroupsOptions],
+    ) -> pl.DataFrame:
+        """Return the influence of groups of samples: of each value of a key, or of each pair of values of two.
+
+        `by` names one key or two: `source`, `stage`, `domain`, `variant`, `label`, or any key of the samples' metadata.
+        Samples without a key are the group null, and `note` counts them. A group's value is the `mean`, `sum` or `max`
+        (`how`) of its samples' scores for a query; for several queries (a list, or None: all of each source of stage
+        `query`) it is the mean over them. Several checkpoints are scored one by one, or summed as `over_checkpoints`
+        says. The other arguments are those of `top`. The scores are exact, of all searched sketches.
+
+        Columns: checkpoint, queries, query_id (null over several), group_name and subgroup_name (values of the keys, as
+        text), n_samples (one in two format variants counts twice), value, low and high (95% interval), interval_over
+        (what it resamples: `queries`; for one query the group's `samples`; null without an interval, as for one
+        query's maximum), sketch_error (bound of the value's standard deviation over sketcher seeds, null where the
+        method has none), wins (share of queries for which no group has a higher value), n_queries, query_checkpoint,
+        scored_by and note. The highest value comes first. Intervals are bootstrapped; those over more than 500 samples
+        are the mean ± 1.96 standard errors.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError, QueryError
+        """
+        from lark_store.query.answers.groups import Grouped, groups
+
+        ids = None if query is None else named(query, "query")
+        spec = build(SearchSpec, options, checkpoints=named(checkpoint))
+        return groups(self._db, ids, spec, build(Grouped, options))
 
     @keywords(SearchSpec)
     def ft_pt(self, checkpoint: str | Sequence[str], **options: Unpack[ScoreOptions]) -> pl.DataFrame:

@@ -152,6 +152,7 @@ def test_metrics_of_a_snapshot(sketched):
 ASKS = {
     "top": lambda store, **of: store.top("q100", checkpoint="base", **of),
     "attribute": lambda store, **of: store.attribute(["base"], queries="test", **of),
+    "groups": lambda store, **of: store.groups(checkpoint="base", **of),
     "ft_pt": lambda store, **of: store.ft_pt("base", **of),
     "scores": lambda store, **of: store.scores(checkpoint="base", **of),
     "self_influence": lambda store, **of: store.self_influence(checkpoints=["base"], **of),

@@ -33,6 +33,7 @@ ANSWERS = [
     "sample list finetune",
     "source list",
     "ft-pt -c base --sketcher small",
+    "groups -c base --sketcher small",
     "trajectory q100 q0 --sketcher small",
     "trajectory q100 q0 --query-checkpoint epoch-1 --sketcher small",
     "ft-pt -c base --query-checkpoint epoch-1 --sketcher small",

@@ -2,6 +2,7 @@
 
 products           stream sketches and multiply them with the queries'
 search             every row's score for a block of queries, by any method
+groups             scores of groups of rows
 geometry           whitened and centred scores
 bm25               the lexical baseline
 ann, ann_index     approximate search, and its measured index

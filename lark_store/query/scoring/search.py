@@ -148,6 +148,17 @@ class Search:
             norms = (queries.norm_Q, norm_N[product.numbers])
             yield product.numbers, method.scoring.weighted(product.cosine_QB, *norms)
 
+    def stream_with_noise(self, batch: QueryBatch) -> Iterator[tuple[NDArray[np.int64], Scores]]:
+        """Yield the same with the scores' noise."""
+        method = self.question.method
+        if not method.is_adding:
+            yield np.arange(len(self.rows)), self.scores(batch)
+            return
+        (queries,) = batch.sketches
+        for product in products(self.rows, queries, device=self.device):
+            rows = self.rows.only(product.numbers)
+            yield product.numbers, method.scoring.of_cosines(product.cosine_QB, queries, rows)
+
     def of_candidates(self, query: Queries, numbers: NDArray[np.int64]) -> Scores:
         """Return the scores of some rows for one query, by an adding method."""
         rows = self.rows.only(numbers)

@@ -149,3 +149,27 @@ METRICS = {
     **_QUERY_AT,
     **_BY,
 }
+GROUPS = {
+    **_CHECKPOINT,
+    **_QUERIES,
+    **text(
+        query_id="id of the query; null over several",
+        group_name="value of the first key; null: samples without it",
+        subgroup_name="value of the second key; null without one",
+    ),
+    **columns("BIGINT", n_samples="samples in the group; one in two format variants counts twice"),
+    **double(
+        value="mean, sum or maximum of the samples' scores; over several queries their mean",
+        low="lower end of its 95% interval",
+        high="upper end of its 95% interval",
+    ),
+    **text(interval_over="what the interval resamples: `queries`, or `samples` for one query; null without one"),
+    **double(
+        sketch_error="bound of its standard deviation over sketcher seeds",
+        wins="share of queries for which no group has a higher value",
+    ),
+    **columns("BIGINT", n_queries="number of queries"),
+    **_QUERY_AT,
+    **_BY,
+    **_NOTE,
+}

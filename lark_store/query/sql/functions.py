@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from lark_store.core.names import SUM_SEPARATOR
 from lark_store.errors import InputError, LarkStoreError, NothingToScoreError
-from lark_store.query.sql.columns import FT_PT, METRICS, SIMILAR_TEXT, TOP, TRAJECTORY, Column
+from lark_store.query.sql.columns import FT_PT, GROUPS, METRICS, SIMILAR_TEXT, TOP, TRAJECTORY, Column
 from lark_store.specs import SearchSpec, build
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _EXAMPLES = {
     "sample_id": "'s1'",
     "k": "10",
     "view": "'all'",
+    "key": "'topic'",
 }
 
 
@@ -193,6 +194,21 @@ def _ft_pt(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFram
     return frames
 
 
+def _influence_by(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFrame | None]:
+    from lark_store.query.answers.groups import Grouped, groups
+
+    frames: list[pl.DataFrame | None] = []
+    for call in calls:
+        if call["checkpoint"] is None or call["key"] is None:
+            frames.append(None)
+            continue
+        by = [key for key in (call["key"], call["key2"]) if key is not None]
+        spec = _search_of(call)
+        for_each = Grouped(by=by, how=call["how"] or "mean", where=call["condition"], check=stop.check)
+        frames.append(groups(db, _listed(call["query"]) or None, spec, for_each))
+    return frames
+
+
 def _trajectory(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFrame | None]:
     from lark_store.query.answers.trajectory import trajectory
 
@@ -274,6 +290,26 @@ FUNCTIONS = {
             FT_PT,
             _ft_pt,
             required=("checkpoint",),
+        ),
+        Function(
+            "influence_by",
+            "A group of samples with the same value of a key, and its influence",
+            {
+                "checkpoint": _NAME,
+                "key": _NAME,
+                "key2": _NAME,
+                "query": _NAME,
+                "how": ("VARCHAR", "'mean'"),
+                "source": _NAME,
+                "variant": _NAME,
+                "condition": _NAME,
+                **_AT,
+                **_ASKED,
+                **_OVER,
+            },
+            GROUPS,
+            _influence_by,
+            required=("checkpoint", "key"),
         ),
         Function(
             "trajectory",

@@ -6,17 +6,16 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 
 import pytest
-from helpers.program import lark
+from helpers.program import PROGRAM, lark
 
 
 def started(*words):
     """Start the program; return it and its first line."""
-    command = [sys.executable, "-m", "lark_store.cli", "ui", *words]
+    command = [PROGRAM, "ui", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     return process, process.stdout.readline().strip()
 

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from lark_store.ui.scope import Choices, Scope
 
 _MOST = 50
+_OF_SAMPLES = (
+    "source stage domain variant sample_id n_tokens n_loss_tokens loss grad_norm prompt response text label"
+).split()
+_KEYS = """
+SELECT DISTINCT unnest(json_keys(meta)) AS name FROM (SELECT meta FROM samples WHERE meta IS NOT NULL LIMIT 1000)
+ORDER BY name"""
 _SAMPLE = "SELECT * FROM samples WHERE source = ? AND sample_id = ?"
 _LOSSES = """
 SELECT c.name AS checkpoint, c.epoch, x.loss, p.answer AS predicted_answer
@@ -129,14 +135,14 @@ def _losses(store: Store, choices: Choices, query_id: str) -> pl.DataFrame:
     return frame.drop("predicted_answer") if frame["predicted_answer"].count() == 0 else frame
 
 
+def metadata_keys(store: Store) -> list[str]:
+    """Return the keys of the first thousand samples' metadata."""
+    return store.sql(_KEYS)["name"].to_list()
+
+
 def _columns(store: Store) -> list[str]:
     """Return the columns that a condition on samples may name: those of sketches, of samples, and of metadata."""
-    keys = store.sql(
-        "SELECT DISTINCT unnest(json_keys(meta)) AS name "
-        "FROM (SELECT meta FROM samples WHERE meta IS NOT NULL LIMIT 1000) ORDER BY name"
-    )
-    own = ["source", "stage", "domain", "variant", "sample_id", "n_tokens", "n_loss_tokens", "loss", "grad_norm"]
-    return own + ["prompt", "response", "text", "label"] + keys["name"].to_list()
+    return [*_OF_SAMPLES, *metadata_keys(store)]
 
 
 ROUTES = [Route("/query/{query:path}/checkpoints", at_all_checkpoints), Route("/query/{query:path}", show)]

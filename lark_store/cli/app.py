@@ -20,6 +20,7 @@ from lark_store.cli import (
     integrity,
     interchange,
     lifecycle,
+    mcp,
     registry,
     samples,
     sql,
@@ -85,6 +86,7 @@ integrity.register(app)
 study.register(app)
 evaluate.register(app)
 ui.register(app)
+mcp.register(app)
 
 
 def main() -> None:

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from lark_store.cli.options import SnapshotOption, StoreOption  # noqa: TC001  # typer reads them
+from lark_store.cli.options import SnapshotOption, StoreOption
 from lark_store.cli.output import say
+from lark_store.cli.spec_options import takes
 
 _LOOPBACK = "127.0.0.1"
 
 
+@takes()
 def ui(
-    *,
     store: StoreOption = None,
     snapshot: SnapshotOption = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port (default: a free one).")] = 0,

@@ -41,6 +41,7 @@ class Guard:
         self._app, self._hosts, self._token, self._cookie = app, frozenset(hosts), token, cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on; add the headers to every response."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return

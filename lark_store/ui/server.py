@@ -89,7 +89,9 @@ def _listening(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise InputError(f"can't listen at {host}:{port}: {error}", "choose another `--port`, or leave it out") from error
+        raise InputError(
+            f"can't listen at {host}:{port}: {error}", "choose another `--port`, or leave it out"
+        ) from error
     listener.listen(128)
     return listener
 

@@ -58,12 +58,16 @@ def table(
     """Return a frame as a table: values rounded for people; `links` make addresses from rows, for columns by name."""
     shown = frame.head(most)
     columns = [rounded(series) for series in shown]
-    heads = [Head(column.name.replace("_", " "), column.is_number, (sorts or {}).get(column.name)) for column in columns]
+    heads = [
+        Head(column.name.replace("_", " "), column.is_number, (sorts or {}).get(column.name)) for column in columns
+    ]
     named = shown.to_dicts() if links else [{}] * len(shown)
     cells = [_cells(column.cells, column.is_number, shown[column.name].to_list()) for column in columns]
     for place, column in enumerate(columns):
         if link := (links or {}).get(column.name):
-            cells[place] = [Cell(cell.text, link(row), cell.whole) for cell, row in zip(cells[place], named, strict=True)]
+            cells[place] = [
+                Cell(cell.text, link(row), cell.whole) for cell, row in zip(cells[place], named, strict=True)
+            ]
     return Table(heads, [list(row) for row in zip(*cells, strict=True)], len(frame) - len(shown))
 
 

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers.texts import qa_rows, text_rows, write_jsonl
 
+from helpers.texts import qa_rows, text_rows, write_jsonl
 from lark_store import Store
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 import time
 import tomllib
 from dataclasses import dataclass

@@ -23,7 +23,12 @@ def test_second_host_is_refused(client):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_without_the_token(stranger, path):
-    for cookies in ({}, {"lark-store-8000": "wrong"}, {"lark-store-8000": TOKEN[:-1]}, {"lark-store-8000": TOKEN + "é"}):
+    for cookies in (
+        {},
+        {"lark-store-8000": "wrong"},
+        {"lark-store-8000": TOKEN[:-1]},
+        {"lark-store-8000": TOKEN + "é"},
+    ):
         stranger.cookies.clear()
         headers = {"cookie": "; ".join(f"{k}={v}" for k, v in cookies.items()).encode()} if cookies else {}
         response = stranger.get(path, headers=headers)

@@ -108,7 +108,9 @@ def commands(page):
     return command, python
 
 
-@pytest.mark.parametrize("path", ["/query/q100", f"/query/{ODD}", "/query/q100/checkpoints?k=3", "/queries", "/dominance"])
+@pytest.mark.parametrize(
+    "path", ["/query/q100", f"/query/{ODD}", "/query/q100/checkpoints?k=3", "/queries", "/dominance"]
+)
 def test_command_and_python_give_the_same_answer(client, path):
     command, python = commands(Page(client.get(path).text))
     ran = lark(f"{' '.join(map(shlex.quote, shlex.split(command)[1:]))} -f json")
@@ -155,9 +157,7 @@ def test_sample_page_shows_its_influence_on_every_query(client, explored_path):
     order = np.argsort(-scores.matrix[:, place], kind="stable")
     page = Page(client.get("/sample/finetune/q2").text)
     shown = [link for link in page.values("a", "href") if link.startswith("/query/")]
-    assert [link.split("?")[0] for link in shown] == [
-        f"/query/{quote(scores.query_ids[i], safe='')}" for i in order
-    ]
+    assert [link.split("?")[0] for link in shown] == [f"/query/{quote(scores.query_ids[i], safe='')}" for i in order]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_empty_store_says_what_to_do(tmp_path):
     from lark_store.ui.app import application
 
     with Store.create(tmp_path / "lark.store") as store:
-        app = application(Explorer(store, Jobs(None, None)), hosts={"a:1"}, token="t" * 20, cookie="c")  # noqa: S106
+        app = application(Explorer(store, Jobs(None, None)), hosts={"a:1"}, token="t" * 20, cookie="c")
         client = TestClient(app, base_url="http://a:1", cookies={"c": "t" * 20})
         assert "There are no checkpoints yet" in client.get("/").text
         for path in ("/queries", "/query/q", "/map", "/dominance", "/compare", "/ask", "/plot/histogram.svg?query=q"):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class _SomeColumns(Dataset):
+class _SomeColumns(Dataset):  # type: ignore[misc]  # pyarrow has no types
     """Some columns of a Lance dataset, from which DuckDB reads only the columns and rows that it needs."""
 
     def __init__(self, dataset: Any, names: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import RedirectResponse
 from starlette.routing import Route
@@ -51,7 +51,7 @@ def answer(request: Request) -> HTMLResponse:
     return page(request, "answer", "Ask", **_answered(job), lines=lines(explorer, *_call(job)[0], **_call(job)[1]))
 
 
-def _answered(job: Job) -> dict[str, object]:
+def _answered(job: Job) -> dict[str, Any]:
     """Return the values of the page of an answer."""
     found = job.answer
     parts = parts_of({"prompt": job.options["prompt"], "response": job.options["response"]})
@@ -68,7 +68,7 @@ def _answered(job: Job) -> dict[str, object]:
     }
 
 
-def _call(job: Job) -> tuple[tuple[str, ...], dict[str, object]]:
+def _call(job: Job) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return the method and the arguments that give the same answer."""
     options = dict(job.options)
     prompt, response = options.pop("prompt"), options.pop("response")

@@ -56,7 +56,7 @@ def show(request: Request) -> HTMLResponse:
 
 
 def _side(explorer: Explorer, choices: Choices, parameters: Parameters, name: str) -> tuple[str, Scope]:
-    """Return the query and the scope of side `a` or `b`; by default the first query, at the first and last checkpoint."""
+    """Return the query and the scope of a side; by default the first query at the first and the last checkpoint."""
     scope = choices.scope
     first = choices.checkpoints[0 if name == "a" else -1]
     scope = replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import polars as pl
 from starlette.routing import Route
 
 from lark_store.errors import NameUnknownError
@@ -17,6 +16,7 @@ from lark_store.ui.scope import choose
 from lark_store.ui.tables import parts_of, table, words_of
 
 if TYPE_CHECKING:
+    import polars as pl
     from starlette.requests import Request
     from starlette.responses import HTMLResponse
 
@@ -24,9 +24,21 @@ if TYPE_CHECKING:
     from lark_store.ui.scope import Choices, Scope
 
 _MOST = 50
-_OF_SAMPLES = (
-    "source stage domain variant sample_id n_tokens n_loss_tokens loss grad_norm prompt response text label"
-).split()
+_OF_SAMPLES = [
+    "source",
+    "stage",
+    "domain",
+    "variant",
+    "sample_id",
+    "n_tokens",
+    "n_loss_tokens",
+    "loss",
+    "grad_norm",
+    "prompt",
+    "response",
+    "text",
+    "label",
+]
 _KEYS = """
 SELECT DISTINCT unnest(json_keys(meta)) AS name FROM (SELECT meta FROM samples WHERE meta IS NOT NULL LIMIT 1000)
 ORDER BY name"""

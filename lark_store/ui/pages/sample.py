@@ -102,7 +102,7 @@ def listed(request: Request) -> HTMLResponse:
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
     source, where = request.path_params["source"], parameters.text("where")
     start = parameters.whole("start", 0, 0, 999_999_999)
-    options = {"where": where, "limit": _SHOWN, "offset": start}
+    options: dict[str, Any] = {"where": where, "limit": _SHOWN, "offset": start}
     frame = explorer.store.sample_list(source, **options)
     rows = frame.with_columns(pl.lit(source).alias("source")).select(
         "source", "sample_id", pl.coalesce("prompt", "text", "messages").alias("text"), "response", "label", "meta"

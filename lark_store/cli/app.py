@@ -19,6 +19,7 @@ from lark_store.cli import (
     integrity,
     interchange,
     lifecycle,
+    presentation,
     registry,
     samples,
     sql,
@@ -78,6 +79,7 @@ sql.register(app)
 interchange.register(app)
 lifecycle.register(app)
 samples.register(app)
+presentation.register(app)
 integrity.register(app)
 study.register(app)
 evaluate.register(app)

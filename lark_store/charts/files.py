@@ -10,6 +10,8 @@ import vl_convert
 
 from lark_store.charts.readable import visible_spec
 from lark_store.core.atomic_files import writing
+from lark_store.core.text import joined
+from lark_store.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -43,6 +45,37 @@ FORMATS: dict[str, Callable[[dict[str, Any], str], bytes]] = {
     "png": lambda spec, _: png(spec),
     "html": lambda spec, _: html(spec).encode(),
 }
+
+
+def check_format(path: Path) -> str:
+    """Return the format that a file's suffix names.
+
+    Raises
+    ------
+    InputError
+        No format has it.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise InputError(f"`{path}` is no {joined((f'.{name}' for name in FORMATS), 'or')} file", "choose one of these")
+    return kind
+
+
+def write(chart: Figure, path: Path) -> Path:
+    """Write a chart in the format of the file's suffix, and return the path.
+
+    Raises
+    ------
+    InputError
+        The suffix is unknown, or the file can't be written.
+    """
+    content = FORMATS[check_format(path)](chart.to_dict(), "chart")
+    try:
+        with writing(path) as draft:
+            draft.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"`{path}` can't be written: {error.strerror}", "choose another location") from error
+    return path
 
 
 def save(chart: Figure, folder: Path, name: str, formats: Iterable[str] = FORMATS) -> list[Path]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-def by_epoch(
+def lines_with_bands(
     frame: pl.DataFrame,
     x: alt.X,
     y: alt.Y,
@@ -23,7 +23,7 @@ def by_epoch(
     *,
     dashed: Sequence[str] = (),
 ) -> list[alt.Chart]:
-    """Return the layers of a line chart over epochs: 95% band, line, points. Columns: series, epoch, y, low, high."""
+    """Return the layers of a line chart: 95% band, line, points. Columns: series, low, high, and those of x and y."""
     names = [name for name in colours if name in set(frame["series"])]
     scale = alt.Scale(domain=names, range=[colours[name] for name in names])
     places = list(dict.fromkeys(colours.values()))  # one colour, one shape
@@ -31,7 +31,8 @@ def by_epoch(
     dashes = alt.Scale(domain=names, range=[[5, 4] if name in dashed else [1, 0] for name in names])
     colour = alt.Color("series:N", scale=scale, title=None)
     base = alt.Chart(data(frame))
-    is_line = frame["epoch"].n_unique() > 1
+    field, _, _ = str(x["shorthand"]).partition(":")
+    is_line = frame[field].n_unique() > 1
     band = base.mark_area(opacity=0.15, aria=False) if is_line else base.mark_rule(strokeWidth=2)
     lines = base.mark_line(strokeWidth=2, aria=False)
     title: Any = y["title"]

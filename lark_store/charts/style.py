@@ -26,9 +26,7 @@ METHODS = {
 }
 METHOD_NAMES = {"cosine": "LARK (cosine)", "bm25": "BM25", "bm25-okapi": "BM25 Okapi", "bm25plus": "BM25+"}
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke")
-Figure = (
-    alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.VConcatChart
-)  # `alt.layer` may return a facet
+Figure = alt.Chart | alt.LayerChart | alt.FacetChart | alt.ConcatChart | alt.HConcatChart | alt.VConcatChart
 
 INK, QUIET, LINES = "#1f2328", "#57606a", "#d9dee3"
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
@@ -43,6 +41,14 @@ def data(frame: pl.DataFrame) -> alt.InlineData:
     finite = [pl.when(c.is_finite()).then(c.cast(pl.Float64).round_sig_figs(DIGITS)) for c in floats]
     rounded = frame.with_columns(value.alias(c.meta.output_name()) for value, c in zip(finite, floats, strict=True))
     return alt.InlineData(values=rounded.to_dicts())
+
+
+def colours_of(names: Sequence[str], tuning: Sequence[str] = ()) -> dict[str, str]:
+    """Return a colour for each name; the first of the `tuning` names has the one of fine-tuning."""
+    first = next((name for name in names if name in tuning), None)
+    others = [name for name in names if name != first]
+    own = {} if first is None else {first: TUNING}
+    return own | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from lark_store.cli import (
     interchange,
     lifecycle,
     mcp,
+    presentation,
     registry,
     samples,
     sql,
@@ -82,6 +83,7 @@ sql.register(app)
 interchange.register(app)
 lifecycle.register(app)
 samples.register(app)
+presentation.register(app)
 integrity.register(app)
 study.register(app)
 evaluate.register(app)

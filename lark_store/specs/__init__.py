@@ -42,6 +42,7 @@ from lark_store.specs.manage import (
     VariantSpec,
 )
 from lark_store.specs.option import Option, build, fields_named, option, option_of
+from lark_store.specs.plot import PlotOptions, PlotSpec
 from lark_store.specs.search import (
     AttributeOptions,
     AttributeSpec,
@@ -96,6 +97,8 @@ __all__ = [
     "LdsSpec",
     "MethodOptions",
     "Option",
+    "PlotOptions",
+    "PlotSpec",
     "RankOptions",
     "RankSpec",
     "SampleListOptions",

@@ -16,6 +16,7 @@ from lark_store.store.create import make
 from lark_store.store.integrity import IntegrityMethods
 from lark_store.store.interchange import InterchangeMethods
 from lark_store.store.lifecycle import LifecycleMethods
+from lark_store.store.presentation import PresentationMethods
 from lark_store.store.registry import RegistryMethods
 from lark_store.store.samples import SampleMethods
 
@@ -29,6 +30,7 @@ class Store(
     SampleMethods,
     ComputeMethods,
     AnswerMethods,
+    PresentationMethods,
     InterchangeMethods,
     LifecycleMethods,
     IntegrityMethods,

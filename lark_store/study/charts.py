@@ -13,7 +13,7 @@ import polars as pl
 
 from lark_store.charts import files
 from lark_store.charts.files import HOVER
-from lark_store.charts.marks import by_epoch, zero
+from lark_store.charts.marks import lines_with_bands, zero
 from lark_store.charts.numbers import bytes_text, points_text, rate_text, times_text
 from lark_store.charts.style import (
     HEIGHT,
@@ -77,7 +77,7 @@ def _influence(results: Results, *, plain: bool) -> Figure | None:
         source="source", variant="format", checkpoint="checkpoint", mean_max_influence=("mean max influence", ".4f"),
         low=("95% from", ".4f"), high=("to", ".4f"), n_queries="queries",
     )  # fmt: skip
-    layers = by_epoch(frame, epoch_axis(results), y, colours, tooltip, dashed=dashed)
+    layers = lines_with_bands(frame, epoch_axis(results), y, colours, tooltip, dashed=dashed)
     heading = f"Influence of {'raw ' if plain else ''}sources"
     subtitle = f"{kinds}: mean over queries of the highest cosine in a source; bands are 95% intervals"
     return alt.layer(*layers).properties(width=WIDTH, height=HEIGHT, title=titled(heading, subtitle))
@@ -125,7 +125,7 @@ def _pt_wins(results: Results) -> Figure | None:
         high=("to", ".1%"), learning_rate=("learning rate", "~g"), n_queries="queries",
     )  # fmt: skip
     half = alt.Chart(alt.InlineData(values=[{"y": 0.5}])).mark_rule(color=QUIET, strokeDash=[2, 3]).encode(y="y:Q")
-    layers = by_epoch(frame, x, y, source_colours(results), tooltip)
+    layers = lines_with_bands(frame, x, y, source_colours(results), tooltip)
     title = titled(
         "How often pretraining is closer than fine-tuning",
         f"share of queries with Φ(pt) > Φ(ft); {', '.join(frame['variant'].unique().sort())}",
@@ -314,7 +314,7 @@ def _truth(results: Results) -> Figure | None:
         y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(domain=[0, 1]))
         titles: dict[str, str | tuple[str, str]] = {"method": "method", "checkpoint": "checkpoint"}
         tooltip = tips(**titles, **{field: (title, ".3f")}, **_INTERVAL, n_queries="queries", n_samples="samples")
-        layers = by_epoch(frame, epoch_axis(results), y, colours, tooltip)
+        layers = lines_with_bands(frame, epoch_axis(results), y, colours, tooltip)
         panels.append(alt.layer(*layers).properties(width=270, height=260))
     heading: Any = titled(
         "Finding the samples stating the answer", "1 is perfect; bands are 95% intervals over queries"

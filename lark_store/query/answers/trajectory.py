@@ -15,7 +15,7 @@ from lark_store.query.methods import Method
 from lark_store.query.scoring.products import load_queries
 from lark_store.query.select.hints import for_sketches, quoted
 from lark_store.query.select.resolve import ask
-from lark_store.query.select.sketchers import with_sketcher
+from lark_store.query.select.sketchers import sketched_checkpoints, with_sketcher
 from lark_store.query.sql.columns import TRAJECTORY, frame_schema
 from lark_store.schema.catalog import Checkpoint, IngestRun, Sketcher, Source
 from lark_store.schema.database import find, find_sketcher
@@ -41,9 +41,7 @@ def trajectory(db: Database, query: str, sample_id: str, spec: SearchSpec) -> pl
         if spec.query_checkpoint is not None:
             find(session, Checkpoint, spec.query_checkpoint)
         sketcher = find_sketcher(session, spec.sketcher)
-        sketched = select(IngestRun.checkpoint_id).filter_by(sketcher_id=sketcher.id, status="done")
-        order = (Checkpoint.epoch.is_not(None), Checkpoint.epoch, Checkpoint.id)
-        checkpoints = list(session.scalars(select(Checkpoint).where(Checkpoint.id.in_(sketched)).order_by(*order)))
+        checkpoints = sketched_checkpoints(session, sketcher)
     rows: list[tuple[Any, ...]] = []
     n_asked = 0
     for checkpoint in checkpoints:

@@ -15,6 +15,8 @@ from lark_store.schema.catalog import Checkpoint, IngestRun, ScoreRun, Sketcher
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy.orm import Session
+
     from lark_store.query.select.score_filter import ScoreFilter
     from lark_store.schema.database import Database
 
@@ -59,6 +61,13 @@ def sketcher_with_scores(db: Database, name: str | None, scores: ScoreFilter) ->
     if checkpoints:
         made = made.join(Checkpoint, Checkpoint.id == ScoreRun.checkpoint_id).where(Checkpoint.name.in_(checkpoints))
     return _only(db, name, made, f"`{method.name}` scores", checkpoints)
+
+
+def sketched_checkpoints(session: Session, sketcher: Sketcher) -> list[Checkpoint]:
+    """Return the checkpoints with sketches of a sketcher, by epoch."""
+    sketched = select(IngestRun.checkpoint_id).filter_by(sketcher_id=sketcher.id, status="done")
+    order = (Checkpoint.epoch.is_not(None), Checkpoint.epoch, Checkpoint.id)
+    return list(session.scalars(select(Checkpoint).where(Checkpoint.id.in_(sketched)).order_by(*order)))
 
 
 def _only(

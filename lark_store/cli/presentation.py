@@ -1,0 +1,44 @@
+"""Commands that draw: plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Unpack
+
+import typer
+
+from lark_store.cli.options import EveryCheckpointOption, SnapshotOption, StoreOption, open_store
+from lark_store.cli.output import say
+from lark_store.cli.spec_options import takes
+from lark_store.specs import Compute, GroupsSpec, PlotOptions, PlotSpec, RankSpec, SearchSpec
+from lark_store.store.plots import plots_help
+
+
+@takes(PlotSpec, SearchSpec, RankSpec, GroupsSpec, Compute)
+def plot(
+    kind: Annotated[str, typer.Argument(help=plots_help())],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="An .svg, .png or .html file.")],
+    query: Annotated[list[str] | None, typer.Argument(help="Ids of queries, where the plot takes some.")] = None,
+    checkpoint: EveryCheckpointOption = None,
+    store: StoreOption = None,
+    snapshot: SnapshotOption = None,
+    **options: Unpack[PlotOptions],
+) -> None:
+    """Draw a plot of the store's answers into a file.
+
+    `hits`, `histogram` and `dominance` need a checkpoint. An option that the plot does not use is refused.
+
+    Example: `lark-store plot hits 21645374 --checkpoint epoch-2 -o hits.svg`
+
+    Example: `lark-store plot trajectory 21645374 19504993 -o trajectory.png`
+
+    Example: `lark-store plot heatmap --by topic -o topics.html`
+    """
+    with open_store(store, snapshot) as opened:
+        path = opened.plot(kind, query, checkpoint=checkpoint, output=output, **options)
+    say(f"wrote `{path}`")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the app."""
+    app.command()(plot)

@@ -1,0 +1,106 @@
+"""The interface of a kind of plot: a subclass of `Plot`, with one entry in the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sqlalchemy import select
+
+from lark_store.errors import InputError, NothingToScoreError
+from lark_store.schema.catalog import Source
+from lark_store.specs import SearchSpec, build
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lark_store.charts.style import Figure
+    from lark_store.schema.database import Database
+    from lark_store.specs import PlotSpec
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to draw: the queries and the checkpoints (none: the kind's default), what to show, and all options."""
+
+    db: Database
+    queries: list[str]
+    checkpoints: list[str]
+    show: PlotSpec
+    options: Mapping[str, Any]
+
+    @property
+    def search(self) -> SearchSpec:
+        """The search at the checkpoints."""
+        return build(SearchSpec, self.options, checkpoints=self.checkpoints)
+
+    @property
+    def tuning(self) -> list[str]:
+        """The names of the fine-tuning sources."""
+        with self.db.session() as session:
+            return list(session.scalars(select(Source.name).filter_by(stage="finetune").order_by(Source.id)))
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """The colours of the store's sources, the same in all plots."""
+        from lark_store.charts.style import colours_of
+
+        with self.db.session() as session:
+            names = list(session.scalars(select(Source.name).where(Source.stage != "query").order_by(Source.id)))
+        return colours_of(names, self.tuning)
+
+    def at_all_checkpoints(self) -> Asked:
+        """Return the same at the given checkpoints, or at all with sketches, by epoch.
+
+        Raises
+        ------
+        NothingToScoreError
+            There are none.
+        """
+        from lark_store.query.select.sketchers import sketched_checkpoints, with_sketcher
+        from lark_store.schema.database import find_sketcher
+
+        if self.checkpoints:
+            return self
+        spec, _ = with_sketcher(self.db, self.search)
+        with self.db.session() as session:
+            names = [
+                checkpoint.name for checkpoint in sketched_checkpoints(session, find_sketcher(session, spec.sketcher))
+            ]
+        if not names:
+            raise NothingToScoreError(
+                f"there are no `{spec.sketcher}` sketches", "create some with `lark-store ingest`"
+            )
+        return replace(self, checkpoints=names)
+
+    def one_query(self) -> str:
+        """Return the only query.
+
+        Raises
+        ------
+        InputError
+            There are none, or several.
+        """
+        if len(self.queries) != 1:
+            fact = "no query is given" if not self.queries else f"{len(self.queries)} queries are given"
+            raise InputError(fact, "give the id of one query")
+        return self.queries[0]
+
+
+class Plot:
+    """A kind of plot. `name` is its name, `meaning` its help; `uses` are the options that it reads."""
+
+    name: ClassVar[str]
+    meaning: ClassVar[str]
+    uses: ClassVar[frozenset[str]]
+
+    def draw(self, asked: Asked) -> tuple[Figure, Sequence[str]]:
+        """Return the chart, and notes for the reader."""
+        raise NotImplementedError
+
+
+SEARCH = frozenset(
+    ("queries", "query_variant", "query_checkpoint", "sketcher", "method", "over_checkpoints", "sources", "variants")
+)
+EXACT = SEARCH | {"where", "device"}
+GROUPS = EXACT | {"by", "how", "memory"}

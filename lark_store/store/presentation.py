@@ -1,0 +1,80 @@
+"""`Store`, plots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, overload
+
+from lark_store.specs import Compute, GroupsSpec, PlotSpec, RankSpec, SearchSpec
+from lark_store.store.base import Part, keywords
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Unpack
+
+    from lark_store.charts.style import Figure
+    from lark_store.specs import PlotOptions
+
+
+class PresentationMethods(Part):
+    """The methods that draw."""
+
+    @overload
+    def plot(
+        self,
+        kind: str,
+        query: str | Sequence[str] | None = None,
+        *,
+        checkpoint: str | Sequence[str] | None = None,
+        output: None = None,
+        **options: Unpack[PlotOptions],
+    ) -> Figure: ...
+    @overload
+    def plot(
+        self,
+        kind: str,
+        query: str | Sequence[str] | None = None,
+        *,
+        checkpoint: str | Sequence[str] | None = None,
+        output: str | Path,
+        **options: Unpack[PlotOptions],
+    ) -> Path: ...
+    @keywords(PlotSpec, SearchSpec, RankSpec, GroupsSpec, Compute)
+    def plot(
+        self,
+        kind: str,
+        query: str | Sequence[str] | None = None,
+        *,
+        checkpoint: str | Sequence[str] | None = None,
+        output: str | Path | None = None,
+        **options: Unpack[PlotOptions],
+    ) -> Figure | Path:
+        """Draw a plot: an altair chart, which a notebook shows, or with `output` an .svg, .png or .html file.
+
+        `kind` is one of
+
+        - `trajectory`: the influence of groups of samples (`by`, `how`) on 1 to 12 queries over checkpoints, or with
+          `measure="loss"` the queries' losses;
+        - `dominance`: fine-tuning against pretraining at a checkpoint, a point per query, with FT wins;
+        - `influence`: mean max influence of each source at each checkpoint with 95% intervals, from `attribute`;
+        - `hits`: the `k` samples with the highest and the `k` with the lowest influence on a query; whiskers are one
+          standard deviation of sketch noise;
+        - `heatmap`: the influence of groups (`by`, `how`) at each checkpoint, over all queries or the given ones;
+        - `histogram`: the scores of all samples for a query, with its `k` highest marked.
+
+        `hits`, `histogram` and `dominance` need a checkpoint; the others show all by default. A group's value is the
+        `max` (`how`) of its samples' scores, the source influence Φ, unless said otherwise. The other arguments are
+        those of `top` and `groups`; one that the kind does not use is refused. With `output` it returns the path.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError, QueryError
+        """
+        from pathlib import Path
+
+        from lark_store.store.plots import plot
+
+        queries, checkpoints = (
+            [] if names is None else [names] if isinstance(names, str) else list(names) for names in (query, checkpoint)
+        )
+        return plot(self._db, kind, queries, checkpoints, options, None if output is None else Path(output))

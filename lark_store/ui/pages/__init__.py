@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lark_store.ui.pages import ask, compare, dominance, groups, queries, query, sample, sql, store, tokens
+from lark_store.ui.pages import ask, compare, dominance, groups, plot, queries, query, sample, sql, store, tokens
 
 ROUTES = [
     route
-    for module in (store, queries, query, sample, groups, dominance, ask, tokens, compare, sql)
+    for module in (store, queries, query, sample, groups, dominance, ask, tokens, compare, sql, plot)
     for route in module.ROUTES
 ]

@@ -1,0 +1,84 @@
+"""Charts as SVG images, by their addresses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import polars as pl
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lark_store.ui.explorer import explorer_of
+from lark_store.ui.parameters import Parameters
+from lark_store.ui.scope import choose
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from lark_store.charts.style import Figure
+    from lark_store.ui.explorer import Explorer
+    from lark_store.ui.scope import Scope
+
+_KEYS = ["source", "variant", "sample_id"]
+_MOST = 50
+
+
+def histogram(request: Request) -> Response:
+    """Draw all scores of a query, its hits marked."""
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    scope = choose(explorer.store, parameters, scored=False).scope
+    query, where = parameters.required("query"), parameters.text("where")
+    return _drawn(explorer.store.plot("histogram", query, where=where, **scope.search))
+
+
+def dominance(request: Request) -> Response:
+    """Draw fine-tuning against pretraining, a point per query."""
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    scope = choose(explorer.store, parameters, scored=False).scope
+    return _drawn(explorer.store.plot("dominance", **scope.search))
+
+
+def trajectory(request: Request) -> Response:
+    """Draw the scores of a query's hits at every checkpoint."""
+    from lark_store.charts.trajectory import influence_trajectory
+
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    choices = choose(explorer.store, parameters, scored=False)
+    query, where = parameters.required("query"), parameters.text("where")
+    k = parameters.whole("k", 5, 1, _MOST)
+    frame = _scores_of_hits(explorer, choices.scope, choices.checkpoints, query, {"k": k, "where": where})
+    title = f"The top {k} samples at {choices.scope.checkpoint}, at every checkpoint"
+    return _drawn(influence_trajectory(frame, {}, title))
+
+
+def _scores_of_hits(
+    explorer: Explorer, scope: Scope, checkpoints: list[str], query: str, ranked: dict[str, int | str | None]
+) -> pl.DataFrame:
+    """Return the score of each hit at each checkpoint, in the columns of `influence_trajectory`."""
+    hits = explorer.store.top(query, **scope.search | ranked).frame.select(_KEYS)
+    parts = []
+    for checkpoint in checkpoints:
+        scores = explorer.store.scores([query], **scope.search | {"checkpoint": checkpoint, "where": ranked["where"]})
+        joined = hits.join(scores.frame.select(*_KEYS, "score"), on=_KEYS, how="inner", maintain_order="left")
+        parts.append(joined.with_columns(checkpoint=pl.lit(checkpoint)))
+    return pl.concat(parts).select(
+        query_id=pl.lit(query),
+        checkpoint="checkpoint",
+        series=pl.concat_str(pl.col("source") + "/" + pl.col("sample_id"), "variant", separator=" as "),
+        value="score",
+        noise=pl.lit(None, pl.Float64),
+        n_samples=pl.lit(1),
+    )
+
+
+def _drawn(chart: Figure) -> Response:
+    from lark_store.charts.files import svg
+
+    return Response(svg(chart.to_dict(), "chart"), media_type="image/svg+xml")
+
+
+ROUTES = [
+    Route("/plot/histogram.svg", histogram),
+    Route("/plot/dominance.svg", dominance),
+    Route("/plot/trajectory.svg", trajectory),
+]

@@ -50,9 +50,10 @@ class Explainer:
         variant: str | None = None,
         normalize: bool = True,
     ) -> Explanation:
-        """Explain the score of a query and a sample; see `Store.explain`."""
+        """Explain the score of a query and a sample; see `Store.explain`. Threads take turns."""
         from dataclasses import replace
 
+        self._db.check_usable()
         asked = _query(self._db, query, new, queries)
         found = _sample(self._db, sample)
         left = self._explained(*asked, query_variant, "--query-variant")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import polars as pl
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lark_store import NewText, Store
 from lark_store.display.tokens import TOKEN_CSS
-from lark_store.errors import CheckpointError, InputError, NameUnknownError
+from lark_store.errors import CheckpointError, InputError, NameUnknownError, StoreError
 from lark_store.modeling.token_texts import token_texts
 from lark_store.modeling.tokens import Tokens
 
@@ -174,6 +175,23 @@ def test_an_explainer_keeps_the_model_and_the_querys_gradient(opened, explainer,
     assert loaded._last is not kept
     once = opened.explain("q101", "finetune/q1", **AT)
     assert once.frame.equals(explainer.explain("q101", "finetune/q1").frame)
+
+
+def test_threads_take_turns(explainer, explained):
+    samples = ["finetune/q1", "songs/sea-0"] * 2
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda name: explainer.explain("q100", name), samples))
+    assert [result.sample_id for result in results] == samples
+    assert results[0].frame.equals(explained.frame)
+    assert results[2].frame.equals(explained.frame)
+    assert results[1].frame.equals(results[3].frame)
+
+
+def test_a_closed_store_explains_nothing(scored_path):
+    with Store.open(scored_path) as store:
+        kept = store.explainer(**AT)
+    with pytest.raises(StoreError, match="closed"):
+        kept.explain("q100", "finetune/q1")
 
 
 def test_a_snapshot_is_explained_too(scored_copy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from lark_store.core.device import pick_device
@@ -88,6 +89,7 @@ class LoadedExplainer:
         except UnknownLayerError as error:
             raise self._indivisible(error) from error
         self._last: tuple[Any, Tokens, WholeGradient] | None = None
+        self._lock = Lock()  # the model has one sample's hooks at a time
 
     def _indivisible(self, error: UnknownLayerError) -> CheckpointError:
         return CheckpointError(
@@ -105,6 +107,10 @@ class LoadedExplainer:
         CheckpointError
             The model's gradients can't be divided.
         """
+        with self._lock:
+            return self._explained(query, sample, normalize=normalize)
+
+    def _explained(self, query: ExplainedSample, sample: ExplainedSample, *, normalize: bool) -> Explanation:
         query_tokens, query_gradient = self._of_query(query)
         sample_tokens, sample_gradient = self._gradient(sample)
         product = dot(query_gradient.corrected, sample_gradient.corrected)

@@ -144,7 +144,7 @@ class AnswerMethods(Part):
         """
         from lark_store.store.explain import Explainer, check_names
 
-        check_names(self._db, query, sample, new, options.get("queries"))
+        check_names(self._db, query, sample, new, options)
         asked = {name: options[name] for name in _OF_EXPLAINED if name in options}  # type: ignore[literal-required]
         return Explainer(self._db, checkpoint, options).explain(query, sample, new=new, **asked)
 

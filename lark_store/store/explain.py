@@ -50,9 +50,10 @@ class Explainer:
         variant: str | None = None,
         normalize: bool = True,
     ) -> Explanation:
-        """Explain the score of a query and a sample; see `Store.explain`."""
+        """Explain the score of a query and a sample; see `Store.explain`. Threads take turns."""
         from dataclasses import replace
 
+        self._db.check_usable()
         asked = _query(self._db, query, new, queries)
         found = _sample(self._db, sample)
         left = self._explained(*asked, query_variant, "--query-variant")
@@ -87,15 +88,19 @@ class Explainer:
         return _DEFAULT_VARIANT
 
 
-def check_names(db: Database, query: str | None, sample: str, new: NewText | None, queries: str | None) -> None:
-    """Look up a query and a sample, before a model is loaded.
+def check_names(db: Database, query: str | None, sample: str, new: NewText | None, options: Mapping[str, Any]) -> None:
+    """Look up a query, a sample and their variants, before a model is loaded.
 
     Raises
     ------
     NameUnknownError, InputError
     """
-    _query(db, query, new, queries)
+    _query(db, query, new, options.get("queries"))
     _sample(db, sample)
+    with db.session() as session:
+        for name in (options.get("variant"), options.get("query_variant")):
+            if name is not None:
+                find(session, FormatVariant, name)
 
 
 def _checkpoint(db: Database, name: str | None) -> str:

@@ -1,6 +1,6 @@
 """Take the pictures of docs/ui.md: screenshots of the explorer on the demo's store, by Debian's chromium.
 
-    make demo && .venv/bin/python docs/site_pictures.py
+make demo && .venv/bin/python docs/site_pictures.py
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from urllib.parse import urlencode
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "demo" / ".work" / "lark.store"
 PICTURES = ROOT / "docs" / "pictures"
+_QUERY = """
+SELECT query_id FROM source_influence WHERE query_checkpoint = checkpoint ORDER BY max DESC, query_id LIMIT 1"""
 _SQL = (
     "SELECT checkpoint, source, variant, avg(max) AS mean_max_influence\n"
     "FROM source_influence WHERE query_checkpoint = checkpoint GROUP BY ALL ORDER BY ALL"
@@ -25,9 +27,7 @@ def main() -> None:
     from lark_store import Store
 
     with Store.open(STORE) as store:
-        query = store.sql(
-            "SELECT query_id FROM source_influence WHERE query_checkpoint = checkpoint ORDER BY max DESC, query_id LIMIT 1"
-        ).item()
+        query = store.sql(_QUERY).item()
     pages = {
         "query": (f"/query/{query}", "1200,1250"),
         "map": ("/map", "1200,760"),

@@ -61,7 +61,8 @@ def _scores_of_hits(
         scores = explorer.store.scores([query], **scope.search | {"checkpoint": checkpoint, "where": ranked["where"]})
         joined = hits.join(scores.frame.select(*_KEYS, "score"), on=_KEYS, how="inner", maintain_order="left")
         parts.append(joined.with_columns(checkpoint=pl.lit(checkpoint)))
-    return pl.concat(parts).select(
+    frame: pl.DataFrame = pl.concat(parts)
+    return frame.select(
         query_id=pl.lit(query),
         checkpoint="checkpoint",
         series=pl.concat_str(pl.col("source") + "/" + pl.col("sample_id"), "variant", separator=" as "),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pyarrow.dataset import Dataset
 
+from lark_store.core.arrow import skip_pandas
 from lark_store.schema.table_schemas import projection
+
+skip_pandas()
+from pyarrow.dataset import Dataset  # noqa: E402  # it would import pandas
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

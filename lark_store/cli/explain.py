@@ -103,12 +103,13 @@ def _print_texts(result: Explanation, by: str) -> None:
 
     from lark_store.display.table import terminal_width
     from lark_store.display.tokens import tokens_text
+    from lark_store.display.values import plain
 
     console = Console(file=sys.stdout, width=terminal_width(), highlight=False, markup=False, emoji=False)
     names = {"query": (result.query_id, result.query_variant), "sample": (result.sample_id, result.variant)}
     for side, (name, variant) in names.items():
         rows = result.side(side)
-        console.print(f"{side} {name} as {variant}", style="bold")
+        console.print(f"{side} {plain(name)} as {variant}", style="bold")
         console.print(tokens_text(rows["token"].to_list(), rows[f"by_{by}"].to_list()), soft_wrap=False)
         console.print()
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import select
+
 from lark_store.core.device import pick_device
 from lark_store.errors import CheckpointError, InputError
 from lark_store.gradients.paths.taps import UnknownLayerError
@@ -28,7 +30,7 @@ from lark_store.modeling.predicted_answers import AnswerPredictor
 from lark_store.modeling.rendering import Renderer
 from lark_store.modeling.token_texts import token_texts
 from lark_store.results import Explanation
-from lark_store.schema.catalog import Checkpoint, FormatVariant
+from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun
 from lark_store.schema.database import find, find_sketcher
 from lark_store.schema.table_schemas import sketch_table
 from lark_store.schema.vectors import row_key, where
@@ -94,7 +96,7 @@ class LoadedExplainer:
     def _indivisible(self, error: UnknownLayerError) -> CheckpointError:
         return CheckpointError(
             f"the gradients of checkpoint `{self._checkpoint.name}` can't be divided among tokens: {error}",
-            "leave such parameters out with a sketcher with `--exclude` or `--layers`",
+            "leave its parameters out: `lark-store sketcher add NAME --exclude PATTERN`",
         )
 
     def explain(self, query: ExplainedSample, sample: ExplainedSample, *, normalize: bool = True) -> Explanation:
@@ -223,8 +225,12 @@ class LoadedExplainer:
         if explained.source is None or not self._db.vectors.has(table):
             return None
         key = row_key(self._checkpoint.name, explained.source, explained.variant, explained.sample.sample_id)
-        rows = self._db.vectors.read(table, ["vector"], where(row_key=key))["vector"].to_list()
-        return torch.tensor(rows[0], dtype=torch.float64) if rows else None
+        rows = self._db.vectors.read(table, ["ingest_run", "vector"], where(row_key=key)).to_dicts()
+        with self._db.session() as session:
+            done = select(IngestRun.id).filter_by(checkpoint_id=self._checkpoint.id, status="done")
+            committed = set(session.scalars(done))
+        vectors = [row["vector"] for row in rows if row["ingest_run"] in committed]
+        return torch.tensor(vectors[0], dtype=torch.float64) if vectors else None
 
     def _sketched(self, gradient: WholeGradient) -> torch.Tensor:
         out = self._sketch.new()

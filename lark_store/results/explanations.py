@@ -150,6 +150,7 @@ class Explanation(Tabular[ExplainedToken]):
         legend = [
             "by_position: carried at the token's position",
             f"by_target: carried by the loss of predicting it; each sums to the {self._named_unit}",
+            "red raises it, blue lowers it",
         ]
         return About(facts=facts, legend=legend)
 

@@ -23,6 +23,7 @@ from helpers.texts import qa_rows, text_rows, write_jsonl
 
 from lark_store import Store
 from lark_store.errors import InputError
+from lark_store.report.page import marked
 from lark_store.study import charts, explorer, presentation
 from lark_store.study import page as pages
 from lark_store.study.recipe import Recipe
@@ -199,7 +200,7 @@ def test_page_has_no_external_references(page):
 def test_hostile_text_stays_text(page):
     read = Reader(page.read_text(encoding="utf-8"))
     assert "img" not in {tag for tag, _ in read.elements}
-    assert pages._marked("a `b<i>` c & `d`") == "a <code>b&lt;i&gt;</code> c &amp; <code>d</code>"
+    assert marked("a `b<i>` c & `d`") == "a <code>b&lt;i&gt;</code> c &amp; <code>d</code>"
     assert [tag for tag, _ in read.elements].count("script") == 4
     assert HOSTILE in read.words  # a finding and a note, as they are
     data = json.loads(read.raw["script"][1])

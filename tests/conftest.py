@@ -18,7 +18,7 @@ from hypothesis import settings
 
 from lark_store import Store
 
-pytest_plugins = ["helpers.cluster", "helpers.facts", "helpers.migrations", "helpers.users"]
+pytest_plugins = ["helpers.browser", "helpers.cluster", "helpers.facts", "helpers.migrations", "helpers.users"]
 pytest.register_assert_rewrite("lark_store.testing")
 settings.register_profile("untimed", deadline=None)  # how fast a test runs here says nothing
 settings.load_profile("untimed")

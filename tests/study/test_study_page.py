@@ -8,8 +8,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
-import time
 import tomllib
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -18,6 +16,7 @@ from urllib.parse import urlsplit
 
 import polars as pl
 import pytest
+from helpers.browser import in_chromium, opened_page, requested_urls
 from helpers.study import example_results, stripped
 from helpers.texts import qa_rows, text_rows, write_jsonl
 
@@ -240,41 +239,6 @@ def test_unwritable_path_is_a_clear_error(results, study_store, tmp_path):
         pages.write(results, FINDINGS, study_store, tmp_path / "taken")
 
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-in_chromium = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver, of Debian's packages"
-)
-SWITCHES = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """A headless Chromium that logs its console and its requests."""
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM
-    for switch in [*SWITCHES.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"]:
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def opened(browser, page: Path):
-    """Open a page and wait until it says that its charts are drawn."""
-    browser.get(page.as_uri())
-    end = time.monotonic() + 60
-    while not browser.execute_script("return document.documentElement.dataset.drawn"):
-        assert time.monotonic() < end, browser.get_log("browser")
-        time.sleep(0.05)
-    return browser
-
-
 def complaints(browser) -> list[dict[str, object]]:
     return [entry for entry in browser.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}]
 
@@ -283,16 +247,14 @@ def complaints(browser) -> list[dict[str, object]]:
 def test_page_renders_without_requests(browser, page):
     from selenium.webdriver.common.by import By
 
-    opened(browser, page)
+    opened_page(browser, page)
     assert complaints(browser) == []
     for name in presentation.FIGURES:
         drawing = browser.find_element(By.CSS_SELECTOR, f"#figure-{name} .vega-embed svg.marks")
         assert drawing.size["width"] > 500, name
         still = browser.find_element(By.CSS_SELECTOR, f"#figure-{name} .still")
         assert not still.is_displayed(), name
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    urls = [p["request"]["url"] for p in sent if not p["documentURL"].startswith("chrome")]  # not the start page's
+    urls = requested_urls(browser)
     assert page.as_uri() in urls
     assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
 
@@ -302,7 +264,7 @@ def test_hostile_text_does_nothing_in_a_browser(browser, page, results):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
 
-    opened(browser, page)
+    opened_page(browser, page)
     assert HOSTILE.splitlines()[0] in browser.find_element(By.ID, "query-text").text
     line = browser.find_element(By.CSS_SELECTOR, "#figure-trajectories svg.marks")
     ActionChains(browser).move_to_element(line).perform()
@@ -319,7 +281,7 @@ def test_query_and_checkpoint_controls_update_the_page(browser, page):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.select import Select
 
-    opened(browser, page)
+    opened_page(browser, page)
 
     def text(name: str) -> str:
         return browser.find_element(By.ID, name).text
@@ -359,7 +321,7 @@ def test_content_fits_the_page_width(browser, page, width):
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 800},
     )
-    opened(browser, page)
+    opened_page(browser, page)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
@@ -367,7 +329,7 @@ def test_content_fits_the_page_width(browser, page, width):
 def test_print_shows_static_figures_without_controls(browser, page):
     from selenium.webdriver.common.by import By
 
-    opened(browser, page)
+    opened_page(browser, page)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     for name in presentation.FIGURES:
         assert browser.find_element(By.CSS_SELECTOR, f"#figure-{name} .still").is_displayed()

@@ -1,4 +1,4 @@
-"""Commands that draw: plot."""
+"""Commands that draw: plot, report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Unpack
 import typer
 
 from lark_store.cli.options import EveryCheckpointOption, SnapshotOption, StoreOption, open_store
-from lark_store.cli.output import say
+from lark_store.cli.output import ProgressBar, say
 from lark_store.cli.spec_options import takes
-from lark_store.specs import Compute, GroupsSpec, PlotOptions, PlotSpec, RankSpec, SearchSpec
+from lark_store.specs import Compute, GroupsSpec, PlotOptions, PlotSpec, RankSpec, ReportOptions, ReportSpec, SearchSpec
 from lark_store.store.plots import plots_help
 
 
@@ -39,6 +39,27 @@ def plot(
     say(f"wrote `{path}`")
 
 
+@takes(ReportSpec, SearchSpec, Compute, queries="The queries' source, if there are several.")
+def report(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page, an .html file.")],
+    query: Annotated[list[str] | None, typer.Argument(help="Ids of queries (default: all of one source).")] = None,
+    checkpoint: EveryCheckpointOption = None,
+    store: StoreOption = None,
+    snapshot: SnapshotOption = None,
+    **options: Unpack[ReportOptions],
+) -> None:
+    """Write a report of the store: one page with tables, charts and a picker of queries, which loads nothing.
+
+    The scores are exact and computed on the spot. `--limit` bounds the queries in the picker, and so the page's size.
+
+    Example: `lark-store report --queries test --limit 50 -o report.html`
+    """
+    with open_store(store, snapshot) as opened, ProgressBar() as bar:
+        path = opened.report(output, query=query, checkpoints=checkpoint or (), on_progress=bar, **options)
+    say(f"wrote `{path}`")
+
+
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
     app.command()(plot)
+    app.command()(report)

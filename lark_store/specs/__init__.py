@@ -42,7 +42,7 @@ from lark_store.specs.manage import (
     VariantSpec,
 )
 from lark_store.specs.option import Option, build, fields_named, option, option_of
-from lark_store.specs.plot import PlotOptions, PlotSpec
+from lark_store.specs.plot import PlotOptions, PlotSpec, ReportOptions, ReportSpec
 from lark_store.specs.search import (
     AttributeOptions,
     AttributeSpec,
@@ -101,6 +101,8 @@ __all__ = [
     "PlotSpec",
     "RankOptions",
     "RankSpec",
+    "ReportOptions",
+    "ReportSpec",
     "SampleListOptions",
     "SampleListSpec",
     "ScoreOptions",

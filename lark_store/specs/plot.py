@@ -1,15 +1,18 @@
-"""Options of a plot."""
+"""Options of a plot and of a report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lark_store.errors import InputError
 from lark_store.specs.option import like, option
-from lark_store.specs.search import GroupsOptions, GroupsSpec, RankSpec
+from lark_store.specs.search import GroupsOptions, GroupsSpec, MethodOptions, RankSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_MOST_SHOWN = 100  # the course of a sample is that among the first 100 hits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +31,30 @@ class PlotOptions(GroupsOptions, total=False):
 
     k: int
     measure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSpec:
+    """What a report of a store shows; see `Store.report`."""
+
+    limit: int = option(200, flags="--limit -n", metavar="N", help="Queries in the picker, the first N by id.")
+    k: int = option(5, flags="-k", help="Samples shown for a query at each checkpoint.")
+    where: str | None = like(RankSpec, "where")
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise InputError(f"`--limit` must be at least 1, not {self.limit}", "the default is 200")
+        if not 1 <= self.k <= _MOST_SHOWN:
+            raise InputError(f"`-k` must be between 1 and {_MOST_SHOWN}, not {self.k}", "try `-k 5`")
+
+
+class ReportOptions(MethodOptions, total=False):
+    """The keywords of `Store.report`."""
+
+    sources: Sequence[str]
+    variants: Sequence[str]
+    where: str | None
+    limit: int
+    k: int
+    device: str
+    memory: int

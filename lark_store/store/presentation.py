@@ -1,10 +1,10 @@
-"""`Store`, plots."""
+"""`Store`, plots and reports."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, overload
 
-from lark_store.specs import Compute, GroupsSpec, PlotSpec, RankSpec, SearchSpec
+from lark_store.specs import Compute, GroupsSpec, PlotSpec, RankSpec, ReportSpec, SearchSpec
 from lark_store.store.base import Part, keywords
 
 if TYPE_CHECKING:
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from lark_store.charts.style import Figure
-    from lark_store.specs import PlotOptions
+    from lark_store.results import OnProgress
+    from lark_store.specs import PlotOptions, ReportOptions
 
 
 class PresentationMethods(Part):
@@ -78,3 +79,34 @@ class PresentationMethods(Part):
             [] if names is None else [names] if isinstance(names, str) else list(names) for names in (query, checkpoint)
         )
         return plot(self._db, kind, queries, checkpoints, options, None if output is None else Path(output))
+
+    @keywords(ReportSpec, SearchSpec, Compute)
+    def report(
+        self,
+        output: str | Path,
+        *,
+        query: Sequence[str] | None = None,
+        checkpoints: Sequence[str] = (),
+        on_progress: OnProgress | None = None,
+        **options: Unpack[ReportOptions],
+    ) -> Path:
+        """Write a report: one self-contained HTML page with tables, charts and a picker of queries; return its path.
+
+        It shows the influence of each source, fine-tuning against pretraining, the samples that drive the most queries,
+        and for each query its text, losses and top `k` samples, at the given checkpoints (default: all with sketches).
+        The scores are exact and computed on the spot, so `attribute` need not have run.
+
+        The tables are over all queries of one source (or the given ids); the picker holds the first `limit` of them by
+        id, so the page's size is bounded: at most about 20 kB for each query and checkpoint. Long texts are shortened.
+        The page makes no requests. A hit is called significant only if a q-value was computed and is at most 0.05. The
+        other arguments are those of `top`.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError, QueryError
+        """
+        from pathlib import Path
+
+        from lark_store.store.report import report
+
+        return report(self._db, query, list(checkpoints), options, Path(output), on_progress)

@@ -1,9 +1,11 @@
-"""A headless Chromium."""
+"""A headless Chromium for pages."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 
@@ -32,13 +34,23 @@ def browser(tmp_path):
     driver.quit()
 
 
+def opened_page(browser, page: Path):
+    """Open a page and wait until it says that its charts are drawn."""
+    browser.get(page.as_uri())
+    end = time.monotonic() + 60
+    while not browser.execute_script("return document.documentElement.dataset.drawn"):
+        assert time.monotonic() < end, browser.get_log("browser")
+        time.sleep(0.05)
+    return browser
+
+
+def requested_urls(browser) -> list[str]:
+    """Return the addresses that a page has requested."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [p["request"]["url"] for p in sent if not p["documentURL"].startswith("chrome")]  # not the start page's
+
+
 def complaints(browser) -> list[dict[str, object]]:
     """Return what the browser's console says in warning."""
     return [entry for entry in browser.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}]
-
-
-def requested(browser) -> list[str]:
-    """Return the addresses that pages asked for so far, without those of the browser's start page."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [p["request"]["url"] for p in sent if not p["documentURL"].startswith("chrome")]

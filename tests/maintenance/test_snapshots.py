@@ -159,7 +159,18 @@ def test_a_snapshot_is_read_only(scored_copy):
 
 def test_every_writing_method_is_refused():
     reads = {"top", "metrics", "sql", "show", "plan", "verify", "variant_show", "sketcher_show", "snapshot_list"}
-    reads |= {"ft_pt", "coverage", "trajectory", "similar_text", "self_influence", "export", "scores", "groups", "plot"}
+    reads |= {
+        "ft_pt",
+        "coverage",
+        "trajectory",
+        "similar_text",
+        "self_influence",
+        "export",
+        "scores",
+        "groups",
+        "plot",
+        "report",
+    }
     reads |= {"checkpoint_distance", "default_sketcher", "evaluation_check", "trace", "explain", "explainer"}
     reads |= {"checkpoint_list", "source_list", "variant_list", "sketcher_list", "sample_list", "sample_show"}
     others = {"create", "open", "close", "path", "place", "db_status", "db_upgrade", "db_restore", "doctor"}

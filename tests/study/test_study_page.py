@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import re
-import time
 import tomllib
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -17,12 +16,13 @@ from urllib.parse import urlsplit
 
 import polars as pl
 import pytest
-from helpers.browser import complaints, in_chromium, requested
+from helpers.browser import complaints, in_chromium, opened_page, requested_urls
 from helpers.study import example_results, stripped
 from helpers.texts import qa_rows, text_rows, write_jsonl
 
 from lark_store import Store
 from lark_store.errors import InputError
+from lark_store.report.page import marked
 from lark_store.study import charts, explorer, presentation
 from lark_store.study import page as pages
 from lark_store.study.recipe import Recipe
@@ -199,7 +199,7 @@ def test_page_has_no_external_references(page):
 def test_hostile_text_stays_text(page):
     read = Reader(page.read_text(encoding="utf-8"))
     assert "img" not in {tag for tag, _ in read.elements}
-    assert pages._marked("a `b<i>` c & `d`") == "a <code>b&lt;i&gt;</code> c &amp; <code>d</code>"
+    assert marked("a `b<i>` c & `d`") == "a <code>b&lt;i&gt;</code> c &amp; <code>d</code>"
     assert [tag for tag, _ in read.elements].count("script") == 4
     assert HOSTILE in read.words  # a finding and a note, as they are
     data = json.loads(read.raw["script"][1])
@@ -239,28 +239,18 @@ def test_unwritable_path_is_a_clear_error(results, study_store, tmp_path):
         pages.write(results, FINDINGS, study_store, tmp_path / "taken")
 
 
-def opened(browser, page: Path):
-    """Open a page and wait until it says that its charts are drawn."""
-    browser.get(page.as_uri())
-    end = time.monotonic() + 60
-    while not browser.execute_script("return document.documentElement.dataset.drawn"):
-        assert time.monotonic() < end, browser.get_log("browser")
-        time.sleep(0.05)
-    return browser
-
-
 @in_chromium
 def test_page_renders_without_requests(browser, page):
     from selenium.webdriver.common.by import By
 
-    opened(browser, page)
+    opened_page(browser, page)
     assert complaints(browser) == []
     for name in presentation.FIGURES:
         drawing = browser.find_element(By.CSS_SELECTOR, f"#figure-{name} .vega-embed svg.marks")
         assert drawing.size["width"] > 500, name
         still = browser.find_element(By.CSS_SELECTOR, f"#figure-{name} .still")
         assert not still.is_displayed(), name
-    urls = requested(browser)
+    urls = requested_urls(browser)
     assert page.as_uri() in urls
     assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
 
@@ -270,7 +260,7 @@ def test_hostile_text_does_nothing_in_a_browser(browser, page, results):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
 
-    opened(browser, page)
+    opened_page(browser, page)
     assert HOSTILE.splitlines()[0] in browser.find_element(By.ID, "query-text").text
     line = browser.find_element(By.CSS_SELECTOR, "#figure-trajectories svg.marks")
     ActionChains(browser).move_to_element(line).perform()
@@ -287,7 +277,7 @@ def test_query_and_checkpoint_controls_update_the_page(browser, page):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.select import Select
 
-    opened(browser, page)
+    opened_page(browser, page)
 
     def text(name: str) -> str:
         return browser.find_element(By.ID, name).text
@@ -327,7 +317,7 @@ def test_content_fits_the_page_width(browser, page, width):
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 800},
     )
-    opened(browser, page)
+    opened_page(browser, page)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
@@ -335,7 +325,7 @@ def test_content_fits_the_page_width(browser, page, width):
 def test_print_shows_static_figures_without_controls(browser, page):
     from selenium.webdriver.common.by import By
 
-    opened(browser, page)
+    opened_page(browser, page)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     for name in presentation.FIGURES:
         assert browser.find_element(By.CSS_SELECTOR, f"#figure-{name} .still").is_displayed()

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from helpers.browser import complaints, in_chromium, requested
+from helpers.browser import complaints, in_chromium, requested_urls
 from helpers.explorer import ODD_ID, TOKEN
 
 pytestmark = in_chromium
@@ -224,7 +224,7 @@ def test_keyboard_alone_reaches_and_uses_everything(at):
 def test_no_page_asks_for_anything_outside(at, address):
     for path in PAGES:
         browser = at(path)
-    urls = requested(browser)
+    urls = requested_urls(browser)
     assert len(urls) > len(PAGES)
     assert [url for url in urls if not url.startswith((address, "data:"))] == []
     assert [entry for entry in complaints(browser) if "404" not in str(entry["message"])] == []

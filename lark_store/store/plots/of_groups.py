@@ -114,9 +114,15 @@ def _values(scored: Scored) -> list[tuple[object, ...]]:
 
 
 def _losses(asked: Asked) -> tuple[Figure, list[str]]:
+    from lark_store.charts.trajectory import loss_trajectory
+
+    return loss_trajectory(losses(asked)), []
+
+
+def losses(asked: Asked) -> pl.DataFrame:
+    """Return the losses of queries at checkpoints: query_id, checkpoint, loss (nats per target token)."""
     import polars as pl
 
-    from lark_store.charts.trajectory import loss_trajectory
     from lark_store.query.answers.top import find_queries
     from lark_store.query.select.resolve import ask
     from lark_store.schema.vectors import where
@@ -126,9 +132,9 @@ def _losses(asked: Asked) -> tuple[Figure, list[str]]:
         at = build(type(asked.search), asked.options, checkpoints=[name])
         for question, ids in find_queries(asked.db, asked.queries, ask(asked.db, at), lenient=False):
             queries = question.queries
-            losses = asked.db.vectors.read(
+            stored = asked.db.vectors.read(
                 queries.table, ["sample_id", "loss"], f"{queries.filter} AND {where(sample_id=ids)}"
             )
-            rows += [(query, name, loss) for query, loss in losses.sort("sample_id").iter_rows()]
+            rows += [(query, name, loss) for query, loss in stored.sort("sample_id").iter_rows()]
     schema = {"query_id": pl.String, "checkpoint": pl.String, "loss": pl.Float64}
-    return loss_trajectory(pl.DataFrame(rows, schema, orient="row")), []
+    return pl.DataFrame(rows, schema, orient="row")

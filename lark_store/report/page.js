@@ -1,11 +1,15 @@
 "use strict";
-// A study's page. Texts are untrusted: set them as text only.
+// A page of a study or a store. Texts are untrusted: set them as text only.
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const byId = (id) => document.getElementById(id);
   const charts = read("charts-data"), study = read("study-data");
   const checkpoints = study.checkpoints;
-  const epochs = checkpoints.map((name) => name.replace(/^epoch-/, ""));
+  const words = {
+    axis: "epoch of fine-tuning", by: "By epoch", step: "epoch", winner: "closer", none: "The study has no queries.",
+    influence: "Highest influence (cosine)", ...study.words,
+  };
+  const epochs = study.series ? checkpoints : checkpoints.map((name) => name.replace(/^epoch-/, ""));
 
   function make(tag, properties = {}, ...children) {
     const element = document.createElement(tag);
@@ -32,6 +36,7 @@
     const names = [...(spec.layer ?? []), ...(spec.hconcat?.[0].layer ?? [])].flatMap((l) => l.encoding?.color?.scale?.domain ?? []);
     fit.config.legend.columns = width > 480 ? 4 : (names.some((name) => String(name).length > 16) ? 1 : 2);
     fit.config.padding = width < 480 ? 2 : 8;
+    if (fit.concat) return Object.assign(fit, { columns: width < 760 ? 1 : 2 });
     const panels = fit.hconcat;
     if (!panels) return Object.assign(fit, { width: "container", autosize: { type: "fit-x", contains: "padding" } });
     const isNarrow = width < 560;
@@ -93,7 +98,7 @@
       svg.append(draw("text", { x: left - 7, y: y(value) + 4, "text-anchor": "end" }, number(value, places)));
     }
     epochs.forEach((name, i) => svg.append(draw("text", { x: x(i), y: height - 20, "text-anchor": "middle" }, name)));
-    svg.append(draw("text", { x: (left + width) / 2, y: height - 3, "text-anchor": "middle" }, "epoch of fine-tuning"));
+    svg.append(draw("text", { x: (left + width) / 2, y: height - 3, "text-anchor": "middle" }, words.axis));
     for (const { name, colour, values } of series) {
       svg.append(draw("path", { d: path(values, x, y), fill: "none", stroke: colour, "stroke-width": 2 }));
       values.forEach((value, i) => {
@@ -111,9 +116,9 @@
     const width = 144, height = 34;
     const x = (i) => 5 + ((width - 10) * i) / Math.max(1, values.length - 1);
     const y = (value) => 4 + ((scale.high - value) / (scale.high - scale.low || 1)) * (height - 8);
-    const words = values.map((value, i) => `${checkpoints[i]}: ${value === null ? "not in the top 100" : number(value, 4)}`);
-    const svg = draw("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMinYMid meet", role: "img", "aria-label": words.join(", ") });
-    svg.append(draw("title", {}, words.join("\n")));
+    const said = values.map((value, i) => `${checkpoints[i]}: ${value === null ? "not in the top 100" : number(value, 4)}`);
+    const svg = draw("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMinYMid meet", role: "img", "aria-label": said.join(", ") });
+    svg.append(draw("title", {}, said.join("\n")));
     if (scale.low <= 0 && scale.high >= 0) svg.append(draw("line", { class: "grid", x1: 0, x2: width, y1: y(0), y2: y(0) }));
     svg.append(draw("path", { d: path(values, x, y), fill: "none", stroke: colour, "stroke-width": 1.75 }));
     values.forEach((value, i) => {
@@ -126,10 +131,14 @@
   const colourOf = (source) => study.colours[source] ?? "#7f8790";
   let shown = null, chosen = checkpoints.length - 1;
 
-  const questionOf = (query) => (query.text || "").match(/^Context:[\s\S]*\nQuestion:\s*([\s\S]+)$/)?.[1] ?? "";
+  const plain = (text) => Array.isArray(text) ? text.map(([role, said]) => `${role}: ${said}`).join("\n") : text || "";
+  const questionOf = (query) => plain(query.text).match(/^Context:[\s\S]*\nQuestion:\s*([\s\S]+)$/)?.[1] ?? "";
 
   function fillText(place, text, response) {
-    place.replaceChildren(text || "(no text in the store)");
+    if (Array.isArray(text)) {
+      place.replaceChildren(...text.map(([role, said]) =>
+        make("span", { class: "message" }, make("b", { class: "role" }, role), said)));
+    } else place.replaceChildren(text || "(no text in the store)");
     if (response) place.append(make("span", { class: "answer" }, `Answer: ${response}`));
   }
   function fillTable(query) {
@@ -142,22 +151,26 @@
         { class: `number ${query.correct[i] ? "right" : "wrong"}` }, `${word} ${query.correct[i] ? "✓" : "✗"}`))));
     }
     rows.push(row("loss (nats per token)", query.loss.map((value) => number(value))));
-    rows.push(row("Φ, fine-tuning", query.ft.map((value) => number(value))));
-    rows.push(row(`Φ, ${study.against}`, query.pt.map((value) => number(value))));
-    rows.push(row("FT/PT", query.ft.map((ft, i) => number(ft !== null && query.pt[i] > 0 ? ft / query.pt[i] : null, 2))));
-    rows.push(row("closer", query.winner.map((word) => word ?? "–")));
-    byId("query-label").textContent = query.label === null ? "By epoch." : `Label: ${query.label}. By epoch:`;
+    if (study.series) {
+      study.series.forEach((name, i) => rows.push(row(`Φ, ${name}`, query.phi[i].map((value) => number(value)))));
+    } else {
+      rows.push(row("Φ, fine-tuning", query.ft.map((value) => number(value))));
+      rows.push(row(`Φ, ${study.against}`, query.pt.map((value) => number(value))));
+      rows.push(row("FT/PT", query.ft.map((ft, i) => number(ft !== null && query.pt[i] > 0 ? ft / query.pt[i] : null, 2))));
+    }
+    rows.push(row(words.winner, query.winner.map((word) => word ?? "–")));
+    byId("query-label").textContent = query.label === null ? `${words.by}.` : `Label: ${query.label}. ${words.by}:`;
     byId("query-table").replaceChildren(
-      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "epoch"), ...epochs.map(head))),
+      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, words.step), ...epochs.map(head))),
       make("tbody", {}, ...rows));
   }
   function fillPlots(query) {
-    const { tuning } = study, against = study.against.split(" · ")[0];
+    const series = study.series
+      ? study.series.map((name, i) => ({ name, colour: colourOf(name), values: query.phi[i] }))
+      : [{ name: "fine-tuning", colour: colourOf(study.tuning), values: query.ft },
+         { name: study.against, colour: colourOf(study.against.split(" · ")[0]), values: query.pt }];
     const plots = [
-      plot("Highest influence (cosine)", [
-        { name: "fine-tuning", colour: colourOf(tuning), values: query.ft },
-        { name: study.against, colour: colourOf(against), values: query.pt },
-      ], 4),
+      plot(words.influence, series, 4),
       plot("Loss (nats per target token)", [{ name: "loss", colour: "#7f8790", values: query.loss }], 3),
     ];
     byId("query-plots").replaceChildren(...plots.filter((one) => one !== null));
@@ -169,17 +182,19 @@
       : `No influence is stored at ${checkpoints[chosen]}`;
     const all = rows.flatMap((row) => row[2]).filter((value) => value !== null);
     const scale = { low: Math.min(0, ...all), high: Math.max(0, ...all) };
-    byId("top").replaceChildren(...rows.map(([sample, group, scores], i) => {
+    byId("top").replaceChildren(...rows.map(([sample, group, scores, qs], i) => {
       const [source, id, text, response] = study.samples[sample], variant = study.groups[group][1];
       const body = make("div", { class: "text" });
       fillText(body, text, response);
-      const first = (text || "").replace(/\s+/g, " ").slice(0, 140);
+      const q = qs?.[chosen] ?? null;
+      const tested = q === null ? "" : ` · q = ${q < 0.001 ? "< 0.001" : q.toFixed(3)}${q <= 0.05 ? ", significant" : ""}`;
+      const first = plain(text).replace(/\s+/g, " ").slice(0, 140);
       return make("li", {},
         make("div", { class: "line" },
           make("span", { class: "rank" }, String(i + 1)),
           make("span", { class: "score" }, number(scores[chosen])),
           make("span", { class: "who" },
-            make("span", { class: "dot", style: { background: colourOf(source) } }), `${source} · ${variant}`, make("small", {}, id)),
+            make("span", { class: "dot", style: { background: colourOf(source) } }), `${source} · ${variant}`, make("small", {}, `${id}${tested}`)),
           make("span", { class: "path" }, spark(scores, chosen, colourOf(source), scale))),
         make("details", {}, make("summary", {}, first || "(no text in the store)"), body));
     }));
@@ -209,12 +224,12 @@
     byId("query-count").textContent = isAny ? `${select.selectedIndex + 1} of ${select.options.length}` : "no match";
   }
   function find() {
-    const words = byId("query-find").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const sought = byId("query-find").value.toLowerCase().split(/\s+/).filter(Boolean);
     const before = String(study.queries.indexOf(shown));
     const found = study.queries.flatMap((query, i) => {
-      const all = `${query.id} ${query.text} ${query.label ?? ""}`.toLowerCase();
-      const name = `${query.id}: ${(questionOf(query) || query.text || "").replace(/\s+/g, " ").slice(0, 90)}`;
-      return words.every((word) => all.includes(word)) ? [make("option", { value: i }, name)] : [];
+      const all = `${query.id} ${plain(query.text)} ${query.label ?? ""}`.toLowerCase();
+      const name = `${query.id}: ${(questionOf(query) || plain(query.text)).replace(/\s+/g, " ").slice(0, 90)}`;
+      return sought.every((word) => all.includes(word)) ? [make("option", { value: i }, name)] : [];
     });
     select.replaceChildren(...found);
     if (found.some((option) => option.value === before)) select.value = before;
@@ -222,7 +237,7 @@
   }
   function start() {
     if (!study.queries.length) {
-      byId("queries").append(make("p", {}, "The study has no queries."));
+      byId("queries").append(make("p", {}, words.none));
       return;
     }
     byId("query-controls").hidden = byId("query").hidden = false;

@@ -118,14 +118,18 @@ def draw(modules: Sequence[str], seed: int, n: int) -> list[MutationSpec]:
 
 
 def counts(spec: MutationSpec) -> bool:
-    """Tell whether a mutant is valid Python, and not only without a guard against the module's own mistakes."""
+    """Tell whether a mutant is valid Python, and not only without a guard against the module's own mistakes.
+
+    The `*` before keyword-only parameters is such a guard.
+    """
     source = spec.module_path.read_text(encoding="utf-8")
-    before = source.splitlines()[spec.start_pos[0] - 1][: spec.start_pos[1]]
+    line = source.splitlines()[spec.start_pos[0] - 1]
+    before, after = line[: spec.start_pos[1]], line[spec.start_pos[1] :]
     try:
         ast.parse(mutate_code(source, plugins.get_operator(spec.operator_name)(), spec.occurrence))
     except SyntaxError:
         return False
-    return not before.endswith(GUARDS)
+    return not before.endswith(GUARDS) and not after.startswith("*,")
 
 
 def run_tests(targets: Sequence[str], limit: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import signal
 import tempfile
@@ -22,7 +23,13 @@ from safetensors.torch import load
 from lark_store import Store
 from lark_store.errors import CheckpointError, InputError, NameTakenError, NameUnknownError, StoreError
 from lark_store.gradients.corrections.second_moments import Moments, MomentSums, moments_in, tensors_of
-from lark_store.gradients.sketch.layout import fingerprint, make_sketcher, placements_of
+from lark_store.gradients.sketch.layout import (
+    fingerprint,
+    imported_fingerprint,
+    make_imported,
+    make_sketcher,
+    placements_of,
+)
 from lark_store.ingest import correction_store
 from lark_store.ingest.fit_corrections import _Fit
 from lark_store.schema.catalog import Checkpoint
@@ -78,6 +85,13 @@ def test_uncorrected_fingerprint_is_unchanged(checkpoints):
     model = hf.AutoModelForCausalLM.from_pretrained(checkpoints["base"])
     lark_ = make_sketcher("lark")
     assert fingerprint(lark_, placements_of(lark_, model)) == GOLDEN
+
+
+def test_fingerprint_of_imported_sketches_is_unchanged():
+    imported = make_imported("mine", 8, "float16")
+    identity = '{"dtype": "float16", "k": 8, "made": "imported", "name": "mine"}'
+    assert imported_fingerprint(imported) == hashlib.sha256(identity.encode()).hexdigest()
+    assert (imported.k, imported.dtype, imported.seed, imported.map_version) == (8, "float16", 0, 0)
 
 
 GOLDEN = "c1893e01ca02951cd0b524692c5cd3fecf7d26dea71c484b68b6a5fd2f412439"

@@ -141,6 +141,10 @@ def find(template, texts, rendered):
         ("{0}{1}!", ["a ", " b"], "a  b!", [("0", 0, 2), ("1", 2, 4)]),
         ("{0}{1}!", ["a ", " b"], "a b!", [("0", 0, 2), ("1", 2, 3)]),
         ("{0}{1}{2}!", ["a\n", "\nb", "\nb"], "a\nb\nb!", [("0", 0, 2), ("1", 2, 3), ("2", 3, 5)]),
+        ("{0}{1}!", ["a\n", "\n\n b"], "a\n\n b!", [("0", 0, 1), ("1", 1, 5)]),
+        ("{0}{1}{2}!", ["a\n", "c", "\n\n b"], "a\nc\n\n b!", [("0", 0, 2), ("1", 2, 3), ("2", 3, 7)]),
+        ("{0}{1}!", ["a\n", "\n\n b"], "a\n\n\n b!", [("0", 0, 2), ("1", 2, 6)]),
+        ("{0}{1}!", ["a\n", "\n\n b"], "a\n\n c!", None),
         ("{0}x{1}", [" x", "y"], " xxy", [("0", 0, 2), ("1", 3, 4)]),
         ("{0}{1}", ["a ", "  b"], "a  b", [("0", 0, 1), ("1", 1, 4)]),
     ],
@@ -250,6 +254,8 @@ def test_generated_runs_are_kept_unless_all_their_parts_are_excluded():
     assert tokens.generated(mask, both[:1], both)[1:3] == [True, True]
     with pytest.raises(UnusableSampleError, match="belong to another text"):
         tokens.generated(mask[1:], [chosen], spans)
+    with pytest.raises(UnusableSampleError, match="belong to another text"):
+        tokens.generated([*mask, 0], [chosen], spans)
 
 
 class Tokenizer:

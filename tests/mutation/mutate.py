@@ -76,13 +76,15 @@ class Result:
 
 
 def unevaluated(tree: ast.AST) -> Iterator[ast.AST | None]:
-    """Yield annotations and blocks for the type checker: Python never evaluates them here."""
+    """Yield annotations, and blocks and protocols for the type checker: Python never evaluates them here."""
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign):
             yield node.annotation
         elif isinstance(node, ast.FunctionDef):
             yield node.returns
         elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            yield node
+        elif isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases):
             yield node
 
 

@@ -77,6 +77,8 @@ def test_parts_of_a_chat():
     assert chat.tools == [{"name": "f"}]
     assert chat.pieces[3, "content"] == ["", "<think>", 3, "</think>", 4, "<think>", 5, "</think>", 6]
     assert chat_parts(Sample("x", messages="[]")).parts == ()
+    odd = chat_parts(Sample("x", messages='[{"role": "user", "content": "a", "reasoning_content": "r"}]')).parts
+    assert [part.is_optional for part in odd] == [True, False]  # no assistant's turn must be printed
 
 
 def test_variables_of_a_chat():

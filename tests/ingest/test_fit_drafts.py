@@ -41,7 +41,7 @@ def vectors(tmp_path):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that a write moves on by `write` seconds."""
-    ticks = SimpleNamespace(now=1000.0, write=0.0)
+    ticks = SimpleNamespace(now=10.0, write=0.0)
     upload = Files.upload_file
 
     def slow(files, source, name):
@@ -123,3 +123,10 @@ def test_older_draft_is_read_if_the_newest_is_truncated(vectors, clock):
     clock.now += 60
     save(again, 8)
     assert names(vectors) == [draft_name(1, "adam", 2)]
+
+
+def test_order_of_settings_does_not_matter(vectors, clock):
+    draft = draft_of(vectors, identity=({"seed": 0, "limit": 5},))
+    clock.now += 60
+    save(draft, 7)
+    assert draft_of(vectors, identity=({"limit": 5, "seed": 0},)).read().n_done == 7

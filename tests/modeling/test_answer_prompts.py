@@ -220,7 +220,9 @@ def test_question_and_answer_fit_the_variants_length(model, tokenizer):
         log_p = model(torch.tensor([ids + answer.ids])).logits[0].log_softmax(-1)
     each = [float(log_p[n - 1 + i, token]) for i, token in enumerate(answer.ids)]
     assert answer.log_probability == pytest.approx(sum(each) / len(each), rel=1e-4)
-    with pytest.raises(InputError, match=f"its {n} tokens and 7 of an answer exceed the maximum length of `v`, {n + 6}"):
+    with pytest.raises(
+        InputError, match=f"its {n} tokens and 7 of an answer exceed the maximum length of `v`, {n + 6}"
+    ):
         answer_question(model, Renderer(variant, tokenizer, n + 6), "Is it so?", 7)
     long = "Is it so? " * 9
     whole = len(coded(tokenizer, f"<|im_start|>user\n{long}<|im_end|>\n<|im_start|>assistant\n"))

@@ -272,7 +272,9 @@ def test_mismatched_adapter_tensors_are_refused(tmp_path, lora, checkpoints):
     with pytest.raises(CheckpointError, match=r"lack 1 of their tensors, such as `model\.layers\.0\.self_attn\.q_proj"):
         load_model(lora, CPU, "auto")
     rewrite(lora, lambda tensors: tensors.pop(first.replace("lora_A", "lora_B")))
-    with pytest.raises(CheckpointError, match=r"lack 2 of their tensors, such as `model\..*q_proj\.lora_A"):  # the first
+    with pytest.raises(
+        CheckpointError, match=r"lack 2 of their tensors, such as `model\..*q_proj\.lora_A"
+    ):  # the first
         load_model(lora, CPU, "auto")
     save_lora(tmp_path / "whole", checkpoints["base"], modules_to_save=["lm_head"])
     rewrite(tmp_path / "whole", lambda tensors: tensors.pop("base_model.model.lm_head.weight"))

@@ -48,7 +48,7 @@ def test_names_of_test_files_are_unique():
     assert not [name for name, n in names.items() if n > 1]
 
 
-# --- the lists of the mutation tests -----------------------------------------------------------------------------------
+# --- the lists of the mutation tests ----------------------------------------------------------------------------------
 
 
 def mutation_list(name):

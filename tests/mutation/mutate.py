@@ -82,9 +82,9 @@ def unevaluated(tree: ast.AST) -> Iterator[ast.AST | None]:
             yield node.annotation
         elif isinstance(node, ast.FunctionDef):
             yield node.returns
-        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            yield node
-        elif isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases):
+        elif (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING") or (
+            isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases)
+        ):
             yield node
 
 

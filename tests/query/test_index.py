@@ -166,7 +166,7 @@ def test_measured_recall_equals_the_searchs(built_copy, monkeypatch):
 
 
 def code_ranks(store, checkpoint):
-    """The ranks by code of each query's exact best ten, by numpy, for the queries in the order in which they are drawn."""
+    """The ranks by code of each query's exact best ten, by numpy; the queries are in the order of the draw."""
     sketches = read_sketches(store).filter(checkpoint=checkpoint)
     vectors = np.stack(sketches["vector"].to_list()).astype(np.float64)
     signs = np.unpackbits(np.array(sketches["code"].to_list(), np.uint8), axis=1, bitorder="little") * 2.0 - 1
@@ -191,7 +191,7 @@ def test_recall_is_that_of_every_other_query(built_copy, monkeypatch):
     chosen, held_out = np.array(ranks[::2]), np.array(ranks[1::2])
     choices = (2, 4, 7, 10, 13)
     recalls = [float((chosen < n).mean()) for n in choices]
-    assert len(set(recalls)) == len(set((held_out < n).mean() for n in choices)) == 5
+    assert len(set(recalls)) == len({(held_out < n).mean() for n in choices}) == 5
     for aim in (*recalls, 2.0):  # each aim is just met; the last is never met
         monkeypatch.setattr(ann_index, "_CHOICES", choices)
         monkeypatch.setattr(ann_index, "_AIM", aim)

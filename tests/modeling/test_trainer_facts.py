@@ -37,6 +37,8 @@ def test_facts_are_those_of_the_checkpoints_step(tmp_path):
     assert facts == TrainerFacts(20, 0.5, 1e-4, {"loss": 1.5, "f1": 0.5, "train_loss": 1.0}, ())
     later = facts_of(tmp_path, global_step=25, epoch=1, log_history=LOG)
     assert later == TrainerFacts(25, 1.0, 1e-4, {}, ("the learning rate, 0.0001, was logged at step 20",))
+    earlier = facts_of(tmp_path, global_step=15, log_history=LOG)
+    assert earlier.notes == ("the learning rate, 0.0001, was logged at step 20",)
     assert facts_of(tmp_path, global_step=0) == TrainerFacts(0, None, None, {}, ())
 
 

@@ -190,7 +190,7 @@ def mutant_of(spec: MutationSpec) -> Result:
     before = spec.module_path.read_text(encoding="utf-8")
     after = mutate_code(before, plugins.get_operator(spec.operator_name)(), spec.occurrence)
     changed = list(difflib.ndiff(before.splitlines(), after.splitlines()))
-    lines = [" ".join(line[2:].strip() for line in changed if line.startswith(sign)) for sign in ("- ", "+ ")]
+    lines = [" ".join(line[2:].strip() for line in changed if line.startswith(s)).strip() for s in ("- ", "+ ")]
     return Result(str(spec.module_path), spec.start_pos[0], spec.operator_name.removeprefix("core/"), *lines)
 
 

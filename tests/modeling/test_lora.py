@@ -282,6 +282,17 @@ def test_mismatched_adapter_tensors_are_refused(tmp_path, lora, checkpoints):
         load_model(tmp_path / "whole", CPU, "auto")
 
 
+@pytest.mark.parametrize(("error", "fact"), [("one line", "one line"), ("the class:\n\ta fact\n\tmore", "a fact")])
+def test_peft_error_is_shown_by_its_first_fact(lora, monkeypatch, error, fact):
+    def refuse(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(lora, CPU, "auto")
+    assert caught.value.fact == f"the adapters in `{lora}` do not fit their base model: {fact}"
+
+
 def test_adapters_unknown_to_peft_are_an_error(lora):
     edit(lora / "adapter_config.json", target_modules=["no_such_layer"])
     for build in (meta_model, lambda folder: load_model(folder, CPU, "auto")):

@@ -7,8 +7,10 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import transformers as hf
@@ -31,7 +33,7 @@ from lark_store.gradients.sketch.layout import (
     placements_of,
 )
 from lark_store.ingest import correction_store
-from lark_store.ingest.fit_corrections import _Fit
+from lark_store.ingest.fit_corrections import _Fit, _seed_of
 from lark_store.schema.catalog import Checkpoint
 from lark_store.schema.database import find
 
@@ -176,6 +178,18 @@ def test_repeated_fit_does_nothing(adam):
     again = adam.correction_fit("base", samples=3, on_progress=seen.append)
     assert (again.sha256, again.created_at, again.is_new, seen) == (fit.sha256, fit.created_at, False, [])
     assert adam.correction_fit("base", kind="adam2", samples=3).is_new is False
+
+
+def test_draw_and_seeds_are_those_of_earlier_versions():
+    """An equal fit of another version must draw equal samples and labels: by SHA-256 of their names."""
+    rows = [("songs", f"s{n}", f"hash{n}") for n in range(9)]
+    fit = object.__new__(_Fit)
+    fit.db = SimpleNamespace(vectors=SimpleNamespace(read=lambda *_: pl.DataFrame(rows, orient="row")))
+    fit.sources, fit.spec = ["songs"], SimpleNamespace(seed=3, samples=4)
+    texts = {row: f'[3, "songs", "{row[1]}", "{row[2]}"]'.encode() for row in rows}
+    assert fit._draw() == sorted(rows, key=lambda row: hashlib.sha256(texts[row]).digest())[:4]
+    first = hashlib.sha256(texts[rows[0]]).digest()
+    assert _seed_of([3, *rows[0]]) == first[0] + (first[1] << 8) + (first[2] << 16) + (first[3] << 24)
 
 
 def test_draw_depends_on_the_seed_only(adam):

@@ -260,6 +260,17 @@ def test_few_candidates_have_exact_ordered_scores(built_copy, method, opponents)
     assert len(set(best) & set(actual)) >= 4  # the codes do choose: by chance it would be fewer than two
 
 
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+def test_each_of_several_queries_has_its_own_scores(built, method):
+    names = ["q103", "q100", "q101"]
+    options = {"method": method, "approximate": True, "k": 99, **SEARCH}
+    for name, hits in zip(names, built.top(names, **options), strict=True):
+        assert hits.query_id == name
+        assert hits.frame.equals(built.top(name, **options).frame)
+        expected = brute_force_scores(built, name, dot=method == "dot")
+        assert scores_by_key(hits.frame) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize(("k", "n"), [(3, 15), (10, 15), (11, 16), (19, 28), (40, 60), (900, 86)])
 def test_candidates_grow_with_the_hits(built_copy, monkeypatch, k, n):
     take(built_copy, 15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -45,3 +46,25 @@ def test_no_test_file_is_imported():
 def test_names_of_test_files_are_unique():
     names = Counter(path.name for path in TESTS.rglob("test_*.py"))
     assert not [name for name, n in names.items() if n > 1]
+
+
+# --- the lists of the mutation tests ----------------------------------------------------------------------------------
+
+
+def mutation_list(name):
+    return tomllib.loads((TESTS / "mutation" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def test_modules_of_the_mutation_tests_and_their_test_files_exist():
+    listed = mutation_list("modules")
+    assert len(listed) > 100
+    assert [name for name in listed if not (PACKAGE / f"{name}.py").is_file()] == []
+    files = {path.stem.removeprefix("test_") for path in TESTS.rglob("test_*.py")}
+    assert {(name, file) for name, tests in listed.items() for file in tests if file not in files} == set()
+    assert [name for name, tests in listed.items() if not tests or len(set(tests)) < len(tests)] == []
+
+
+def test_excluded_mutants_are_of_lines_that_exist():
+    for mutant in mutation_list("equivalent")["mutant"]:
+        lines = (TESTS.parent / mutant["module"]).read_text(encoding="utf-8").splitlines()
+        assert mutant["before"] in [line.strip() for line in lines], mutant

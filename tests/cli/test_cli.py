@@ -403,7 +403,10 @@ def test_commands_and_store_methods_correspond():
         if not name.startswith(("study_", "evaluate_"))
     }
     other = {"open", "close", "study_keep", "evaluation_check", "evaluation_keep"}
-    assert twins - {"ui", "mcp"} == methods - other - {"checkpoint_add_run", "explainer"}  # of `checkpoint add` and `explain`, too
+    assert twins - {"ui", "mcp"} == methods - other - {
+        "checkpoint_add_run",
+        "explainer",
+    }  # of `checkpoint add` and `explain`, too
     assert {name for name in leaves if name.startswith("study_")} == {f"study_{name}" for name in study.__all__}
     kinds = {name.removeprefix("evaluate_") for name in leaves if name.startswith("evaluate_")}
     assert {kind.replace("-", "_") for kind in kinds} == set(evaluate.__all__) - {"Outcome", "Scorer"}

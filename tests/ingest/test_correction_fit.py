@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import transformers as hf
@@ -22,9 +25,15 @@ from safetensors.torch import load
 from lark_store import Store
 from lark_store.errors import CheckpointError, InputError, NameTakenError, NameUnknownError, StoreError
 from lark_store.gradients.corrections.second_moments import Moments, MomentSums, moments_in, tensors_of
-from lark_store.gradients.sketch.layout import fingerprint, make_sketcher, placements_of
+from lark_store.gradients.sketch.layout import (
+    fingerprint,
+    imported_fingerprint,
+    make_imported,
+    make_sketcher,
+    placements_of,
+)
 from lark_store.ingest import correction_store
-from lark_store.ingest.fit_corrections import _Fit
+from lark_store.ingest.fit_corrections import _Fit, _seed_of
 from lark_store.schema.catalog import Checkpoint
 from lark_store.schema.database import find
 
@@ -78,6 +87,13 @@ def test_uncorrected_fingerprint_is_unchanged(checkpoints):
     model = hf.AutoModelForCausalLM.from_pretrained(checkpoints["base"])
     lark_ = make_sketcher("lark")
     assert fingerprint(lark_, placements_of(lark_, model)) == GOLDEN
+
+
+def test_fingerprint_of_imported_sketches_is_unchanged():
+    imported = make_imported("mine", 8, "float16")
+    identity = '{"dtype": "float16", "k": 8, "made": "imported", "name": "mine"}'
+    assert imported_fingerprint(imported) == hashlib.sha256(identity.encode()).hexdigest()
+    assert (imported.k, imported.dtype, imported.seed, imported.map_version) == (8, "float16", 0, 0)
 
 
 GOLDEN = "c1893e01ca02951cd0b524692c5cd3fecf7d26dea71c484b68b6a5fd2f412439"
@@ -162,6 +178,18 @@ def test_repeated_fit_does_nothing(adam):
     again = adam.correction_fit("base", samples=3, on_progress=seen.append)
     assert (again.sha256, again.created_at, again.is_new, seen) == (fit.sha256, fit.created_at, False, [])
     assert adam.correction_fit("base", kind="adam2", samples=3).is_new is False
+
+
+def test_draw_and_seeds_are_those_of_earlier_versions():
+    """An equal fit of another version must draw equal samples and labels: by SHA-256 of their names."""
+    rows = [("songs", f"s{n}", f"hash{n}") for n in range(9)]
+    fit = object.__new__(_Fit)
+    fit.db = SimpleNamespace(vectors=SimpleNamespace(read=lambda *_: pl.DataFrame(rows, orient="row")))
+    fit.sources, fit.spec = ["songs"], SimpleNamespace(seed=3, samples=4)
+    texts = {row: f'[3, "songs", "{row[1]}", "{row[2]}"]'.encode() for row in rows}
+    assert fit._draw() == sorted(rows, key=lambda row: hashlib.sha256(texts[row]).digest())[:4]
+    first = hashlib.sha256(texts[rows[0]]).digest()
+    assert _seed_of([3, *rows[0]]) == first[0] + (first[1] << 8) + (first[2] << 16) + (first[3] << 24)
 
 
 def test_draw_depends_on_the_seed_only(adam):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -28,6 +29,7 @@ from helpers.stores import store_label
 from helpers.texts import text_rows, write_jsonl
 
 from lark_store.errors import InputError, NameTakenError, NothingToScoreError
+from lark_store.ingest.import_vectors import _check_ids
 
 CLOSE = {"float16": 1e-3, "float32": 1e-6}  # of a cosine, in few dimensions
 
@@ -263,3 +265,20 @@ def test_command_equals_the_method(store, tmp_path):
     unknown = lark(line.replace("-s songs", "-s medical"), store=store.path)
     assert (unknown.code, unknown.out) == (1, "")
     assert "5 of 5 ids are not samples of source `medical`: `sea-0`, `sea-1`, `sea-2`, …" in unknown.err
+
+
+@pytest.mark.parametrize(
+    ("ids", "fact"),
+    [
+        (["a", "x"], "1 of 2 ids are not samples of source `songs`: `x`"),
+        (["x", "y", "z"], "3 of 3 ids are not samples of source `songs`: `x`, `y`, `z`"),
+        (["x", "a", "y", "z", "w"], "4 of 5 ids are not samples of source `songs`: `x`, `y`, `z`, …"),
+        (["a", "b", "b", "a"], "sample `b` appears twice"),
+    ],
+)
+def test_wrong_ids_are_listed_up_to_three(ids, fact):
+    known = SimpleNamespace(vectors=SimpleNamespace(read=lambda *_: pl.DataFrame({"sample_id": ["a", "b"]})))
+    with pytest.raises(InputError) as caught:
+        _check_ids(known, "songs", ids)
+    assert caught.value.fact == fact
+    _check_ids(known, "songs", ["b", "a"])

@@ -271,10 +271,26 @@ def test_mismatched_adapter_tensors_are_refused(tmp_path, lora, checkpoints):
     rewrite(lora, lambda tensors: tensors.pop(first))
     with pytest.raises(CheckpointError, match=r"lack 1 of their tensors, such as `model\.layers\.0\.self_attn\.q_proj"):
         load_model(lora, CPU, "auto")
+    rewrite(lora, lambda tensors: tensors.pop(first.replace("lora_A", "lora_B")))
+    with pytest.raises(
+        CheckpointError, match=r"lack 2 of their tensors, such as `model\..*q_proj\.lora_A"
+    ):  # the first
+        load_model(lora, CPU, "auto")
     save_lora(tmp_path / "whole", checkpoints["base"], modules_to_save=["lm_head"])
     rewrite(tmp_path / "whole", lambda tensors: tensors.pop("base_model.model.lm_head.weight"))
     with pytest.raises(CheckpointError, match="lack 1 of their tensors, such as `lm_head"):
         load_model(tmp_path / "whole", CPU, "auto")
+
+
+@pytest.mark.parametrize(("error", "fact"), [("one line", "one line"), ("the class:\n\ta fact\n\tmore", "a fact")])
+def test_peft_error_is_shown_by_its_first_fact(lora, monkeypatch, error, fact):
+    def refuse(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(lora, CPU, "auto")
+    assert caught.value.fact == f"the adapters in `{lora}` do not fit their base model: {fact}"
 
 
 def test_adapters_unknown_to_peft_are_an_error(lora):

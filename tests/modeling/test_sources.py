@@ -302,6 +302,7 @@ def test_other_columns_are_kept_as_json_metadata(shelf, name, tmp_path):
     [(label, meta)] = rows_of(shelf, name, "label, meta")
     assert label == "3"
     assert json.loads(meta) == {"year": 2020, "tags": ["x", {"y": None}], "ünï": "🙂"}
+    assert meta == '{"tags": ["x", {"y": null}], "year": 2020, "ünï": "🙂"}'  # the same from any order of columns
     assert rows_of(shelf, name, "meta->>'$.year'") == [("2020",)]
 
 

@@ -76,13 +76,15 @@ class Result:
 
 
 def unevaluated(tree: ast.AST) -> Iterator[ast.AST | None]:
-    """Yield annotations and blocks for the type checker: Python never evaluates them here."""
+    """Yield annotations, and blocks and protocols for the type checker: Python never evaluates them here."""
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign):
             yield node.annotation
         elif isinstance(node, ast.FunctionDef):
             yield node.returns
-        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        elif (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING") or (
+            isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases)
+        ):
             yield node
 
 
@@ -118,14 +120,18 @@ def draw(modules: Sequence[str], seed: int, n: int) -> list[MutationSpec]:
 
 
 def counts(spec: MutationSpec) -> bool:
-    """Tell whether a mutant is valid Python, and not only without a guard against the module's own mistakes."""
+    """Tell whether a mutant is valid Python, and not only without a guard against the module's own mistakes.
+
+    The `*` before keyword-only parameters is such a guard.
+    """
     source = spec.module_path.read_text(encoding="utf-8")
-    before = source.splitlines()[spec.start_pos[0] - 1][: spec.start_pos[1]]
+    line = source.splitlines()[spec.start_pos[0] - 1]
+    before, after = line[: spec.start_pos[1]], line[spec.start_pos[1] :]
     try:
         ast.parse(mutate_code(source, plugins.get_operator(spec.operator_name)(), spec.occurrence))
     except SyntaxError:
         return False
-    return not before.endswith(GUARDS)
+    return not before.endswith(GUARDS) and not after.startswith("*,")
 
 
 def run_tests(targets: Sequence[str], limit: float) -> str:
@@ -184,7 +190,7 @@ def mutant_of(spec: MutationSpec) -> Result:
     before = spec.module_path.read_text(encoding="utf-8")
     after = mutate_code(before, plugins.get_operator(spec.operator_name)(), spec.occurrence)
     changed = list(difflib.ndiff(before.splitlines(), after.splitlines()))
-    lines = [" ".join(line[2:].strip() for line in changed if line.startswith(sign)) for sign in ("- ", "+ ")]
+    lines = [" ".join(line[2:].strip() for line in changed if line.startswith(s)).strip() for s in ("- ", "+ ")]
     return Result(str(spec.module_path), spec.start_pos[0], spec.operator_name.removeprefix("core/"), *lines)
 
 
@@ -238,6 +244,13 @@ def described(result: Result) -> str:
     return f"{result.module}:{result.line} {result.operator} {result.by}\n  - {result.before}\n  + {result.after}"
 
 
+def is_excluded(result: Result, equivalent: dict[str, list[dict[str, str]]]) -> bool:
+    """Tell whether a mutant is listed as one that does not count."""
+    of_module = {(item["module"], item["before"], item.get("after", "")) for item in equivalent["mutant"]}
+    everywhere = any(item["after"] in result.after for item in equivalent["everywhere"])
+    return everywhere or bool(of_module & {(result.module, result.before, after) for after in (result.after, "")})
+
+
 def main() -> int:
     """Draw, run, report."""
     parser = argparse.ArgumentParser(description="Mutation tests of the core modules.")
@@ -250,8 +263,7 @@ def main() -> int:
     tests = tomllib.loads((HERE / "modules.toml").read_text(encoding="utf-8"))
     paths = {path.stem: str(path.relative_to(ROOT)) for path in HERE.parent.rglob("test_*.py")}
     files = {f"lark_store/{name}.py": [paths[f"test_{t}"] for t in names] for name, names in tests.items()}
-    known = tomllib.loads((HERE / "equivalent.toml").read_text(encoding="utf-8"))["mutant"]
-    equivalent = {(item["module"], item["before"], item.get("after", "")) for item in known}
+    equivalent = tomllib.loads((HERE / "equivalent.toml").read_text(encoding="utf-8"))
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in PRELOADED:
         __import__(name)
@@ -268,7 +280,7 @@ def main() -> int:
                 continue
             start = time.monotonic()
             result = mutant_of(spec)
-            if equivalent & {(result.module, result.before, after) for after in (result.after, "")}:
+            if is_excluded(result, equivalent):
                 result.outcome = "equivalent"
             else:
                 attempt(spec, result, files[result.module], clean)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from lark_store import Store
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
-from lark_store.query.scoring import ann
-from lark_store.query.select.resolve import ask
+from lark_store.query.scoring import ann, ann_index
+from lark_store.query.scoring.search import Search
+from lark_store.query.select.resolve import ask, committed_groups
 from lark_store.query.select.rows import find_rows
-from lark_store.schema.catalog import SearchIndex
+from lark_store.schema.catalog import Checkpoint, SearchIndex, Sketcher
+from lark_store.schema.database import find
 from lark_store.schema.sign_codes import code_bins, code_bytes, codes_of, fold
 from lark_store.specs import SearchSpec
 
@@ -157,12 +159,53 @@ def test_index_reports_its_measured_recall(built_copy):
 
 def test_measured_recall_equals_the_searchs(built_copy, monkeypatch):
     """With few candidates the reported recall equals the recall of a search over the same queries."""
-    from lark_store.query.scoring import ann_index
-
     monkeypatch.setattr(ann_index, "_CHOICES", (12,))
     (row,) = built_copy.index_build("small").iter_rows(named=True)
     assert row["candidates"] == 12
     assert 0.1 < row["recall"] < 1
+
+
+def code_ranks(store, checkpoint):
+    """The ranks by code of each query's exact best ten, by numpy; the queries are in the order of the draw."""
+    sketches = read_sketches(store).filter(checkpoint=checkpoint)
+    vectors = np.stack(sketches["vector"].to_list()).astype(np.float64)
+    signs = np.unpackbits(np.array(sketches["code"].to_list(), np.uint8), axis=1, bitorder="little") * 2.0 - 1
+    is_query = (sketches["source"] == "test").to_numpy()
+    with store._db.session() as session:
+        groups = committed_groups(session, find(session, Sketcher, "small"), find(session, Checkpoint, checkpoint))
+    keys = find_rows(store._db, groups).frame.select("source", "variant", "sample_id").rows()
+    of_key = {key: n for n, key in enumerate(sketches.select("source", "variant", "sample_id").rows())}
+    pool = [of_key[key] for key in keys if key[0] == "test"]
+    ranks = []
+    for query in (pool[n] for n in np.random.default_rng(0).permutation(len(pool))):
+        exact = (vectors @ vectors[query])[~is_query]
+        guess = (signs @ vectors[query])[~is_query]
+        best = np.argsort(-exact)[:10]
+        ranks.append([int((guess > guess[row]).sum()) for row in best])
+    return ranks
+
+
+def test_recall_is_that_of_every_other_query(built_copy, monkeypatch):
+    ranks = code_ranks(built_copy, "base") + code_ranks(built_copy, "epoch-1")
+    assert [len(row) for row in ranks] == [10] * 8
+    chosen, held_out = np.array(ranks[::2]), np.array(ranks[1::2])
+    choices = (2, 4, 7, 10, 13)
+    recalls = [float((chosen < n).mean()) for n in choices]
+    assert len(set(recalls)) == len({(held_out < n).mean() for n in choices}) == 5
+    for aim in (*recalls, 2.0):  # each aim is just met; the last is never met
+        monkeypatch.setattr(ann_index, "_CHOICES", choices)
+        monkeypatch.setattr(ann_index, "_AIM", aim)
+        (row,) = built_copy.index_build("small").iter_rows(named=True)
+        n = choices[recalls.index(aim)] if aim in recalls else choices[-1]
+        assert (row["candidates"], row["n_queries"]) == (n, 4)
+        assert row["recall"] == pytest.approx((held_out < n).mean())
+
+
+def test_queries_of_a_measurement_are_shared_by_the_checkpoints(built_copy, monkeypatch):
+    monkeypatch.setattr(ann_index, "_MOST_QUERIES", 6)  # three of each of two checkpoints
+    assert built_copy.index_build("small")["n_queries"].to_list() == [3]
+    monkeypatch.setattr(ann_index, "_MOST_QUERIES", 1)  # at least two of each
+    assert built_copy.index_build("small")["n_queries"].to_list() == [2]
 
 
 def test_without_an_index_there_is_a_hint(scored):
@@ -215,6 +258,31 @@ def test_few_candidates_have_exact_ordered_scores(built_copy, method, opponents)
     assert hits.frame["score"].is_sorted(descending=not opponents)
     best = sorted(expected, key=lambda key: expected[key], reverse=not opponents)[:10]
     assert len(set(best) & set(actual)) >= 4  # the codes do choose: by chance it would be fewer than two
+
+
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+def test_each_of_several_queries_has_its_own_scores(built, method):
+    names = ["q103", "q100", "q101"]
+    options = {"method": method, "approximate": True, "k": 99, **SEARCH}
+    for name, hits in zip(names, built.top(names, **options), strict=True):
+        assert hits.query_id == name
+        assert hits.frame.equals(built.top(name, **options).frame)
+        expected = brute_force_scores(built, name, dot=method == "dot")
+        assert scores_by_key(hits.frame) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 15), (10, 15), (11, 16), (19, 28), (40, 60), (900, 86)])
+def test_candidates_grow_with_the_hits(built_copy, monkeypatch, k, n):
+    take(built_copy, 15)
+    scored, of_candidates = [], Search.of_candidates
+
+    def counted(search, query, numbers):
+        scored.append(len(set(numbers.tolist())))
+        return of_candidates(search, query, numbers)
+
+    monkeypatch.setattr(Search, "of_candidates", counted)
+    assert len(built_copy.top("q101", k=k, approximate=True, **SEARCH)) == min(k, 86)
+    assert scored == [n]
 
 
 def test_more_hits_than_candidates_read_more(built_copy):

@@ -167,6 +167,19 @@ def test_two_query_variants_need_a_choice_unless_one_is_chatml(scored_copy):
     scored_copy.ingest(["base"], ["test"], ["raw"], sketcher="small")
     assert scored_copy.top("q100", k=1, **SEARCH).query_variant == "chatml"
     assert scored_copy.top("q100", k=1, query_variant="raw", **SEARCH).query_variant == "raw"
+    scored_copy.attribute("base", queries="test", query_variant="raw", sketcher="small")
+    with pytest.raises(InputError, match="the queries are scored as `chatml`, `raw`"):
+        scored_copy.metrics(checkpoint="base", sketcher="small")
+    for variant in ("chatml", "raw"):
+        means = scored_copy.metrics(checkpoint="base", sketcher="small", query_variant=variant, view="influence")
+        stored = scored_copy.sql(
+            "select source, variant, avg(max) as mean from source_influence "
+            "where checkpoint = 'base' and query_variant = ? group by all",
+            [variant],
+        )
+        assert sorted(means.select("source", "variant").unique().rows()) == sorted(stored.drop("mean").rows())
+        both = means.join(stored, on=["source", "variant"])
+        np.testing.assert_allclose(both["mean_max_influence"], both["mean"], rtol=1e-6)
 
 
 def test_unanswerable_queries_give_the_reason(scored_copy):

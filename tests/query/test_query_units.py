@@ -26,8 +26,10 @@ from lark_store.query.scoring import ann, geometry, products
 from lark_store.query.scoring.geometry import n_fitted
 from lark_store.query.scoring.products import Queries, matrix
 from lark_store.query.scoring.search import DEFAULT_MEMORY, Search, _common
+from lark_store.query.select.coverage import _scored, _selection, _sum
 from lark_store.query.select.resolve import Group, Question, Term, _comparable, _query_groups, resolved_method
 from lark_store.query.select.rows import Rows
+from lark_store.query.select.score_filter import ScoreFilter
 from lark_store.schema.sign_codes import code_bins, code_bytes, codes_of
 from lark_store.specs import AttributeSpec, SearchSpec
 from lark_store.stats import bootstrap, significance
@@ -357,3 +359,55 @@ def test_query_blocks_fit_in_memory(method, memory, sizes):
     search.load = list
     assert [len(subset) for subset in search.blocks(range(7))] == sizes
     assert [number for subset in search.blocks(range(7)) for number in subset] == list(range(7))
+
+
+# --- stored scores and coverage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "method", "query_checkpoint", "summed", "at", "is_across"),
+    [
+        (["a"], "cosine", None, None, ["a"], False),
+        (["a", "b", "c"], "cosine", None, None, ["a", "b", "c"], False),
+        (["a", "b", "c"], "cosine-sum", None, "a + b + c", ["c"], False),
+        (["a", "b"], "tracin", None, "a + b", ["b"], False),
+        (["a"], "tracin", None, None, ["a"], False),
+        ([], "tracin", None, None, [], False),
+        (["a"], "dot", "a", None, ["a"], False),
+        (["a"], "dot", "b", None, ["a"], True),
+        (["a", "b"], "dot", "b", None, ["a", "b"], True),
+        ([], "dot", "b", None, [], True),
+    ],
+)
+def test_checkpoints_of_stored_scores(checkpoints, method, query_checkpoint, summed, at, is_across):
+    scores = ScoreFilter(checkpoints, Method.of(method), query_checkpoint)
+    assert (scores.summed, scores.at, scores.is_across) == (summed, at, is_across)
+
+
+def test_unknown_counts_make_a_sum_unknown():
+    assert _sum([]) == (0, 0)
+    assert _sum([(1, 10), (2, 30)]) == (3, 40)
+    assert _sum([(1, 10), (None, None), (2, 30)]) == (None, None)
+    assert _sum([(None, 10), (2, 30)]) == (None, 40)
+
+
+def test_selection_of_runs():
+    whole, first = SimpleNamespace(recipe={}), SimpleNamespace(recipe={"limit": 0})
+    chosen = SimpleNamespace(recipe={"candidates": {"by": "bm25", "queries": "test"}, "limit": 7})
+    words = "candidates by bm25 for `test`"
+    assert _selection([]) is None
+    assert _selection([first]) == "the first 0"
+    assert _selection([chosen]) == words
+    assert _selection([chosen, first, chosen]) == f"{words} and the first 0"
+    assert _selection([chosen, whole]) is None  # a run took all samples
+
+
+def test_scored_group_has_its_run_over_the_fewest_samples():
+    def run(n, *, status="done", method="cosine", **ids):
+        keys = {"fingerprint": "f", "sketcher_id": 1, "checkpoint_id": 1, "source_id": 1, "variant_id": 1} | ids
+        return SimpleNamespace(status=status, method=method, n_samples=n, **keys)
+
+    runs = [run(5), run(3), run(4), run(1, status="failed"), run(2, method="dot"), run(9, variant_id=2)]
+    assert {key[-1]: found.n_samples for key, found in _scored(runs, "cosine").items()} == {1: 3, 2: 9}
+    for name in ("fingerprint", "sketcher_id", "checkpoint_id", "source_id"):
+        assert len(_scored([run(5), run(3, **{name: 7})], "cosine")) == 2

@@ -74,6 +74,13 @@ def test_of_several_sketchers_none_is_chosen(scored_copy):
         )
     assert scored_copy.top("q100", checkpoint="epoch-1").score == "small · cosine"  # has sketches of one only
     assert scored_copy.metrics()["scored_by"][0] == "small · cosine"  # scores of one only
+    scored_copy.attribute("base", queries="test", query_variant="chatml", sketcher="other", method="dot")
+    scored_copy.attribute(["base", "epoch-1"], queries="test", sketcher="small", method="dot")
+    with pytest.raises(NothingToScoreError, match="no `dot` scores at `base`, but `other`, `small` have"):
+        scored_copy.metrics(checkpoint="base", method="dot")
+    assert scored_copy.metrics(checkpoint="epoch-1", method="dot")["scored_by"][0] == "small · dot"
+    scored_copy.attribute("base", queries="test", query_checkpoint="epoch-1", sketcher="small")
+    assert scored_copy.metrics(checkpoint="base", query_checkpoint="epoch-1")["scored_by"][0] == "small · dot"
     scored_copy.sketcher_default("other")
     assert scored_copy.top("q100", checkpoint="base").score == "other · cosine"
     assert scored_copy.top("q100", checkpoint="base").notes == ()

@@ -88,6 +88,9 @@ def test_default_is_the_newest_checkpoint_with_sketches(scored_path, tmp_path, c
         assert store.trace(QUESTION, max_answer=12, **SMALL).hits.checkpoint == "epoch-1"
         store.checkpoint_add("epoch-9", checkpoints["base"], epoch=9)  # without sketches
         assert store.trace(QUESTION, max_answer=12).hits.checkpoint == "epoch-1"
+        store.variant_add("tiny", max_length=5)
+        assert store.ingest(["epoch-9"], ["finetune"], ["tiny"], sketcher="small").n_failed == 6  # still without any
+        assert store.trace(QUESTION, max_answer=12, **SMALL).hits.checkpoint == "epoch-1"
         store.ingest(["epoch-9"], ["songs"], ["raw"], sketcher="small")
         assert store.trace(QUESTION, max_answer=12, **SMALL).hits.checkpoint == "epoch-9"
         with pytest.raises(NothingToScoreError, match="no checkpoint has sketches by `adam`"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tarfile
 
@@ -13,7 +14,7 @@ from sqlalchemy import text
 
 from lark_store import Store
 from lark_store.schema.catalog_checksums import changed_rows
-from lark_store.schema.checksums import row_checksums, score_checksums, with_checksums
+from lark_store.schema.checksums import checksum, row_checksums, score_checksums, with_checksums
 
 ROWS = pa.table(
     {
@@ -23,6 +24,43 @@ ROWS = pa.table(
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.arange(6), pa.float16()), 2),
     }
 )
+
+
+def blake(*parts):
+    """BLAKE2b of parts, as a signed number of 8 bytes."""
+    return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "little", signed=True)
+
+
+def test_checksum_of_stored_rows_is_unchanged_by_versions():
+    """Stores hold these numbers: names in order, values as JSON, then vectors as bytes."""
+    vector = np.array([[0, 1], [2, 3], [4, 5]], np.float16)
+    expected = [
+        blake(b'{"loss": 0.5, "n": 1, "name": "a"}', vector[0].tobytes()),
+        blake(b'{"loss": NaN, "n": 2, "name": "b_1"}', vector[1].tobytes()),
+        blake(b'{"loss": 0.5, "name": "a"}', vector[2].tobytes()),
+    ]
+    assert row_checksums(ROWS).tolist() == expected
+    assert row_checksums(ROWS.select(["vector", "n", "loss", "name"])).tolist() == expected
+    code = pa.FixedSizeListArray.from_arrays(pa.array([7, 8, 9], pa.uint8()), 1)
+    wider = ROWS.append_column("code", code)  # its bytes come before the vector's
+    assert row_checksums(wider)[0] == blake(b'{"loss": 0.5, "n": 1, "name": "a"}', b"\x07", vector[0].tobytes())
+    assert checksum({"b": 1, "a": "ä", "checksum": 5, "c": None}, b"x") == blake(b'{"a": "\\u00e4", "b": 1}', b"x")
+
+
+def test_checksum_of_scores_covers_the_hits_of_their_query_by_rank():
+    keys = {"score_run": [1, 1, 2], "query_id": ["a", "b", "a"]}
+    hits = pa.table({"rank": [2, 1, 1], "score": [0.5, 0.75, 0.25], **keys, "query_id": ["a", "a", "a"]})
+    sums = pa.table({**keys, "max": [0.75, 0.0, 0.25]})
+    first = b'[{"query_id": "a", "rank": 1, "score": 0.75, "score_run": 1}, '
+    first += b'{"query_id": "a", "rank": 2, "score": 0.5, "score_run": 1}]'
+    assert score_checksums(sums, hits).tolist() == [
+        blake(b'{"max": 0.75, "query_id": "a", "score_run": 1}', first),
+        blake(b'{"max": 0.0, "query_id": "b", "score_run": 1}', b"[]"),
+        blake(
+            b'{"max": 0.25, "query_id": "a", "score_run": 2}',
+            b'[{"query_id": "a", "rank": 1, "score": 0.25, "score_run": 2}]',
+        ),
+    ]
 
 
 def test_checksums_are_equal_only_for_equal_rows():

@@ -147,6 +147,21 @@ def test_errors_account_for_correlated_queries(seed):
     assert sketch_error.of_share(left - right, *(30 * noises)) == near((left - right + 30 * shared > 0).mean(axis=1))
 
 
+def test_noise_of_a_weighted_sum_of_cosines():
+    phi, weights = np.array([0.6, -0.5, 0.0, 2.5, 0.1, 0.1]), np.array([2.0, 1.0, 3.0, 2.0, 0.0, -1.0])
+    noise = sketch_error.noise_of(phi, weights, 100)
+    assert noise[:4].tolist() == pytest.approx([2 * (1 - 0.09) / 10, (1 - 0.25) / 10, 0.3, 0.0])
+    assert np.isnan(noise[4:]).all()
+    assert sketch_error.noise_of(phi[:1], weights[:1], np.array([25.0])).tolist() == pytest.approx([2 * 0.91 / 5])
+
+
+def test_error_of_a_share_is_that_of_queries_moving_together():
+    """Two queries that win with 5/6 and 1/2: z = 0.9674 and 0; the pairs' minima are 5/6, 1/2, 1/2, 1/2."""
+    z = 0.967421566101701  # the normal distribution's quantile of 5/6
+    error = sketch_error.of_share(np.array([0.5 * z, 0.0]), np.array([0.3, 0.2]), np.array([0.4, 0.0]))
+    assert error == pytest.approx(np.sqrt((5 / 6 + 3 * 0.5) / 4 - (2 / 3) ** 2))
+
+
 def test_ratio_of_a_mean_not_above_0_has_no_error():
     noise, up = np.full(2, 0.01), np.array([0.2, 0.4])
     assert sketch_error.of_ratio_of_means(up, up, noise, noise) > 0

@@ -264,3 +264,16 @@ def test_run_is_closed_with_its_status_and_counts(written, monkeypatch, error, s
     assert (sketch_writer.run.status, sketch_writer.run.error, sketch_writer.run.seconds) == (status, reason, 6.5)
     assert (sketch_writer.run.n_sketched, len(db.rows)) == (1, 1)
     assert sketch_writer.seconds == (0.0 if error else 2.5)
+
+
+@pytest.mark.parametrize(("status", "gathers"), [("done", 1), ("failed", 0), ("interrupted", 0)])
+def test_rank_of_a_stopped_run_does_not_wait_for_others(written, status, gathers):
+    sketch_writer, _, _ = written
+    calls = []
+    gather = lambda item: calls.append(item) or [item, ([], item[1], [])]  # noqa: E731
+    sketch_writer.ranks = SimpleNamespace(is_first=True, size=2, gather=gather)
+    for number in range(70):
+        sketch_writer.fail(f"id-{number}", "too long")  # never committed by one rank alone
+    sketch_writer.finish(status, 1.0)
+    assert len(calls) == gathers
+    assert sketch_writer.run.n_failed == 70 * gathers

@@ -16,6 +16,7 @@ from polars.testing import assert_frame_equal
 
 from lark_store import Store
 from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError, QueryError
+from lark_store.query.scoring.prefilter import find_nearest
 from lark_store.query.select.rows import Rows
 from lark_store.query.sql.functions import FUNCTIONS
 from lark_store.query.sql.limits import Stop
@@ -395,6 +396,11 @@ def test_query_in_two_sources_needs_a_source(scored_copy, tmp_path):
     assert_frame_equal(rows, scored_copy.sql(f"from {call('top_influence', query='q100', queries='test', k=5, **AT)}"))
     assert len(scored_copy.ft_pt("base", sketcher="small")) == 32
     assert set(scored_copy.trajectory("q100", "sea-1", sketcher="small")["queries"]) == {"test", "again"}
+    with pytest.raises(InputError, match=r"query `q100` is in `(test|again)`, `"):
+        scored_copy.similar_text("q100")
+    with pytest.raises(InputError, match=r"several sources have queries\n\nhint: .*: test, again"):
+        find_nearest(scored_copy._db, ["songs"], 2, "bm25", None)
+    assert find_nearest(scored_copy._db, ["songs", "test"], 2, "bm25", "again").sources == ["songs"]
 
 
 PROGRAMS = [

@@ -12,10 +12,10 @@ import polars as pl
 
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError
+from lark_store.query.plots.base import Asked
+from lark_store.query.plots.of_groups import losses
 from lark_store.results import Progress
 from lark_store.specs import PlotSpec, RankSpec, ReportSpec, SearchSpec, build
-from lark_store.store.plots.base import Asked
-from lark_store.store.plots.of_groups import losses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

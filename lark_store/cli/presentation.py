@@ -10,8 +10,8 @@ import typer
 from lark_store.cli.options import EveryCheckpointOption, SnapshotOption, StoreOption, open_store
 from lark_store.cli.output import ProgressBar, say
 from lark_store.cli.spec_options import takes
+from lark_store.query.plots import plots_help
 from lark_store.specs import Compute, GroupsSpec, PlotOptions, PlotSpec, RankSpec, ReportOptions, ReportSpec, SearchSpec
-from lark_store.store.plots import plots_help
 
 
 @takes(PlotSpec, SearchSpec, RankSpec, GroupsSpec, Compute)

@@ -5,5 +5,6 @@ methods    how it is scored, and their registry
 scoring    the products and searches
 nulls      references of p-values, and their registry
 answers    one module per command
+plots      charts of answers, and their registry
 sql        SQL over all of it
 """

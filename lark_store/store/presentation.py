@@ -73,7 +73,7 @@ class PresentationMethods(Part):
         """
         from pathlib import Path
 
-        from lark_store.store.plots import plot
+        from lark_store.query.plots import plot
 
         queries, checkpoints = (
             [] if names is None else [names] if isinstance(names, str) else list(names) for names in (query, checkpoint)

@@ -51,6 +51,8 @@ def rankings(db: Database, asked: Asked, options: Mapping[str, Any]) -> Hits | R
     if (asked.query is None) == (asked.new is None):
         fact = "a query id and a new text can't be combined" if asked.new else "no query is given"
         raise InputError(fact, "give the id of a query, or a new text")
+    from lark_store.query.answers.stored_queries import of_stored, ranking_of
+
     passes = asked.passes
     new = [asked.new] if isinstance(asked.new, NewText) else list(asked.new or ())
     queries = list(dict.fromkeys(named(asked.query, "query"))) if asked.query is not None else []
@@ -60,50 +62,9 @@ def rankings(db: Database, asked: Asked, options: Mapping[str, Any]) -> Hits | R
     for names in passes:
         spec = build(SearchSpec, options, checkpoints=names)
         ranking = ranking_of(db, spec, options)
-        answers.append(_of_new(db, new, spec, ranking) if new else _of_stored(db, queries, spec, ranking))
+        answers.append(_of_new(db, new, spec, ranking) if new else of_stored(db, queries, spec, ranking))
     ordered = [with_distance(db, hits) for at_checkpoints in zip(*answers, strict=True) for hits in at_checkpoints]
     return ordered[0] if asked.is_single else Rankings(tuple(ordered))
-
-
-def ranking_of(db: Database, spec: SearchSpec, options: Mapping[str, Any]) -> Ranking:
-    """Return the ranking that options ask for."""
-    from lark_store.query.answers.top import Ranking, null_groups
-    from lark_store.query.nulls import NULLS
-
-    ranking = build(Ranking, options)
-    if ranking.null is None or ranking.null in NULLS:
-        return ranking
-    return replace(ranking, null_groups=null_groups(db, spec, ranking.null))
-
-
-def _of_stored(db: Database, queries: list[str], spec: SearchSpec, ranking: Ranking) -> list[Hits]:
-    """Rank for stored queries, and for samples of any source written as SOURCE/ID."""
-    from lark_store.query.answers.top import top
-    from lark_store.query.select.queries import sample_of
-    from lark_store.query.select.resolve import ask
-
-    samples = {query: sample for query in queries if (sample := sample_of(db, query)) is not None}
-    plain = [query for query in queries if query not in samples]
-    hits = top(db, plain, ask(db, spec), ranking) if plain else {}
-    hits |= {query: _of_sample(db, query, sample, spec, ranking) for query, sample in samples.items()}
-    return [hits[query] for query in queries]
-
-
-def _of_sample(db: Database, query: str, sample: tuple[str, str], spec: SearchSpec, ranking: Ranking) -> Hits:
-    """Rank for the sketch of a sample, which is left out of its own hits."""
-    from lark_store.query.answers.top import ids_of, top
-    from lark_store.query.select.queries import without_sketch
-    from lark_store.query.select.resolve import ask
-
-    source, sample_id = sample
-    if spec.queries not in (None, source):
-        raise InputError(f"`{query}` is a sample of `{source}`, not of `{spec.queries}`", "leave out `--queries`")
-    (question,) = ask(db, replace(spec, queries=source, any_stage=True))
-    if sample_id not in ids_of(db, question):
-        place = f"as `{question.queries.variant.name}` at `{SUM_SEPARATOR.join(question.checkpoints)}`"
-        raise without_sketch(db, source, sample_id, place)
-    hits = top(db, [sample_id], [question], replace(ranking, without=sample))
-    return replace(hits[sample_id], query_id=query)
 
 
 def _of_new(db: Database, new: list[NewText], spec: SearchSpec, ranking: Ranking) -> list[Hits]:

@@ -10,7 +10,7 @@ from lark_store.errors import NothingToScoreError
 from lark_store.results import Trace
 from lark_store.schema.catalog import Checkpoint, IngestRun, Sketcher
 from lark_store.specs import Compute, SearchSpec, TraceSpec, build
-from lark_store.store.top import ranked_new, ranking_of, with_distance, with_notes
+from lark_store.store.top import ranked_new, with_distance, with_notes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +26,7 @@ def trace(db: Database, question: str, checkpoint: str | None, options: Mapping[
     """Answer a question and rank the samples by their influence on the answer; see `Store.trace`."""
     from lark_store.ingest.new_query import NewQuerySketcher, sample_of
     from lark_store.modeling.answers import answer_question
+    from lark_store.query.answers.stored_queries import ranking_of
     from lark_store.query.select.resolve import resolved_method
     from lark_store.query.select.sketchers import with_sketcher
 

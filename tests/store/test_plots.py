@@ -12,7 +12,7 @@ from helpers.topics import topic_store
 
 from lark_store import Store
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
-from lark_store.store.plots import PLOTS
+from lark_store.query.plots import PLOTS
 
 SMALL = {"sketcher": "small"}
 AT = {"checkpoint": "base", "sketcher": "small"}

@@ -15,6 +15,7 @@ from helpers.topics import topic_store
 
 from lark_store import Store
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
+from lark_store.report.queries import shortened
 
 SMALL = {"sketcher": "small"}
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">\u2028&amp;{{ 7*7 }}\x07"
@@ -149,6 +150,16 @@ def test_chats_are_lists_of_messages(pages):
     chats = [text for source, _, text, _ in data["samples"] if source == "chats"]
     assert chats
     assert all([role for role, _ in text] == ["user", "assistant", "user", "assistant"] for text in chats)
+
+
+def test_long_texts_and_chats_are_shortened():
+    chat = [["user", f"{i} " + "long " * 100] for i in range(30)]
+    short = shortened(chat, 2_000)
+    assert [said.split()[0] for _, said in short] == [*"0123", "[…", *map(str, range(22, 30))]
+    assert short[4] == ["", "[… 18 messages …]"]
+    assert sum(len(said) for _, said in short) < 2_500
+    assert shortened(chat[:2], 10_000) == chat[:2]
+    assert shortened("a" * 900 + "b" * 600 + "?", 9) == "aaaaaa […] bb?"
 
 
 def test_page_is_self_contained_and_texts_stay_texts(pages):

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 class Ranking(RankSpec):
     """A ranking in a store. `null_groups` are the groups of a null source given by name.
 
-    `without` is the source and the id of a sample to leave out.
+    `without` is the source and the id of a sample to leave out. Without `has_texts`, hits have no texts, which are
+    read for each query.
     `check` is called regularly and raises to end the search.
     """
 
@@ -50,6 +51,7 @@ class Ranking(RankSpec):
     without: tuple[str, str] | None = None
     device: str = "auto"
     check: Callable[[], None] | None = None
+    has_texts: bool = True
 
 
 def top(
@@ -216,8 +218,9 @@ class _Searcher:
         frame = frame.with_columns(pl.col("noise", "p_value", "q_value").cast(pl.Float64).fill_nan(None))
         stages = pl.Series("stage", [self.stages[group] for group in picked["group"]], dtype=pl.String)
         frame = frame.with_columns(picked["source"], stages, picked["variant"], picked["sample_id"])
-        keys = ["source", "sample_id"]
-        frame = frame.join(texts_of_frame(self.db.vectors, frame), on=keys, how="left", maintain_order="left")
+        if self.ranking.has_texts:
+            keys = ["source", "sample_id"]
+            frame = frame.join(texts_of_frame(self.db.vectors, frame), on=keys, how="left", maintain_order="left")
         return Hits(
             frame=frame,
             query_id=query,

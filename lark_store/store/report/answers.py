@@ -12,10 +12,10 @@ import polars as pl
 
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError
+from lark_store.query.plots.base import Asked
+from lark_store.query.plots.of_groups import losses
 from lark_store.results import Progress
 from lark_store.specs import PlotSpec, RankSpec, ReportSpec, SearchSpec, build
-from lark_store.store.plots.base import Asked
-from lark_store.store.plots.of_groups import losses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -196,7 +196,7 @@ def _hits(asked: Asked, answers: Answers, passes: list[tuple[Scored, Question]])
     """Return the first hits of the queries in the picker; `place` is null beyond those shown."""
     from lark_store.query.answers.top import Ranking, top
 
-    ranking = build(Ranking, {**asked.options, "k": DEPTH, **_fixed()})
+    ranking = build(Ranking, {**asked.options, "k": DEPTH, "has_texts": False, **_fixed()})
     frames, nulls = [], dict[str, None]()
     for checkpoint, (_, question) in zip(answers.checkpoints, passes, strict=True):
         for query, hits in top(asked.db, answers.shown, [question], ranking).items():

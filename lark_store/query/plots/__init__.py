@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError
+from lark_store.query.plots.base import Asked, Plot
+from lark_store.query.plots.of_groups import Heatmap, Trajectory
+from lark_store.query.plots.of_queries import Dominance, Histogram, HitsPlot, Influence
 from lark_store.specs import GroupsSpec, PlotSpec, RankSpec, build, fields_named
-from lark_store.store.plots.base import Asked, Plot
-from lark_store.store.plots.of_groups import Heatmap, Trajectory
-from lark_store.store.plots.of_queries import Dominance, Histogram, HitsPlot, Influence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError
+from lark_store.query.plots.base import GROUPS, Asked, Plot
 from lark_store.specs import build
-from lark_store.store.plots.base import GROUPS, Asked, Plot
 
 if TYPE_CHECKING:
     import polars as pl

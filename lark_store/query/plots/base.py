@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sqlalchemy import select
-
 from lark_store.errors import InputError, NothingToScoreError
-from lark_store.schema.catalog import Source
 from lark_store.specs import SearchSpec, build
 
 if TYPE_CHECKING:
@@ -37,13 +34,20 @@ class Asked:
     @property
     def tuning(self) -> list[str]:
         """The names of the fine-tuning sources."""
+        from sqlalchemy import select
+
+        from lark_store.schema.catalog import Source
+
         with self.db.session() as session:
             return list(session.scalars(select(Source.name).filter_by(stage="finetune").order_by(Source.id)))
 
     @property
     def colours(self) -> dict[str, str]:
         """The colours of the store's sources, the same in all plots."""
+        from sqlalchemy import select
+
         from lark_store.charts.style import colours_of
+        from lark_store.schema.catalog import Source
 
         with self.db.session() as session:
             names = list(session.scalars(select(Source.name).where(Source.stage != "query").order_by(Source.id)))
@@ -72,6 +76,17 @@ class Asked:
                 f"there are no `{spec.sketcher}` sketches", "create some with `lark-store ingest`"
             )
         return replace(self, checkpoints=names)
+
+    def check_checkpoint(self) -> None:
+        """Check that there is a checkpoint.
+
+        Raises
+        ------
+        InputError
+            There is none.
+        """
+        if not self.checkpoints:
+            raise InputError("no checkpoint is given", "add `--checkpoint NAME`")
 
     def one_query(self) -> str:
         """Return the only query.

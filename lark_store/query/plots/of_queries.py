@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lark_store.core.names import SUM_SEPARATOR
 from lark_store.errors import InputError
-from lark_store.results import Hits
+from lark_store.query.plots.base import EXACT, SEARCH, Asked, Plot
 from lark_store.specs import Compute, build
-from lark_store.store.base import named
-from lark_store.store.plots.base import EXACT, SEARCH, Asked, Plot
 
 if TYPE_CHECKING:
     from lark_store.charts.style import Figure
+    from lark_store.results import Hits
 
 _NOISE = "whiskers: ± the noise of sketching, one standard deviation"
 
@@ -65,14 +64,12 @@ class Histogram(Plot):
 
 def _ranked(asked: Asked, *, opponents: bool = False) -> Hits:
     """Return the top hits of the only query, without tests."""
-    from lark_store.store.top import Asked as Question
-    from lark_store.store.top import rankings
+    from lark_store.query.answers.stored_queries import of_stored, ranking_of
 
     query = asked.one_query()
-    checkpoints = named(asked.checkpoints)
+    asked.check_checkpoint()
     options: dict[str, Any] = {**asked.options, "k": asked.show.k, "opponents": opponents, "null": "none"}
-    hits = rankings(asked.db, Question(query, None, checkpoints, None), options)
-    assert isinstance(hits, Hits)
+    (hits,) = of_stored(asked.db, [query], asked.search, ranking_of(asked.db, asked.search, options))
     return hits
 
 
@@ -91,7 +88,7 @@ class Dominance(Plot):
         from lark_store.query.answers.ft_pt import ft_pt
         from lark_store.query.select.queries import unknown_query
 
-        named(asked.checkpoints)
+        asked.check_checkpoint()
         frame = ft_pt(asked.db, asked.search)
         if asked.queries:
             ids = frame["query_id"].unique().to_list()

@@ -85,7 +85,9 @@ def make(folder: Path, rows: int) -> Path:
                 numbers = generator.standard_normal((n, BINS), np.float32)
                 ids = [sample["id"] for sample in samples]
                 loss = generator.random(n, np.float32)
-                frame = pl.DataFrame({"sample_id": ids, "loss": loss, "vector": pl.Series(numbers, dtype=pl.Array(pl.Float32, BINS))})
+                frame = pl.DataFrame(
+                    {"sample_id": ids, "loss": loss, "vector": pl.Series(numbers, dtype=pl.Array(pl.Float32, BINS))}
+                )
                 frame.write_parquet(vectors)
                 store.sketcher_import(SKETCHER, vectors, checkpoint=checkpoint, source=name, variant=VARIANT)
         store.attribute(list(CHECKPOINTS), queries="query", sketcher=SKETCHER)

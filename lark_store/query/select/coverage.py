@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import pyarrow as pa
 from sqlalchemy import select
 from sqlalchemy.orm import joinedload
 
@@ -32,6 +33,7 @@ COVERAGE = {
     "chosen": pl.String,
     "note": pl.String,
 }
+_BLOCK = 1 << 16  # rows
 _Cut = tuple[int | None, int | None]  # truncated samples, and the tokens cut off them
 _Key = tuple[str, int, int, int, int]  # fingerprint and the ids of sketcher, checkpoint, source and variant
 
@@ -96,14 +98,29 @@ def _cuts(db: Database, fingerprints: Iterable[str]) -> dict[int, _Cut]:
     for fingerprint in fingerprints:
         if not db.vectors.has(sketch_table(fingerprint)):
             continue
-        for batch in db.vectors.scan(sketch_table(fingerprint), ["ingest_run", "n_cut"], batch_rows=1 << 16):
+        batches = db.vectors.scan(sketch_table(fingerprint), ["ingest_run", "n_cut"], batch_rows=_BLOCK)
+        for block in _blocks(batches, _BLOCK):
             cut = pl.col("n_cut")
             is_complete = cut.null_count() == 0
             sums = (pl.when(is_complete).then((cut > 0).sum()), pl.when(is_complete).then(cut.sum()))
-            per_run = pl.DataFrame(batch).group_by("ingest_run").agg(n_truncated=sums[0], n_cut=sums[1])
+            per_run = block.group_by("ingest_run").agg(n_truncated=sums[0], n_cut=sums[1])
             for run, n_truncated, n_cut in per_run.iter_rows():
                 cuts[run] = _sum([cuts.get(run, (0, 0)), (n_truncated, n_cut)])
     return cuts
+
+
+def _blocks(batches: Iterable[pa.RecordBatch], n_rows: int) -> Iterator[pl.DataFrame]:
+    """Yield batches joined to frames of at least `n_rows` rows: a table that was never compacted has many small ones."""
+    waiting: list[pa.RecordBatch] = []
+    n_waiting = 0
+    for batch in batches:
+        waiting.append(batch)
+        n_waiting += len(batch)
+        if n_waiting >= n_rows:
+            yield pl.DataFrame(pa.Table.from_batches(waiting))
+            waiting, n_waiting = [], 0
+    if waiting:
+        yield pl.DataFrame(pa.Table.from_batches(waiting))
 
 
 def _sum(pairs: Iterable[_Cut]) -> _Cut:

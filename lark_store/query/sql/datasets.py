@@ -21,10 +21,12 @@ class _SomeColumns(Dataset):  # type: ignore[misc]  # pyarrow has no types
 
     def __init__(self, dataset: Any, names: list[str]) -> None:
         self._dataset, self._names = dataset, names
+        whole = dataset.schema  # made anew each time
+        self._schema = pa.schema([whole.field(name) for name in names])
 
     @property
     def schema(self) -> pa.Schema:
-        return pa.schema([self._dataset.schema.field(name) for name in self._names])
+        return self._schema
 
     def scanner(self, columns: list[str] | None = None, filter: Any = None) -> Any:  # noqa: A002  # pyarrow's names
         return self._dataset.scanner(columns=self._names if columns is None else columns, filter=filter)

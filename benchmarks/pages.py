@@ -2,8 +2,8 @@
 
     python benchmarks/pages.py FOLDER [--rows 100000]
 
-The sketches are random vectors of 1,024 bins, imported at two checkpoints (a tiny random Llama under two names), half of
-the rows at each; 64 queries are scored. The store is made once and stays in FOLDER. Each page is asked four times in
+The sketches are random vectors of 1,024 bins, imported at two checkpoints (a tiny random Llama under two names), half
+of the rows at each; 64 queries are scored. The store is made once and stays in FOLDER. Each page is asked four times in
 this process; the first is left out, and the median of the others printed.
 """
 
@@ -27,7 +27,7 @@ from lark_store.ui.jobs import Jobs
 BINS, QUERIES, CHECKPOINTS = 1024, 64, ("epoch-1", "epoch-2")
 SOURCES = {"finetune": ("finetune", 0.2), "medical": ("pretrain", 0.4), "songs": ("pretrain", 0.4)}
 SKETCHER, VARIANT, ASKED = "random", "raw", 4
-TOKEN, HOST = "a-token-for-the-benchmark", "127.0.0.1:8000"  # noqa: S105
+TOKEN, HOST = "a-token-for-the-benchmark", "127.0.0.1:8000"
 PAGES = (
     "/",
     "/queries",

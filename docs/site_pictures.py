@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 ROOT = Path(__file__).parent.parent
-STORE = ROOT / "demo" / ".work" / "lark.store"
+STORE = "demo/.work/lark.store"
 PICTURES = ROOT / "docs" / "pictures"
 _QUERY = """
 SELECT query_id FROM source_influence WHERE query_checkpoint = checkpoint ORDER BY max DESC, query_id LIMIT 1"""
@@ -26,7 +26,7 @@ def main() -> None:
     """Serve the store, and take a picture of each page."""
     from lark_store import Store
 
-    with Store.open(STORE) as store:
+    with Store.open(ROOT / STORE) as store:
         query = store.sql(_QUERY).item()
     pages = {
         "query": (f"/query/{query}", "1200,1250"),
@@ -35,7 +35,7 @@ def main() -> None:
     }
     PICTURES.mkdir(exist_ok=True)
     command = [Path(sys.executable).with_name("lark-store"), "ui", "--store", STORE]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)  # noqa: S603
     assert server.stdout is not None
     address, token = server.stdout.readline().strip().split("/?")
     try:

@@ -100,7 +100,7 @@ def summary(hits: Hits) -> dict[str, Any]:
     if not tested:
         finding = "No hit was tested against a reference."
     elif not hits.n_significant:
-        finding = f"Nothing significant: 0 of {len(hits)} hits at q ≤ {SIGNIFICANT}."
+        finding = f"Nothing significant: 0 of {len(tested)} tested hits at q ≤ {SIGNIFICANT}."
     else:
-        finding = f"{hits.n_significant} of {len(hits)} hits are significant at q ≤ {SIGNIFICANT}."
+        finding = f"{hits.n_significant} of {len(tested)} tested hits are significant at q ≤ {SIGNIFICANT}."
     return {"finding": finding, "how": hits.how.split("\n"), "scale": hits.scale}

@@ -110,7 +110,7 @@ def _cuts(db: Database, fingerprints: Iterable[str]) -> dict[int, _Cut]:
 
 
 def _blocks(batches: Iterable[pa.RecordBatch], n_rows: int) -> Iterator[pl.DataFrame]:
-    """Yield batches joined to frames of at least `n_rows` rows: a table that was never compacted has many small ones."""
+    """Yield frames of at least `n_rows` rows: the batches of a table that was never compacted are small."""
     waiting: list[pa.RecordBatch] = []
     n_waiting = 0
     for batch in batches:

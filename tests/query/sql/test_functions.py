@@ -393,7 +393,7 @@ def test_query_in_two_sources_needs_a_source(scored_copy, tmp_path):
     assert_frame_equal(rows, scored_copy.sql(f"from {call('top_influence', query='q100', queries='test', k=5, **AT)}"))
     assert len(scored_copy.ft_pt("base", sketcher="small")) == 32
     assert set(scored_copy.trajectory("q100", "sea-1", sketcher="small")["queries"]) == {"test", "again"}
-    with pytest.raises(InputError, match="query `q100` is in `(test|again)`, `"):
+    with pytest.raises(InputError, match=r"query `q100` is in `(test|again)`, `"):
         scored_copy.similar_text("q100")
     with pytest.raises(InputError, match=r"several sources have queries\n\nhint: .*: test, again"):
         find_nearest(scored_copy._db, ["songs"], 2, "bm25", None)

@@ -199,8 +199,6 @@ def test_empty_group_grows(store, tmp_path):
     store.ingest(["base"], ["odd"], ["short"], sketcher="small")
     report = store.attribute(["base"], hits=5, **ATTRIBUTION)
     assert report.select("source", "status", "n_samples").rows() == [("songs", "current", 5), ("odd", "scored", 3)]
-    runs = store.sql("select status, n_samples from score_runs where source = 'odd' order by score_run")
-    assert runs.rows() == [("superseded", 0), ("done", 3)]  # scored at the first attempt
 
 
 def test_last_attempt_scores_from_nothing(grown_path, monkeypatch):

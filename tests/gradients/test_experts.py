@@ -26,7 +26,7 @@ from lark_store.gradients.paths import products
 from lark_store.gradients.paths.batched import BatchPath, UnknownLayerError, make_path
 from lark_store.gradients.paths.hooks import HookPath, Sketch, choose_parameters
 from lark_store.gradients.paths.layers import rule_for
-from lark_store.gradients.paths.products import StackFactors, add_stack, runs
+from lark_store.gradients.paths.products import StackFactors, add_products, add_stack, runs
 from lark_store.gradients.sketch.accumulate import GradientSketcher
 from lark_store.gradients.sketch.oporp import Oporp
 from lark_store.gradients.sketch.placement import place
@@ -265,6 +265,38 @@ def test_samples_without_tokens_of_a_matrix_are_skipped(together):
     assert added == [(1, 0), (1, 0), (1, 1), (2, 3)]
     add_to = GradientSketcher.add
     add_to(sketcher, "w", dense.view(3, -1), expected := sketcher.new(3))
+    torch.testing.assert_close(sketcher.finish(out), sketcher.finish(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("held", [1, 2 * 768, 3 * 768, 5 * 768, 1 << 23])
+def test_stretches_of_a_stack_may_cross_its_matrices(monkeypatch, held, together):
+    """30 rows of six matrices, 4, 8, 12, 20 or all at a time."""
+    counts = torch.randint(0, 3, (6, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    n = sum(map(sum, counts))
+    left, right, dense, start = torch.randn(n, 5), torch.randn(n, 64), torch.zeros(3, 6, 5, 64), 0
+    for e, row in enumerate(counts):
+        for b, count in enumerate(row):
+            dense[b, e] = left[start : start + count].T @ right[start : start + count]
+            start += count
+    sketcher = GradientSketcher(Oporp(256, 0), place([("w", (6, 5, 64))], 256), CPU)
+    sketcher.together = together
+    monkeypatch.setattr(products, "_HELD", held)
+    add_stack("w", StackFactors(left, right, counts), sketcher, out := sketcher.new(3))
+    sketcher.add("w", dense.view(3, -1), expected := sketcher.new(3))
+    torch.testing.assert_close(sketcher.finish(out), sketcher.finish(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("held", [1, 3 * 768, 5 * 768, 1 << 23])
+def test_products_are_added_some_rows_at_a_time(monkeypatch, held, together):
+    lefts, rights = ([torch.randn(n, width) for n in (4, 1, 3)] for width in (31, 64))
+    dense = torch.stack([left.T @ right for left, right in zip(lefts, rights, strict=True)])
+    sketcher = GradientSketcher(Oporp(256, 0), place([("v", (3, 64)), ("w", (31, 64))], 256), CPU)
+    sketcher.together = together
+    monkeypatch.setattr(products, "_HELD", held)
+    add_products("w", lefts, rights, sketcher, out := sketcher.new(3))
+    sketcher.add("w", dense.view(3, -1), expected := sketcher.new(3))
     torch.testing.assert_close(sketcher.finish(out), sketcher.finish(expected), rtol=1e-5, atol=1e-5)
 
 

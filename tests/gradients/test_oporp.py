@@ -231,3 +231,13 @@ def test_cuda_sketch_equals_cpu_sketch():
     again = sketch(gradients, 65_536, device=torch.device("cuda"))
     assert torch.equal(on_cuda, again)
     torch.testing.assert_close(on_cuda.cpu(), sketch(gradients, 65_536), atol=1e-5, rtol=1e-5)
+
+
+def test_layout_has_at_most_2_to_the_38_coordinates():
+    most = 1 << 38
+    (whole,) = place([("a", (most - 256,))], 256)
+    assert (whole.n_chunks, whole.numel) == (most // 256 - 1, most - 256)
+    assert [p.first_chunk for p in place([("a", (257,)), ("b", ()), ("c", (2, 128)), ("d", (1,))], 256)] == [0, 2, 3, 4]
+    for shapes in ([("a", (most,))], [("a", (most - 256,)), ("b", (1,))]):
+        with pytest.raises(InputError, match=r"exceed 2\^38 coordinates"):
+            place(shapes, 256)

@@ -72,6 +72,15 @@ def test_changed_rows_are_reported_by_cosine_and_norm(scored_copy):
     assert sorted(wrong) == sorted((sample, cosine, ratio) for sample, (_, cosine, ratio) in CHANGES.items())
 
 
+def test_sketch_of_a_lost_sample_is_reported(ingested):
+    ingested._db.vectors.table("samples").delete("source = 'finetune' AND sample_id = 'q3'")
+    report = ingested.verify(sketches=1000, sketcher="small")
+    assert len(report) == 6
+    (lost,) = report.filter(~report["ok"]).rows(named=True)
+    names = {"sketcher": "small", "checkpoint": "base", "source": "finetune", "variant": "raw", "sample_id": "q3"}
+    assert lost == names | {"cosine": None, "norm_ratio": None, "same_answer": None, "limit": 0.9999, "ok": False}
+
+
 def test_rows_are_drawn_from_all_and_reproducibly(scored):
     first, second = ([(run.id, sample_id) for run, sample_id in _draw(scored._db, 12, None, None)] for _ in range(2))
     assert first == second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -163,6 +164,15 @@ def test_losses_are_the_mean_cross_entropy_of_each_samples_targets(named, pad_le
         ]
         torch.testing.assert_close(loss, torch.stack(item).mean())
     assert not model.head._forward_pre_hooks
+
+
+def test_loss_of_a_summed_sample_is_a_sum():
+    torch.manual_seed(0)
+    model = Head(named=True)
+    plain = losses.sample_losses(model, Batch(SAMPLES, CPU))
+    summed = [replace(SAMPLES[0], is_summed=True), replace(SAMPLES[1], is_summed=True), SAMPLES[2]]
+    actual = losses.sample_losses(model, Batch(summed, CPU))
+    torch.testing.assert_close(actual, plain * torch.tensor([2.0, 1.0, 1.0]))  # the first has two targets
 
 
 def test_model_gets_positions_if_accepted_and_a_mask_for_left_padding():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lark_store.errors import CheckpointError
 from lark_store.modeling.trainer_runs import (
@@ -15,7 +17,7 @@ from lark_store.modeling.trainer_runs import (
     read_facts,
     step_in_name,
 )
-from lark_store.modeling.weight_keys import plain_name, quantisation, wrapped
+from lark_store.modeling.weight_keys import plain_name, quantisation, tensor_names, truncated, wrapped
 
 
 def facts_of(folder, **state):
@@ -127,3 +129,14 @@ def test_prefixes_of_wrapped_models_are_removed(key, plain):
 )
 def test_quantised_tensors_are_recognised_by_name(key, kind):
     assert quantisation(["model.w", key]) == (kind and (kind, key))
+
+
+def test_names_of_tensors_are_read_from_whole_files(tmp_path):
+    files = [tmp_path / name for name in ("a.safetensors", "cut.safetensors", "missing.safetensors", "b.safetensors")]
+    save_file({"x": torch.zeros(2), "y": torch.zeros(1)}, files[0])
+    save_file({"z": torch.zeros(2)}, files[3])
+    files[1].write_bytes(files[0].read_bytes()[:-1])
+    assert sorted(tensor_names(files)) == ["x", "y", "z"]
+    assert truncated(files) == files[1]
+    assert truncated([files[0], files[2]]) == files[2]
+    assert truncated([files[0], files[3]]) is None

@@ -20,6 +20,7 @@ from lark_store.errors import InputError, NothingToScoreError
 from lark_store.gradients.corrections import DEFAULT_POWER
 from lark_store.modeling.rendering import DEFAULT_MAX_LENGTH
 from lark_store.query.answers.attribute import _append
+from lark_store.query.answers.recheck import _figures
 from lark_store.query.answers.score_runs import Job
 from lark_store.query.methods import Method
 from lark_store.query.scoring import ann, geometry, products
@@ -411,3 +412,27 @@ def test_scored_group_has_its_run_over_the_fewest_samples():
     assert {key[-1]: found.n_samples for key, found in _scored(runs, "cosine").items()} == {1: 3, 2: 9}
     for name in ("fingerprint", "sketcher_id", "checkpoint_id", "source_id"):
         assert len(_scored([run(5), run(3, **{name: 7})], "cosine")) == 2
+
+
+def test_recomputed_figures_stand_beside_the_stored_ones():
+    hits = pl.DataFrame({"sample_id": ["b", "gone", "a"], "score": [0.5, 0.25, 0.125], "rank": [1, 4, 0]})
+    sums = pl.DataFrame({"max": [0.5], "mean": [0.1], "std": [0.2]})
+    scores = np.float32([-0.25, 0.5, 0.25])
+    figures = list(_figures(np.array(["a", "b", "c"]), scores, hits=hits, sums=sums))
+    nan = pytest.approx(float("nan"), nan_ok=True)
+    assert figures == [
+        ("rank 1", 0.5, 0.5),  # of the sample, and of the rank
+        ("rank 1", 0.5, 0.5),
+        ("rank 4", 0.25, nan),
+        ("rank 4", 0.25, nan),  # there are three
+        ("rank 0", 0.125, -0.25),
+        ("rank 0", 0.125, nan),
+        ("max", 0.5, 0.5),
+        ("mean", 0.1, pytest.approx(1 / 6)),
+        ("std", 0.2, pytest.approx(np.std([-0.25, 0.5, 0.25]))),
+    ]
+    last = pl.DataFrame({"sample_id": ["a"], "score": [0.0], "rank": [3]})
+    assert [figure[2] for figure in _figures(np.array(["a", "b", "c"]), scores, hits=last, sums=sums)][:2] == [
+        -0.25,
+        -0.25,
+    ]

@@ -10,11 +10,13 @@ import pytest
 
 from lark_store.core.names import check_name
 from lark_store.core.retry import retry
-from lark_store.errors import NameInvalidError, StoreBusyError
+from lark_store.core.text import coded, joined
+from lark_store.errors import InputError, NameInvalidError, StoreBusyError
 from lark_store.ingest import writer
 from lark_store.ingest.sources import _chunks
 from lark_store.maintenance.delete_rows import delete_rows
 from lark_store.modeling.sample import Sample
+from lark_store.readers.json_text import parse
 from lark_store.schema.table_schemas import sketch_schema
 from lark_store.schema.vectors import VectorStore, quoted, where
 
@@ -277,3 +279,28 @@ def test_rank_of_a_stopped_run_does_not_wait_for_others(written, status, gathers
     sketch_writer.finish(status, 1.0)
     assert len(calls) == gathers
     assert sketch_writer.run.n_failed == 70 * gathers
+
+
+# --- words and JSON ---------------------------------------------------------------------------------------------------
+
+
+def test_words_of_a_list_are_joined():
+    assert [joined("abcd"[:n], "or") for n in range(1, 5)] == ["a", "a or b", "a, b or c", "a, b, c or d"]
+    assert coded(iter(["a", "b c"])) == ["`a`", "`b c`"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ('{"a" 1}', "row 1 is not JSON: Expecting ':' delimiter at column 6"),
+        ('{"b": {"a": 1, "c": 2, "a": 3, "c": 4}}', "row 1 repeats the key `a`"),
+        (r'["\ud83d\ude42", "x\ude42"]', r"row 1 holds `\ude42`, an unpaired surrogate"),
+        ("[" * 100_000, "row 1 is nested too deeply"),
+        ("9" * 5000, "row 1 holds an integer of more than 4300 digits"),
+    ],
+)
+def test_json_that_python_would_change_is_refused(text, fact):
+    with pytest.raises(InputError) as caught:
+        parse(text, "row 1", "save it as JSON")
+    assert caught.value.fact == fact
+    assert parse(r'{"a": "\ud83d\ude42"}', "row 1", "") == {"a": "🙂"}

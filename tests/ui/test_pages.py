@@ -219,3 +219,32 @@ def test_empty_store_says_what_to_do(tmp_path):
             response = client.get(path)
             assert (response.status_code, "hint: " in response.text) == (404, True), path
         assert client.get("/sql?query=SELECT+count(*)+FROM+samples").status_code == 200
+
+
+def test_snapshot_is_shown_as_it_was(explored_path, tmp_path):
+    import shutil
+
+    from starlette.testclient import TestClient
+
+    from lark_store.ui.app import application
+
+    shutil.copytree(explored_path, tmp_path / "lark.store")
+    with Store.open(tmp_path / "lark.store") as store:
+        store.snapshot_create("before")
+        store.sample_remove("finetune", ["q1"])
+    with Store.open(tmp_path / "lark.store", snapshot="before") as store:
+        explorer = Explorer(store, Jobs(None, "before"), "before")
+        app = application(explorer, hosts={"a:1"}, token="t" * 20, cookie="c")
+        client = TestClient(app, base_url="http://a:1", cookies={"c": "t" * 20})
+        for path in ("/", "/query/q100", "/sample/finetune/q1", "/map", "/dominance", "/queries"):
+            response = client.get(path)
+            assert (response.status_code, "--snapshot before" in response.text) == (200, True), path
+
+
+def test_many_readers_at_once(client):
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = {path: client.get(path).text for path in ("/query/q100", f"/query/{ODD}", "/map", "/queries", "/")}
+    with ThreadPoolExecutor(8) as pool:
+        for path, text in pool.map(lambda path: (path, client.get(path).text), list(alone) * 6):
+            assert text == alone[path], path

@@ -284,7 +284,7 @@ def test_stretches_of_a_stack_may_cross_its_matrices(monkeypatch, held, together
     monkeypatch.setattr(products, "_HELD", held)
     add_stack("w", StackFactors(left, right, counts), sketcher, out := sketcher.new(3))
     sketcher.add("w", dense.view(3, -1), expected := sketcher.new(3))
-    torch.testing.assert_close(sketcher.finish(out), sketcher.finish(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sketcher.finish(out), sketcher.finish(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -297,7 +297,7 @@ def test_products_are_added_some_rows_at_a_time(monkeypatch, held, together):
     monkeypatch.setattr(products, "_HELD", held)
     add_products("w", lefts, rights, sketcher, out := sketcher.new(3))
     sketcher.add("w", dense.view(3, -1), expected := sketcher.new(3))
-    torch.testing.assert_close(sketcher.finish(out), sketcher.finish(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sketcher.finish(out), sketcher.finish(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_runs_of_samples():

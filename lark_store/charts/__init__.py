@@ -9,5 +9,6 @@ influence    the influence of sources over checkpoints
 dominance    fine-tuning against pretraining, query by query
 hits         the top samples of a query, and the histogram of its scores
 heatmap      groups at checkpoints
+columns      two columns of any table
 files        render a chart, reproducibly
 """

@@ -197,6 +197,27 @@ def test_sql_stops_at_its_limits(client, monkeypatch):
     assert (response.status_code, "0.3" in response.text) == (400, True)
 
 
+def test_two_columns_are_drawn(client):
+    for query, x, mark in (
+        ("SELECT source, count(*) AS n FROM samples GROUP BY ALL", "source", "rect"),
+        ("SELECT i AS source, i * i AS n FROM range(9) t(i)", "source", "symbol"),
+    ):
+        asked = urlencode({"query": query, "x": x, "y": "n"})
+        (image,) = Page(client.get(f"/sql?{asked}").text).values("img", "src")
+        drawn = client.get(image)
+        assert (drawn.status_code, drawn.headers["content-type"]) == (200, "image/svg+xml")
+        assert f"mark-{mark} role-mark" in drawn.text
+    for x, y, said in (
+        ("nothing", "n", "the result has no column `nothing`"),
+        ("n", "source", "the column `source` has no numbers"),
+    ):
+        asked = urlencode({"query": "SELECT 'a' AS source, 1 AS n", "x": x, "y": y})
+        response = client.get(f"/sql.svg?{asked}")
+        assert (response.status_code, said in Page(response.text).text) == (400, True)
+    many = urlencode({"query": "SELECT 't' || i AS t, i FROM range(100) r(i)", "x": "t", "y": "i"})
+    assert "at most 60 texts" in Page(client.get(f"/sql.svg?{many}").text).text
+
+
 def test_downloads_have_all_digits(client, explored_path):
     with Store.open(explored_path) as store:
         frame = store.metrics(view="influence", sketcher="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 from starlette.responses import Response
 from starlette.routing import Route
@@ -48,6 +49,8 @@ def show(request: Request) -> HTMLResponse:
             frame = _run(explorer, query)
         except LarkStoreError as caught:
             error = caught
+    x, y = parameters.text("x"), parameters.text("y")
+    chart = urlencode({"query": query, "x": x, "y": y}) if frame is not None and x and y else None
     return page(
         request,
         "sql",
@@ -58,6 +61,10 @@ def show(request: Request) -> HTMLResponse:
         result=None if frame is None else table(frame),
         n=0 if frame is None else len(frame),
         is_cut=frame is not None and len(frame) == ROWS,
+        columns=[] if frame is None else frame.columns,
+        numeric=[] if frame is None else [name for name in frame.columns if frame[name].dtype.is_numeric()],
+        axes=(x, y),
+        chart=chart,
         limits=(SECONDS, MEMORY, ROWS),
         examples=_EXAMPLES,
         views={name: table(described) for name, described in schema().items()},
@@ -71,8 +78,19 @@ def csv(request: Request) -> Response:
     return Response(_run(explorer, parameters.required("query")).write_csv(), media_type="text/csv")
 
 
+def chart(request: Request) -> Response:
+    """Draw two columns of a query's result."""
+    from lark_store.charts.columns import columns_chart
+    from lark_store.charts.files import svg
+
+    explorer, parameters = explorer_of(request), Parameters(request.query_params)
+    query, x, y = (parameters.required(name) for name in ("query", "x", "y"))
+    drawn = svg(columns_chart(_run(explorer, query), x, y).to_dict(), "chart")
+    return Response(drawn, media_type="image/svg+xml")
+
+
 def _run(explorer: Explorer, query: str) -> pl.DataFrame:
     return explorer.store.sql(query, timeout=SECONDS, memory=MEMORY, max_rows=ROWS)
 
 
-ROUTES = [Route("/sql", show), Route("/sql.csv", csv)]
+ROUTES = [Route("/sql", show), Route("/sql.csv", csv), Route("/sql.svg", chart)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lark_store.core.words import words
 from lark_store.display.values import rounded
-from lark_store.schema.chats import message_text
+from lark_store.schema.chats import message_text, shown_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,6 +83,12 @@ def _cells(cells: list[str], is_number: bool, values: list[Any]) -> list[Cell]:
 def visible(text: str) -> str:
     """Return a text with its control characters, those of writing direction too, shown as �."""
     return _CONTROL.sub("�", text)
+
+
+def with_text(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return samples with one `text` for people, a chat as its dialogue, instead of the columns of their parts."""
+    parts = ["prompt", "response", "completion", "messages"]
+    return frame.with_columns(text=shown_text()).drop(parts)
 
 
 @dataclass(frozen=True)

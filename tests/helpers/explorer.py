@@ -21,7 +21,7 @@ ODD_ID = "a/b?c=1&d#e <i>5%</i> 'q' \"r\" é"
 
 @pytest.fixture(scope="session")
 def explored_path(tmp_path_factory, checkpoints) -> Path:
-    """A scored store whose texts, ids and metadata are hostile; one query is a chat. Read-only."""
+    """A scored store whose texts, ids and metadata are hostile. Read-only."""
     root = tmp_path_factory.mktemp("explored")
     queries = [row | {"topic": "organs"} for row in qa_rows(6, start=100)]
     queries[0]["question"] = HOSTILE

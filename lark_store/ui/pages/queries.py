@@ -12,7 +12,7 @@ from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.parameters import Parameters
 from lark_store.ui.scope import choose
-from lark_store.ui.tables import table
+from lark_store.ui.tables import table, with_text
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -49,7 +49,7 @@ losses AS (
     WHERE sketcher = $sketcher AND source = $queries AND variant = $query_variant
       AND checkpoint IN ($checkpoint, $first)
     GROUP BY ALL)
-SELECT x.sample_id AS query_id, coalesce(x.prompt, x.text, x.messages) AS text, b.ft, b.pt, b.ft - b.pt AS gap,
+SELECT x.sample_id AS query_id, x.text, x.prompt, x.response, x.completion, x.messages, b.ft, b.pt, b.ft - b.pt AS gap,
        CASE WHEN b.ft > b.pt THEN 'finetune' WHEN b.ft < b.pt THEN 'pretrain' WHEN b.ft = b.pt THEN 'tie' END AS winner,
        l.loss, l.loss - l.first_loss AS loss_change, b.best_driver
 FROM samples x LEFT JOIN best b ON b.query_id = x.sample_id LEFT JOIN losses l ON l.sample_id = x.sample_id
@@ -78,7 +78,7 @@ def show(request: Request) -> HTMLResponse:
         choices=choices,
         search=search or "",
         sort=sort,
-        queries=table(rows.slice(start, _SHOWN), links, sorts=sorts),
+        queries=table(with_text(rows.slice(start, _SHOWN)), links, sorts=sorts),
         n=len(rows),
         start=start,
         is_scored=rows["ft"].count() + rows["pt"].count() > 0,

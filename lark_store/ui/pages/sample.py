@@ -15,7 +15,7 @@ from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.pages.query import sample_row
 from lark_store.ui.parameters import Parameters
 from lark_store.ui.scope import choose
-from lark_store.ui.tables import parts_of, table
+from lark_store.ui.tables import parts_of, table, with_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,10 +104,8 @@ def listed(request: Request) -> HTMLResponse:
     start = parameters.whole("start", 0, 0, 999_999_999)
     options: dict[str, Any] = {"where": where, "limit": _SHOWN, "offset": start}
     frame = explorer.store.sample_list(source, **options)
-    rows = frame.with_columns(pl.lit(source).alias("source")).select(
-        "source", "sample_id", pl.coalesce("prompt", "text", "messages").alias("text"), "response", "label", "meta"
-    )
-    kept = [name for name in rows.columns if name != "source" and (rows[name].count() or name == "sample_id")]
+    rows = with_text(frame).select("sample_id", "text", "label", "meta")
+    kept = [name for name in rows.columns if rows[name].count() or name == "sample_id"]
     following = f"?start={start + _SHOWN}" + (f"&where={quote(where)}" if where else "")
     return page(
         request,

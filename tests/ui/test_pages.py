@@ -218,6 +218,18 @@ def test_two_columns_are_drawn(client):
     assert "at most 60 texts" in Page(client.get(f"/sql.svg?{many}").text).text
 
 
+def test_dominance_says_who_wins(client, explored_path):
+    with Store.open(explored_path) as store:
+        phi = store.sql(
+            "SELECT source, query_id, max FROM source_influence WHERE checkpoint = 'epoch-1' AND sketcher = 'small'"
+        )
+    ft, pt = (dict(phi.filter(source=name).select("query_id", "max").iter_rows()) for name in ("finetune", "songs"))
+    share = np.mean([ft[query] > pt[query] for query in ft])
+    said = Page(client.get("/dominance").text).text
+    assert f"finetune (chatml) has more influence than songs (raw) on {share:.0%} of 6 queries" in said
+    assert f"the means are {np.mean(list(ft.values())):.3f} and {np.mean(list(pt.values())):.3f}" in said
+
+
 def test_downloads_have_all_digits(client, explored_path):
     with Store.open(explored_path) as store:
         frame = store.metrics(view="influence", sketcher="small")

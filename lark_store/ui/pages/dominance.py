@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lark_store.display.values import p_value
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.parameters import Parameters
@@ -27,6 +28,7 @@ _VIEWS = {
     "comparisons": "Differences of sources, and changes between checkpoints",
 }
 _FORMS = ("csv", "json")
+_CONSTANT = ("queries", "query_checkpoint", "scored_by")  # the same in all rows of a page
 
 
 def show(request: Request) -> HTMLResponse:
@@ -37,7 +39,7 @@ def show(request: Request) -> HTMLResponse:
     tables = [
         (
             title,
-            table(_measured(explorer, scope, view)),
+            table(_measured(explorer, scope, view).drop(_CONSTANT, strict=False)),
             {form: scope.url(f"/dominance.{form}", view=view) for form in _FORMS},
         )
         for view, title in _VIEWS.items()
@@ -49,6 +51,7 @@ def show(request: Request) -> HTMLResponse:
         "Dominance",
         choices=choices,
         tables=tables,
+        verdicts=_verdicts(_measured(explorer, scope, "dominance").filter(checkpoint=scope.checkpoint)),
         chart=scope.url("/plot/dominance.svg"),
         lines=lines(explorer, "metrics", view="dominance", **options),
     )
@@ -59,6 +62,17 @@ def _asked(request: Request) -> pl.DataFrame:
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
     scope = choose(explorer.store, parameters, scored=True).scope
     return _measured(explorer, scope, parameters.one_of("view", _VIEWS, "dominance"))
+
+
+def _verdicts(dominance: pl.DataFrame) -> list[str]:
+    """Return a sentence per pair of a fine-tuning and a pretraining group."""
+    return [
+        f"At {row['checkpoint']}, {row['source']} ({row['variant']}) has more influence than {row['against_source']} "
+        f"({row['against_variant']}) on {row['ft_wins']:.0%} of {row['n_queries']} queries; the means are "
+        f"{row['ft']:.3f} and {row['pt']:.3f} (p {p_value(row['p_value'])})."
+        for row in dominance.iter_rows(named=True)
+        if None not in (row["ft_wins"], row["ft"], row["pt"], row["p_value"])
+    ]
 
 
 def _options(scope: Scope) -> dict[str, str]:

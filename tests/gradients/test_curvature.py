@@ -198,6 +198,18 @@ def test_factors_equal_dense_blocks_per_head(name):
     assert len(split) == {"Llama": 8, "Qwen-3": 8, "GPT-NeoX": 4, "GPT-2": 4}[name]
 
 
+def test_factors_of_one_sample_are_its_own():
+    model = tiny("Llama")
+    one, seed = samples()[:1], SEEDS[:1]
+    a, s, gradients = dense_factors(model, one, seed)
+    for weight, factors in fitted(model, one, seed).items():
+        torch.testing.assert_close(whole(factors.columns), a[weight], msg=weight)
+        torch.testing.assert_close(whole(factors.rows), s[weight], msg=weight)
+    for weight, factors in fitted(model, one, seed, ekfac=True).items():
+        along = whole(factors.rows).T @ gradients[0][weight] @ whole(factors.columns)
+        torch.testing.assert_close(factors.values, along.square(), msg=weight)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_corrected_eigenvalues_equal_the_dense_fisher_diagonal(name):
     model = tiny(name)

@@ -77,6 +77,11 @@ def test_moments_of_zero_are_damped_by_the_floor():
     close(stack.whole(torch.ones(2, 2, 3))[1], Moments.of(V).scale(0.5, 0.5, 9.0).whole(torch.ones(2, 3)))
 
 
+def test_small_moments_are_damped_by_their_own_mean():
+    small = Moments.of(V / 1000).scale(0.5, 0.5, 99.0)
+    close(small.whole(torch.ones(2, 3)) / 1000**0.5, Moments.of(V).scale(0.5, 0.5, 99.0).whole(torch.ones(2, 3)))
+
+
 def test_floor_is_the_mean_of_all_rows():
     moments = {"w": Moments.of(V), "b": Moments.of(torch.zeros(3))}
     corrector = moment_corrector(moments, 0.5, 0.5, CPU)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lark_store.ingest import plan
 from lark_store.ingest.plan import _departures, _unit_row, _unusable
 from lark_store.ingest.units import Unit
 from lark_store.modeling.encoded import UnusableSampleError
@@ -54,6 +55,24 @@ def test_unit_without_usable_or_missing_samples_costs_nothing(unit):
     unit.pending = set()
     row = _unit_row(unit, [], 0, SKETCHER, probe_of([], 9.0))
     assert (row["n_existing"], *(row[name] for name in figures)) == (40, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("slow", "n_timed"), [(1.0, 3), (21.0, 1)])
+def test_all_batches_are_timed_unless_they_are_slow(monkeypatch, slow, n_timed):
+    clock, timed = SimpleNamespace(now=5.0), []
+
+    def sketch(batch):
+        timed.append(batch)
+        clock.now += slow * len(batch)
+
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: clock.now)
+    probe = object.__new__(plan._Probe)
+    probe.device, probe._path = SimpleNamespace(type="cpu"), SimpleNamespace(sketch=sketch)
+    batches = [[tokens(8)], [tokens(5), tokens(3)], [tokens(2)]]
+    padded = [8, 10, 2][:n_timed]
+    seconds = [slow, 2 * slow, slow][:n_timed]
+    assert probe._time(batches) == pytest.approx(sum(seconds) / sum(padded))
+    assert timed == batches[:n_timed]
 
 
 def test_notes_have_the_first_failure_and_the_first_departure(unit):

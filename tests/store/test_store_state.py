@@ -105,6 +105,8 @@ def test_name_keeps_its_definition(scored_copy):
         assert add_named(session, Checkpoint(name="base", epoch=7.0), ()) is base
         with pytest.raises(ValueError, match=r"checkpoint `base` already exists with epoch `0\.0`, not `7\.0`"):
             add_named(session, Checkpoint(name="base", epoch=7.0), ("epoch",))
+        with pytest.raises(ValueError, match=r"checkpoint `base` already exists with epoch `0\.0`, not `-7\.0`"):
+            find_same(session, Checkpoint(name="base", epoch=-7.0), ("epoch",))
 
 
 def test_open_store_caches_one_state_per_key(scored):

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def mcp(store: StoreOption = None, snapshot: SnapshotOption = None) -> None:
     """Serve read-only tools (show, sql, top, explain) to an agent over standard input and output (MCP).
 
-    Needs `pip install 'lark-store[mcp]'`. Give this command to your agent's settings.
+    Needs `pip install 'lark-store[mcp]'`. Your agent's settings name this command.
 
-    Example: `claude mcp add lark-store -- lark-store mcp --store /data/lark.store`
+    Example: `lark-store mcp --store /data/lark.store`
     """
     from lark_store.agents import serve
 

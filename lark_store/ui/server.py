@@ -76,7 +76,7 @@ def _token(host: str, token_file: Path | None) -> str:
         raise InputError(f"`{token_file}` can't be read: {error}", "it is a text file with the token") from error
     if len(token) < _SHORTEST or not token.isascii() or not token.isprintable():
         fact = f"the token in `{token_file}` needs at least {_SHORTEST} printable ASCII characters"
-        raise InputError(fact, "make one with `openssl rand -hex 24`")
+        raise InputError(fact, 'make one with `python -c "import secrets; print(secrets.token_hex(24))"`')
     return token
 
 

@@ -32,7 +32,7 @@ PAGES = (
     "/",
     "/queries",
     "/query/query-7",
-    "/query/query-7/checkpoints",
+    "/checkpoints/query-7",
     "/plot/histogram.svg?query=query-7",
     "/plot/trajectory.svg?query=query-7",
     "/sample/finetune/finetune-7",

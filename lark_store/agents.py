@@ -80,8 +80,10 @@ class Tools:
 
     def sql(self, query: str, max_rows: int = 50) -> str:
         """Run one SELECT (DuckDB's SQL) over the store's views; `show` lists them. At most 200 rows, 10 s."""
-        frame = self._store.sql(query, timeout=SECONDS, memory=MEMORY, max_rows=_bounded(max_rows, ROWS))
-        return _json({"rows": rows(frame)})
+        n = _bounded(max_rows, ROWS)
+        frame = self._store.sql(query, timeout=SECONDS, memory=MEMORY, max_rows=n + 1)
+        note = {"note": f"these are the first {n} rows; there are more"} if len(frame) > n else {}
+        return _json({"rows": rows(frame.head(n))} | note)
 
     def top(  # noqa: PLR0913  # the parameters of the tool
         self,
@@ -92,6 +94,8 @@ class Tools:
         k: int = 10,
         opponents: bool = False,
         where: str | None = None,
+        queries: str | None = None,
+        query_variant: str | None = None,
         sources: list[str] | None = None,
         sketcher: str | None = None,
         method: str | None = None,
@@ -108,13 +112,27 @@ class Tools:
             "sources": sources or (),
             "sketcher": sketcher,
             "method": method,
+            "queries": queries,
+            "query_variant": query_variant,
         }
         hits = self._store.top(query, checkpoint=checkpoint, new=new, k=_bounded(k, ROWS), **options)
         return _json({"rows": rows(hits.frame), "how": hits.how, "score": hits.scale})
 
-    def explain(self, query: str, sample: str, checkpoint: str, sketcher: str | None = None) -> str:
-        """Name the tokens of a sample (SOURCE/ID) and of a stored query that carry the sample's influence on it."""
-        found = self._store.explain(query, sample, checkpoint=checkpoint, sketcher=sketcher)
+    def explain(
+        self,
+        query: str,
+        sample: str,
+        checkpoint: str,
+        sketcher: str | None = None,
+        variant: str | None = None,
+        query_variant: str | None = None,
+    ) -> str:
+        """Name the tokens of a sample (SOURCE/ID) and of a stored query that carry the sample's influence on it.
+
+        `variant` is the sample's format variant, if it has sketches in several.
+        """
+        options: dict[str, Any] = {"sketcher": sketcher, "variant": variant, "query_variant": query_variant}
+        found = self._store.explain(query, sample, checkpoint=checkpoint, **options)
         return _json({"strongest_tokens": rows(found.strongest(k=20)), "score": found.total, "how": found.how})
 
 

@@ -66,6 +66,9 @@ def test_answers_are_bounded(explored_path):
         (row,) = answer["rows"]
         assert (len(row["long"]) < CHARACTERS + 40, row["missing"], row["list"]) == (True, None, ["a"])
         assert row["long"].endswith("… (3000 more characters)")
+        cut = json.loads(tools.sql("SELECT sample_id FROM samples", max_rows=3))
+        assert (len(cut["rows"]), cut["note"]) == (3, "these are the first 3 rows; there are more")
+        assert "note" not in json.loads(tools.sql("SELECT sample_id FROM samples LIMIT 3", max_rows=3))
         texts = [row["prompt"] for row in json.loads(tools.sql("SELECT prompt FROM samples"))["rows"]]
         assert any(HOSTILE in text for text in texts if text)
 

@@ -42,6 +42,11 @@ def lines(explorer: Explorer, name: str, /, *arguments: str, **options: Any) -> 
     return Lines(shlex.join(words), f"import lark_store\n\n{opened}\nstore.{name}({call})")
 
 
+def both_lines(first: Lines, second: Lines) -> Lines:
+    """Return the lines of two calls, one after the other."""
+    return Lines(f"{first.command}\n{second.command}", f"{first.python}\n{second.python.splitlines()[-1]}")
+
+
 def _command(method: str) -> list[str]:
     if method.startswith(_GROUPS):
         return method.split("_", 1)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from lark_store.display.values import numbers, p_value
+from lark_store.query.methods import METHODS
 from lark_store.results.answers import SIGNIFICANT
 from lark_store.ui.tables import pieces
 
 if TYPE_CHECKING:
     from lark_store.results import Hit, Hits
+    from lark_store.ui.scope import Scope
 
+EXPLAINED = ("cosine", "dot")  # the methods whose scores `explain` divides among tokens
 _WIDTH = 100.0  # of a bar
 _LONGEST = 1_500  # characters of a text
 
@@ -45,11 +47,34 @@ class Card:
     name: str
 
 
-def cards(hits: Hits, marked: frozenset[str], scale: float | None = None) -> list[Card]:
+@dataclass(frozen=True)
+class Ranking:
+    """One side of a page: its title, what a place in it means, whether it is significant, and its hits."""
+
+    title: str
+    meaning: str
+    finding: str
+    cards: list[Card]
+
+
+def rankings_of(proponents: Hits, opponents: Hits, marked: frozenset[str], scope: Scope) -> list[Ranking]:
+    """Return the two sides of a page; a score of words alone has one side, as low scores mean nothing."""
+    scale = largest_of(proponents, opponents)
+    if not METHODS[scope.method].reads_sketches:
+        found = cards(proponents, marked, scope, scale)
+        return [Ranking("Most similar texts", "they share the most words with the query", _finding(proponents), found)]
+    sides = (("Proponents", "lowers", proponents), ("Opponents", "raises", opponents))
+    return [
+        Ranking(title, f"training on them {does} the query's loss", _finding(hits), cards(hits, marked, scope, scale))
+        for title, does, hits in sides
+    ]
+
+
+def cards(hits: Hits, marked: frozenset[str], scope: Scope, scale: float | None = None) -> list[Card]:
     """Return hits as cards; `scale` is the length of the longest bar, by default this ranking's own highest score."""
     largest = scale or largest_of(hits) or 1.0
     scores = [_signed(text) for text in numbers([hit.score for hit in hits])]
-    return [_card(hit, score, marked, largest) for hit, score in zip(hits, scores, strict=True)]
+    return [_card(hit, score, marked, scope, largest) for hit, score in zip(hits, scores, strict=True)]
 
 
 def largest_of(*rankings: Hits) -> float:
@@ -57,10 +82,10 @@ def largest_of(*rankings: Hits) -> float:
     return max((abs(hit.score) + (hit.noise or 0.0) for hits in rankings for hit in hits), default=0.0)
 
 
-def _card(hit: Hit, score: str, marked: frozenset[str], largest: float) -> Card:
+def _card(hit: Hit, score: str, marked: frozenset[str], scope: Scope, largest: float) -> Card:
     return Card(
         hit=hit,
-        href=f"/sample/{quote(hit.source)}/{quote(hit.sample_id, safe='')}",
+        href=scope.sample_url(hit.source, hit.sample_id),
         score=score,
         noise="" if hit.noise is None else f"{hit.noise:.2g}",
         p="" if hit.p_value is None else p_value(hit.p_value),
@@ -96,11 +121,15 @@ def _signed(number: str) -> str:
 
 def summary(hits: Hits) -> dict[str, Any]:
     """Return what to say about a ranking: how it was made, its notes, and whether anything is significant."""
-    tested = [hit for hit in hits if hit.q_value is not None]
-    if not tested:
-        finding = "No hit was tested against a reference."
-    elif not hits.n_significant:
-        finding = f"Nothing significant: 0 of {len(tested)} tested hits at q ≤ {SIGNIFICANT}."
-    else:
-        finding = f"{hits.n_significant} of {len(tested)} tested hits are significant at q ≤ {SIGNIFICANT}."
-    return {"finding": finding, "how": hits.how.split("\n"), "scale": hits.scale}
+    how = [line for line in hits.how.split("\n") if not line.startswith("against ")]
+    return {"finding": _finding(hits), "how": how, "scale": hits.scale}
+
+
+def _finding(hits: Hits) -> str:
+    """Say how many hits are significant, and against which reference."""
+    n = sum(hit.q_value is not None for hit in hits)
+    if not n:
+        return "No hit was tested against a reference."
+    against = next((line.split(":")[0] for line in hits.how.split("\n") if line.startswith("against ")), "")
+    found = f"{hits.n_significant} of {n} tested hits are significant" if hits.n_significant else "Nothing significant"
+    return f"{found} at q ≤ {SIGNIFICANT}, {against}."

@@ -56,8 +56,12 @@ class Jobs:
             Another question is being answered.
         """
         with self._lock:
-            if any(job.state == "running" for job in self._jobs.values()):
-                raise StoreBusyError("another question is being answered", "wait for it, or cancel it")
+            running = next((job for job in self._jobs.values() if job.state == "running"), None)
+            if running is not None:
+                page = f"/{'ask' if running.name == 'ask' else 'tokens'}/{running.number}"
+                raise StoreBusyError(
+                    "another question is being answered", f"wait for it, or cancel it on the page {page}"
+                )
             job = Job(next(self._numbers), name, options)
             self._jobs[job.number] = job
             for old in list(self._jobs)[:-_KEPT]:

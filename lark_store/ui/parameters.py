@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
+from starlette.convertors import StringConvertor, register_url_convertor
+
 from lark_store.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,6 +15,15 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 _LARGEST = 1 << 20  # bytes of a form
+
+
+class _Any(StringConvertor):
+    """Any text in a path: an id may hold slashes and line breaks."""
+
+    regex = r"(?s:.+)"
+
+
+register_url_convertor("any", _Any())
 
 
 class Parameters:
@@ -24,6 +35,10 @@ class Parameters:
     def text(self, name: str) -> str | None:
         """Return a parameter, None if it is absent or empty."""
         return self._given.get(name) or None
+
+    def exact(self, name: str) -> str | None:
+        """Return a parameter as it is, None if it is absent."""
+        return self._given.get(name)
 
     def required(self, name: str) -> str:
         """Return a parameter.

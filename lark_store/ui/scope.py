@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import polars as pl
 
@@ -15,18 +15,38 @@ if TYPE_CHECKING:
     from lark_store.store import Store
     from lark_store.ui.parameters import Parameters
 
+# A checkpoint counts once samples are sketched there, too: an ingest begins with the queries or with the samples.
 _SKETCHED = """
 SELECT r.sketcher, r.source AS queries, r.variant AS query_variant, r.checkpoint, max(r.ingest_run) AS newest
 FROM ingest_runs r JOIN sources s ON s.name = r.source
-WHERE r.status = 'done' AND s.stage = 'query' GROUP BY ALL"""
+WHERE r.status = 'done' AND s.stage = 'query' AND r.source IN (SELECT source FROM samples)
+  AND (r.sketcher, r.checkpoint) IN (
+    SELECT (g.sketcher, g.checkpoint) FROM ingest_runs g JOIN sources t ON t.name = g.source
+    WHERE g.status = 'done' AND t.stage <> 'query' AND g.source IN (SELECT source FROM samples))
+GROUP BY ALL"""
+# A new question needs no stored queries.
+_ASKABLE = """
+SELECT r.sketcher, '' AS queries, v.name AS query_variant, r.checkpoint,
+       CASE WHEN v.name = 'chatml' THEN 1 ELSE 0 END AS newest
+FROM ingest_runs r JOIN sources s ON s.name = r.source CROSS JOIN variants v
+WHERE r.status = 'done' AND s.stage <> 'query' AND r.source IN (SELECT source FROM samples) GROUP BY ALL"""
 _SCORED = """
 SELECT sketcher, queries, query_variant, checkpoint, method, max(score_run) AS newest
 FROM score_runs WHERE status = 'done' AND over_checkpoints IS NULL AND query_checkpoint = checkpoint AND n_queries > 0
 GROUP BY ALL"""
 _ORDER = "SELECT name FROM checkpoints ORDER BY epoch NULLS FIRST, created_at, name"
-_HINTS = {
-    False: "add queries with `lark-store source add --stage query`, then run `lark-store ingest`",
-    True: "score the sources for the queries with `lark-store attribute --checkpoint NAME`",
+_KINDS = {
+    "sketched": (
+        _SKETCHED,
+        "no queries are sketched yet at a checkpoint with sketched samples",
+        "add queries with `lark-store source add --stage query`, then run `lark-store ingest`",
+    ),
+    "askable": (_ASKABLE, "no samples are sketched yet", "add a source, then run `lark-store ingest`"),
+    "scored": (
+        _SCORED,
+        "there are no scores yet",
+        "score the sources for the queries with `lark-store attribute --checkpoint NAME`",
+    ),
 }
 
 
@@ -54,15 +74,24 @@ class Scope:
     def url(self, path: str, **more: Any) -> str:
         """Return the address of a page with this scope."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return f"{path}?{urlencode(own | {name: value for name, value in more.items() if value not in (None, '')})}"
+        return f"{path}?{urlencode(own | {name: value for name, value in more.items() if value is not None})}"
+
+    def sample_url(self, source: str, sample_id: str) -> str:
+        """Return the address of a sample's page with this scope."""
+        return self.url(f"/sample/{quote(source)}/{quote(sample_id, safe='')}")
+
+    def query_url(self, query_id: str) -> str:
+        """Return the address of a query's page with this scope."""
+        return self.url(f"/query/{quote(query_id, safe='')}")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A scope, and for each of its fields the values that there are."""
+    """A scope, for each of its fields the values that there are, and notes on values that were replaced."""
 
     scope: Scope
     values: dict[str, list[str]]
+    notes: list[str]
 
     @property
     def checkpoints(self) -> list[str]:
@@ -70,28 +99,37 @@ class Choices:
         return self.values["checkpoint"]
 
 
-def choose(store: Store, parameters: Parameters, *, scored: bool) -> Choices:
+def choose(store: Store, parameters: Parameters, kind: str = "sketched", *, strict: bool = False) -> Choices:
     """Return the scope that a URL names; what it leaves out is the newest that there is, at the last checkpoint.
 
-    With `scored` it is one of stored scores, else of sketched queries.
+    `kind` is `sketched` (queries with sketches), `askable` (a new question) or `scored` (stored scores). A value that
+    exists, but not with the values before it, is replaced with a note; with `strict` it is an error.
 
     Raises
     ------
     NothingToScoreError, NameUnknownError
     """
-    rows = store.sql(_SCORED if scored else _SKETCHED)
+    query, fact, hint = _KINDS[kind]
+    rows = store.sql(query)
     if rows.is_empty():
-        what = "there are no scores yet" if scored else "no queries are sketched yet"
-        raise NothingToScoreError(what, _HINTS[scored])
-    if not scored:
+        raise NothingToScoreError(fact, hint)
+    if kind != "scored":
         rows = rows.join(pl.DataFrame({"method": list(METHODS)}), how="cross")
     order = store.sql(_ORDER)["name"].to_list()
-    values, chosen = {}, {}
-    for field in fields(Scope):
-        values[field.name] = _values(rows, field.name, order)
-        chosen[field.name] = _chosen(store, field.name, parameters.text(field.name), rows, order)
-        rows = rows.filter(pl.col(field.name) == chosen[field.name])
-    return Choices(Scope(**chosen), values)
+    everything, values, chosen, notes = rows, {}, {}, []
+    for name in (field.name for field in fields(Scope)):
+        values[name] = _values(rows, name, order)
+        given = None if (kind, name) == ("askable", "queries") else parameters.text(name)
+        if given is None or given in values[name]:
+            chosen[name] = given or _default(store, name, values[name], rows)
+        elif strict or given not in set(everything[name]):
+            raise NameUnknownError.of(name.replace("_", " "), given, values[name], "choose another one")
+        else:
+            chosen[name] = _default(store, name, values[name], rows)
+            what = name.replace("_", " ")
+            notes.append(f"The {what} {given} does not go with the other choices; this is {chosen[name]}.")
+        rows = rows.filter(pl.col(name) == chosen[name])
+    return Choices(Scope(**chosen), values, notes)
 
 
 def _values(rows: pl.DataFrame, name: str, order: list[str]) -> list[str]:
@@ -101,14 +139,8 @@ def _values(rows: pl.DataFrame, name: str, order: list[str]) -> list[str]:
     return [value for value in order if value in found] if name == "checkpoint" else sorted(found)
 
 
-def _chosen(store: Store, name: str, given: str | None, rows: pl.DataFrame, order: list[str]) -> str:
-    """Return a field's value: the given one, or the default among the rows that are left."""
-    values = _values(rows, name, order)
-    if given is not None:
-        if given in values:
-            return given
-        kind = name.replace("_", " ")
-        raise NameUnknownError.of(kind, given, values, "choose another one")
+def _default(store: Store, name: str, values: list[str], rows: pl.DataFrame) -> str:
+    """Return a field's default value among the rows that are left."""
     if name == "checkpoint":
         return values[-1]
     if name == "method":

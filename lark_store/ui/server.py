@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
+_HTTP = 80
+_EVERY = ("0.0.0.0", "::")  # noqa: S104  # refused
 _SHORTEST = 16  # characters of a token in a file
 
 
@@ -34,6 +36,9 @@ def serve(
     InputError
         Another host than 127.0.0.1 is given without a token file, or the port is in use.
     """
+    if host in _EVERY:
+        fact = f"`--host {host}` stands for every address of this machine, and no page is served under an unknown one"
+        raise InputError(fact, "give the address by which others reach this machine")
     token = _token(host, token_file)
     with Store.open(place, snapshot=snapshot) as store, _listening(host, port) as listener:
         from uvicorn import Config, Server
@@ -43,17 +48,20 @@ def serve(
         from lark_store.ui.jobs import Jobs
 
         bound = listener.getsockname()[1]
-        names = {host} if host != LOOPBACK else {LOOPBACK, "localhost"}
+        name = f"[{host}]" if ":" in host else host
+        hosts = {f"{each}:{bound}" for each in ({name} if host != LOOPBACK else {LOOPBACK, "localhost"})}
+        if bound == _HTTP:  # browsers leave the usual port out
+            hosts |= {each.removesuffix(f":{_HTTP}") for each in hosts}
         jobs = Jobs(place, snapshot)
         app = application(
             Explorer(store, jobs, snapshot),
-            hosts={f"{name}:{bound}" for name in names},
+            hosts=hosts,
             token=token,
             cookie=f"lark-store-{bound}",
         )
         config = Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1)
         threading.Thread(target=_warm_up, daemon=True).start()
-        started(f"http://{host}:{bound}/?token={token}" if token_file is None else f"http://{host}:{bound}/")
+        started(f"http://{name}:{bound}/" + (f"?token={token}" if token_file is None else ""))
         try:
             Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
@@ -90,7 +98,7 @@ def _listening(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         raise InputError(
-            f"can't listen at {host}:{port}: {error}", "choose another `--port`, or leave it out"
+            f"can't listen at {host}:{port}: {error}", "choose another `--port` or `--host`, or leave them out"
         ) from error
     listener.listen(128)
     return listener

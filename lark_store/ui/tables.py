@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lark_store.core.tabular import writable
 from lark_store.core.words import words
 from lark_store.display.values import rounded
 from lark_store.schema.chats import message_text, shown_text
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 LONGEST = 220  # characters of a cell; a longer one opens on a click
+WHOLE = 5_000  # characters of one that is open
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _WORD = re.compile(r"\w+|\W+")
 
@@ -75,9 +77,20 @@ def _cells(cells: list[str], is_number: bool, values: list[Any]) -> list[Cell]:
     if is_number:
         return [Cell(re.sub(r"^-(?=[\d.])", "−", cell)) for cell in cells]
     return [
-        Cell(f"{cell[:LONGEST].rstrip()}…", whole=visible(str(value))) if len(cell) > LONGEST else Cell(cell)
+        Cell(f"{cell[:LONGEST].rstrip()}…", whole=_bounded(visible(str(value)))) if len(cell) > LONGEST else Cell(cell)
         for cell, value in zip(cells, values, strict=True)
     ]
+
+
+def csv_of(frame: pl.DataFrame) -> str:
+    """Return a frame as CSV, with nested values as JSON."""
+    return writable(frame, nested=False).write_csv()
+
+
+def _bounded(text: str) -> str:
+    """Return a text that is not too long for a cell that opens."""
+    more = len(text) - WHOLE
+    return text if more <= 0 else f"{text[:WHOLE]}… ({more:,} more characters)"
 
 
 def visible(text: str) -> str:

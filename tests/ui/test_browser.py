@@ -18,7 +18,7 @@ PAGES = [
     "/",
     "/queries",
     "/query/q100",
-    "/query/q100/checkpoints",
+    "/checkpoints/q100",
     "/sample/finetune/q2",
     "/samples/songs",
     "/map",

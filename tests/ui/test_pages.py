@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
 from helpers.explorer import HOSTILE, ODD_ID, Page
 from helpers.program import lark
+from helpers.texts import qa_rows, write_jsonl
 
 from lark_store import Store
 from lark_store.ui.explorer import Explorer
@@ -24,7 +26,7 @@ PATHS = [
     f"/queries?{urlencode({'search': HOSTILE})}",
     "/query/q100",
     f"/query/{ODD}",
-    "/query/q100/checkpoints",
+    "/checkpoints/q100",
     f"/query/q100?{urlencode({'where': 'n_tokens > 3', 'k': 50})}",
     f"/sample/finetune/{ODD}",
     "/sample/finetune/q2",
@@ -108,9 +110,7 @@ def commands(page):
     return command, python
 
 
-@pytest.mark.parametrize(
-    "path", ["/query/q100", f"/query/{ODD}", "/query/q100/checkpoints?k=3", "/queries", "/dominance"]
-)
+@pytest.mark.parametrize("path", ["/query/q100", f"/query/{ODD}", "/checkpoints/q100?k=3", "/queries", "/dominance"])
 def test_command_and_python_give_the_same_answer(client, path):
     command, python = commands(Page(client.get(path).text))
     ran = lark(f"{' '.join(map(shlex.quote, shlex.split(command)[1:]))} -f json")
@@ -255,8 +255,6 @@ def test_empty_store_says_what_to_do(tmp_path):
 
 
 def test_snapshot_is_shown_as_it_was(explored_path, tmp_path):
-    import shutil
-
     from starlette.testclient import TestClient
 
     from lark_store.ui.app import application
@@ -281,3 +279,119 @@ def test_many_readers_at_once(client):
     with ThreadPoolExecutor(8) as pool:
         for path, text in pool.map(lambda path: (path, client.get(path).text), list(alone) * 6):
             assert text == alone[path], path
+
+
+def test_removal_names_the_store_and_quotes_the_sample(client, explored_path):
+    page = Page(client.get(f"/sample/finetune/{ODD}").text)
+    (command,) = re.findall(r"lark-store sample remove .*", page.text)
+    words = shlex.split(command)
+    assert words == ["lark-store", "sample", "remove", "finetune", ODD_ID, "--store", str(explored_path)]
+
+
+@pytest.fixture
+def odd_path(explored_path, tmp_path):
+    """A store with odd groups, two sources of queries, and a checkpoint with queries alone."""
+    root = tmp_path / "lark.store"
+    shutil.copytree(explored_path, root)
+    values = ["", None, "(none)", "x", 5, 5.0, ["a"], True]
+    rows = [
+        {"id": f"o{i}", "text": f"Odd text number {i}."} | ({} if value is None else {"odd": value, "n_tokens": i % 2})
+        for i, value in enumerate(values)
+    ]
+    with Store.open(root) as store:
+        store.source_add("odd", write_jsonl(tmp_path / "odd.jsonl", rows), stage="pretrain")
+        store.source_add("later", write_jsonl(tmp_path / "later.jsonl", qa_rows(2, start=100)), stage="query")
+        store.ingest(["base", "epoch-1"], ["odd"], ["raw"], sketcher="small")
+        store.ingest(["epoch-1"], ["later"], ["chatml"], sketcher="small")
+        checkpoint = store.sql("SELECT path FROM checkpoints WHERE name = 'base'").item()
+        store.checkpoint_add("epoch-2", checkpoint, epoch=2)
+        store.ingest(["epoch-2"], ["test"], ["chatml"], sketcher="small")
+    return root
+
+
+def client_of(path):
+    """Return a client of a store's explorer, and the store."""
+    from starlette.testclient import TestClient
+
+    from lark_store.ui.app import application
+
+    store = Store.open(path)
+    app = application(Explorer(store, Jobs(str(path), None)), hosts={"a:1"}, token="t" * 20, cookie="c")
+    return TestClient(app, base_url="http://a:1", cookies={"c": "t" * 20}), store
+
+
+def test_each_cell_of_the_map_leads_to_its_own_samples(odd_path):
+    client, store = client_of(odd_path)
+    for key in ("odd", "n_tokens", "source", "stage", "variant", "label"):
+        html = client.get(f"/map?by={key}&queries=test").text
+        rows = re.findall(r'<th scope="row">(.*?)</th><td class="number">([\d,]+)</td>(.*?)</tr>', html, re.DOTALL)
+        assert len(rows) > 0
+        for name, n, cells in rows:
+            for link in re.findall(r'href="([^"]+)"', cells):
+                shown = Page(client.get(link.replace("&amp;", "&")).text)
+                assert f"{n} sketched samples" in shown.text, (key, name, link)
+    store.close()
+
+
+def test_checkpoint_with_queries_alone_is_left_out(odd_path):
+    client, store = client_of(odd_path)
+    for path in ("/map", "/compare", "/queries", "/query/q100", "/checkpoints/q100", "/plot/trajectory.svg?query=q100"):
+        response = client.get(path + ("&" if "?" in path else "?") + "queries=test")
+        assert (response.status_code, "epoch-2" in response.text) == (200, False), path
+    store.close()
+
+
+def test_choice_that_does_not_go_with_the_others_is_replaced_with_a_note(odd_path):
+    client, store = client_of(odd_path)
+    response = client.get("/queries?queries=later&checkpoint=base")
+    said = "The checkpoint base does not go with the other choices; this is epoch-1."
+    assert (response.status_code, said in Page(response.text).text) == (200, True)
+    unscored = Page(client.get("/queries?queries=later").text)
+    assert "2 queries" in unscored.text
+    assert "These queries are not scored at this checkpoint" in unscored.text
+    store.sample_remove("later", ["q100", "q101"])
+    assert client.get("/map").status_code == 200  # the other source's queries
+    store.close()
+
+
+def test_links_keep_the_scope(client):
+    page = Page(client.get("/query/q100?checkpoint=base").text)
+    links = [link for link in page.values("a", "href") if link.startswith("/sample/")]
+    assert links
+    assert all("checkpoint=base" in link for link in links)
+    sample = Page(client.get(links[0]).text)
+    assert all("checkpoint=base" in link for link in sample.values("a", "href") if link.startswith("/query/"))
+
+
+def test_words_alone_have_no_opponents_and_no_tokens(client):
+    page = Page(client.get("/query/q103?method=bm25").text)
+    assert "Most similar texts" in page.text
+    assert "Opponents" not in page.text
+    assert "Which tokens?" not in page.text
+    assert "Which tokens?" in Page(client.get("/query/q103").text).text
+
+
+def test_each_side_says_whether_it_is_significant(client):
+    page = Page(client.get("/query/q100").text)
+    assert len(re.findall(r"(?:Nothing significant|tested hits are significant|No hit was tested)", page.text)) == 2
+
+
+def test_question_needs_no_stored_queries(explored_path, tmp_path):
+    shutil.copytree(explored_path, tmp_path / "lark.store")
+    client, store = client_of(tmp_path / "lark.store")
+    store.source_remove("test")
+    page = Page(client.get("/ask").text)
+    assert "Prompt" in page.text
+    assert client.get("/map").status_code == 404
+    store.close()
+
+
+def test_nested_values_become_json_in_csv(client):
+    response = client.get("/sql.csv?query=SELECT+[1,2]+AS+x")
+    assert (response.status_code, response.text) == (200, 'x\n"[1, 2]"\n')
+
+
+def test_long_texts_are_bounded(client):
+    response = client.get("/sql?query=SELECT+repeat('x',100000)+AS+t+FROM+range(100)")
+    assert len(response.text) < 1_000_000
+    assert "(95,000 more characters)" in response.text

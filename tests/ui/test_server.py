@@ -57,7 +57,8 @@ def test_token_comes_from_a_file(explored_path, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--host 0.0.0.0", "`--host 0.0.0.0` needs a token of your own"),
+        ("--host 203.0.113.1", "`--host 203.0.113.1` needs a token of your own"),
+        ("--host 0.0.0.0 --token-file long", "`--host 0.0.0.0` stands for every address"),
         ("--token-file nowhere", "`nowhere` can't be read"),
         ("--token-file short", "needs at least 16 printable ASCII characters"),
         ("--snapshot none", "no snapshot `none`"),

@@ -82,7 +82,7 @@ def _of_samples(db: Database, rows: Rows, keys: list[str]) -> dict[str, NDArray[
         for source, sample_id, label, text in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
             meta = json.loads(text) if text else {}
             known |= dict.fromkeys(meta)
-            values[source, sample_id] = tuple(label if key == "label" else _text(meta.get(key)) for key in keys)
+            values[source, sample_id] = tuple(label if key == "label" else metadata_text(meta.get(key)) for key in keys)
     for key in keys:
         if key != "label" and key not in known:
             listed = ", ".join(coded(list(known)[:_NAMED])) or "none"
@@ -96,6 +96,6 @@ def _of_samples(db: Database, rows: Rows, keys: list[str]) -> dict[str, NDArray[
     return {key: np.array([row[n] for row in by_row], object) for n, key in enumerate(keys)}
 
 
-def _text(value: Any) -> Value:
+def metadata_text(value: Any) -> Value:
     """Return a value of the metadata as text: JSON, except for texts."""
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -9,9 +9,9 @@ from starlette.routing import Route
 
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
-from lark_store.ui.hits import cards, largest_of, summary
+from lark_store.ui.hits import rankings_of, summary
 from lark_store.ui.parameters import Parameters, form_of
-from lark_store.ui.scope import choose
+from lark_store.ui.scope import Scope, choose
 from lark_store.ui.tables import parts_of, words_of
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ _MOST = 50
 def show(request: Request) -> HTMLResponse:
     """Show the form."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    return page(request, "ask", "Ask", choices=choose(explorer.store, parameters, scored=False))
+    choices = choose(explorer.store, parameters, "askable")
+    return page(request, "ask", "Ask", choices=choices)
 
 
 async def start(request: Request) -> RedirectResponse:
     """Begin a question, and go to its page."""
     parameters = await form_of(request)
-    scope = choose(explorer_of(request).store, parameters, scored=False).scope
+    scope = choose(explorer_of(request).store, parameters, "askable", strict=True).scope
     search = scope.search
     del search["queries"]
     prompt = parameters.required("prompt").replace("\r\n", "\n")
@@ -55,14 +56,12 @@ def _answered(job: Job) -> dict[str, Any]:
     """Return the values of the page of an answer."""
     found = job.answer
     parts = parts_of({"prompt": job.options["prompt"], "response": job.options["response"]})
-    marked, scale = words_of(parts), largest_of(found.proponents, found.opponents)
+    names = ("sketcher", "query_variant", "method", "checkpoint")
+    scope = Scope(queries="", **{name: job.options[name] for name in names})
     return {
         "parts": parts,
         "said": found.said,
-        "rankings": [
-            ("Proponents", "training on them makes this answer more likely", cards(found.proponents, marked, scale)),
-            ("Opponents", "training on them makes this answer less likely", cards(found.opponents, marked, scale)),
-        ],
+        "rankings": rankings_of(found.proponents, found.opponents, words_of(parts), scope),
         "summary": summary(found.proponents),
         "options": {name: value for name, value in job.options.items() if name not in ("prompt", "response")},
     }

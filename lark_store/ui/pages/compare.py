@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import polars as pl
 from starlette.routing import Route
 
 from lark_store.errors import NameUnknownError
 from lark_store.query.methods import METHODS
-from lark_store.ui.equivalent import lines
+from lark_store.ui.equivalent import both_lines, lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.parameters import Parameters
 from lark_store.ui.scope import choose
@@ -26,19 +25,22 @@ if TYPE_CHECKING:
 
 _KEYS = ["source", "variant", "sample_id"]
 _MOST = 1000
-_FIRST = "SELECT sample_id FROM samples WHERE source = ? ORDER BY sample_id LIMIT 1"
+_FIRST = """
+SELECT sample_id FROM sketches
+WHERE sketcher = $sketcher AND checkpoint = $checkpoint AND source = $queries AND variant = $query_variant
+ORDER BY sample_id LIMIT 1"""
 
 
 def show(request: Request) -> HTMLResponse:
     """Compare two rankings."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    choices = choose(explorer.store, parameters, scored=False)
+    choices = choose(explorer.store, parameters)
     k = parameters.whole("k", 20, 1, _MOST)
     sides = [_side(explorer, choices, parameters, name) for name in ("a", "b")]
     rankings = [explorer.store.top(query, k=k, **scope.search) for query, scope in sides]
     joined = _joined(*(hits.frame for hits in rankings))
     both = joined.filter(pl.col("rank a").is_not_null() & pl.col("rank b").is_not_null())
-    links = {"sample_id": lambda row: f"/sample/{quote(row['source'])}/{quote(row['sample_id'], safe='')}"}
+    links = {"sample_id": lambda row: sides[0][1].sample_url(row["source"], row["sample_id"])}
     return page(
         request,
         "compare",
@@ -51,7 +53,7 @@ def show(request: Request) -> HTMLResponse:
         n_both=len(both),
         n_all=len(joined),
         ranks=table(joined, links, most=2 * _MOST),
-        lines=lines(explorer, "top", sides[0][0], k=k, **sides[0][1].search),
+        lines=both_lines(*(lines(explorer, "top", query, k=k, **scope.search) for query, scope in sides)),
     )
 
 
@@ -66,7 +68,7 @@ def _side(explorer: Explorer, choices: Choices, parameters: Parameters, name: st
     )
     query = parameters.text(f"query_{name}")
     if query is None:
-        ids = explorer.store.sql(_FIRST, [scope.queries])
+        ids = explorer.store.sql(_FIRST, {name: value for name, value in scope.search.items() if name != "method"})
         if ids.is_empty():
             raise NameUnknownError(f"the source `{scope.queries}` has no queries", "choose another source of queries")
         query = str(ids.item())

@@ -12,7 +12,7 @@ from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.parameters import Parameters
 from lark_store.ui.scope import choose
-from lark_store.ui.tables import table
+from lark_store.ui.tables import csv_of, table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,7 +34,7 @@ _CONSTANT = ("queries", "query_checkpoint", "scored_by")  # the same in all rows
 def show(request: Request) -> HTMLResponse:
     """Show the three tables of all checkpoints."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    choices = choose(explorer.store, parameters, scored=True)
+    choices = choose(explorer.store, parameters, "scored")
     scope = choices.scope
     tables = [
         (
@@ -60,7 +60,7 @@ def show(request: Request) -> HTMLResponse:
 def _asked(request: Request) -> pl.DataFrame:
     """Return the table that a URL names."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    scope = choose(explorer.store, parameters, scored=True).scope
+    scope = choose(explorer.store, parameters, "scored").scope
     return _measured(explorer, scope, parameters.one_of("view", _VIEWS, "dominance"))
 
 
@@ -88,7 +88,7 @@ def _measured(explorer: Explorer, scope: Scope, view: str) -> pl.DataFrame:
 
 def csv(request: Request) -> Response:
     """Return a table as CSV, with all digits."""
-    return Response(_asked(request).write_csv(), media_type="text/csv")
+    return Response(csv_of(_asked(request)), media_type="text/csv")
 
 
 def json(request: Request) -> Response:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import polars as pl
 from starlette.routing import Route
 
 from lark_store.display.values import numbers
+from lark_store.query.select.keys import metadata_text
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.pages.query import metadata_keys
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import HTMLResponse
 
+    from lark_store.store import Store
     from lark_store.ui.scope import Scope
 
 _OWN = ("source", "stage", "domain", "variant", "label")
@@ -30,6 +32,7 @@ _HOWS = {
     "max": "The highest score of a sample, on average over the queries",
     "sum": "The sum of the samples' scores, on average over the queries",
 }
+_OF_SAMPLES = "SELECT source, sample_id, label, meta FROM samples WHERE list_contains($sources, source)"
 _SHADES = 5
 _SHOWN = 100  # groups
 
@@ -46,9 +49,9 @@ class Square:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the map: a group, its number of samples, and a cell per checkpoint, None where it has no scores."""
+    """A row of the map: a group, its number of sketches, and a cell per checkpoint, None where it has no scores."""
 
-    name: str | None
+    name: str
     n: str
     cells: list[Square | None]
 
@@ -56,9 +59,9 @@ class Line:
 def show(request: Request) -> HTMLResponse:
     """Show the map."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    choices = choose(explorer.store, parameters, scored=False)
+    choices = choose(explorer.store, parameters)
     scope = choices.scope
-    keys = [*_OWN, *metadata_keys(explorer.store)]
+    keys = _keys(explorer.store)
     by, how = parameters.one_of("by", keys, "source"), parameters.one_of("how", _HOWS, "mean")
     options = _options(scope) | {"by": [by], "how": how}
     frame = explorer.store.groups(checkpoint=choices.checkpoints, **options)
@@ -72,7 +75,8 @@ def show(request: Request) -> HTMLResponse:
         by=by,
         how=how,
         hows=list(_HOWS),
-        meaning=f"{_HOWS[how]}. Below each value: its 95% interval over the queries.",
+        meaning=f"{_HOWS[how]}. Below each value: its 95% interval over the queries. "
+        "A sample in two format variants counts twice.",
         checkpoints=choices.checkpoints,
         rows=_rows(frame, names[:_SHOWN], choices.checkpoints, scope, {"by": by, "how": how}),
         notes=[*dict.fromkeys(frame["note"].drop_nulls()), *_cut(len(names))],
@@ -102,12 +106,12 @@ def _rows(
         row = found.get((name, checkpoint))
         if row is None:
             return None
-        href = scope.url("/map/samples", **kept, group=name, at=checkpoint)
+        href = scope.url("/map/samples", **kept, group=name, at=checkpoint)  # a null group is left out
         return Square(_minus(texts[row["value"]]), _interval(row), _shade(row["value"], largest), href)
 
     return [
         Line(
-            name,
+            _named(name),
             f"{max(row['n_samples'] for (group, _), row in found.items() if group == name):,}",
             [square(name, checkpoint) for checkpoint in checkpoints],
         )
@@ -133,16 +137,20 @@ def _shade(value: float | None, largest: float) -> str:
     return f"{'p' if value > 0 else 'n'}{max(1, math.ceil(abs(value) / largest * _SHADES))}"
 
 
+def _keys(store: Store) -> list[str]:
+    """Return all keys to group by; a key of the metadata named like one of our own can't be reached."""
+    return list(dict.fromkeys([*_OWN, *metadata_keys(store)]))
+
+
 def samples(request: Request) -> HTMLResponse:
     """Show the samples behind a cell, those with the highest mean score over the queries first."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    choices = choose(explorer.store, parameters, scored=False)
-    by = parameters.one_of("by", [*_OWN, *metadata_keys(explorer.store)], "source")
-    group = parameters.text("group")
+    choices = choose(explorer.store, parameters)
+    by = parameters.one_of("by", _keys(explorer.store), "source")
+    group = parameters.exact("group")
     at = parameters.one_of("at", choices.checkpoints, choices.checkpoints[-1])
     scope = replace(choices.scope, checkpoint=at)
-    options = scope.search | {"where": _condition(by, group)}
-    scores = explorer.store.scores(**options)
+    scores = explorer.store.scores(**scope.search)
     frame = scores.samples.select(
         pl.Series("mean_score", scores.matrix.mean(axis=0)),
         pl.Series("highest_score", scores.matrix.max(axis=0)),
@@ -150,29 +158,43 @@ def samples(request: Request) -> HTMLResponse:
         "source",
         "variant",
         "sample_id",
-    ).sort("mean_score", descending=True)
+    )
+    members = frame.filter(_is_member(explorer.store, scores.samples, by, group)).sort("mean_score", descending=True)
     links = {
-        "on_query": lambda row: scope.url(f"/query/{quote(row['on_query'], safe='')}"),
-        "sample_id": lambda row: f"/sample/{quote(row['source'])}/{quote(row['sample_id'], safe='')}",
+        "on_query": lambda row: scope.query_url(row["on_query"]),
+        "sample_id": lambda row: scope.sample_url(row["source"], row["sample_id"]),
     }
     return page(
         request,
         "group",
-        f"{by} {'(none)' if group is None else group} at {at}",
+        f"{by} {_named(group)} at {at}",
         back=scope.url("/map", by=by),
-        n=len(frame),
-        samples=table(frame, links, most=_SHOWN),
-        lines=lines(explorer, "scores", **options),
+        n=len(members),
+        samples=table(members, links, most=_SHOWN),
+        lines=lines(explorer, "groups", by=[by], **scope.search),
     )
 
 
-def _condition(key: str, value: str | None) -> str:
-    """Return the SQL condition of a group's samples."""
-    column = '"' + key.replace('"', '""') + '"'
-    if value is None:
-        return f"{column} IS NULL"
-    text = value.replace("'", "''")
-    return f"CAST({column} AS VARCHAR) = '{text}'"
+def _named(group: str | None) -> str:
+    """Return a group's name for people."""
+    return "(none)" if group is None else group or '""'
+
+
+def _is_member(store: Store, samples: pl.DataFrame, key: str, group: str | None) -> pl.Series:
+    """Tell which rows of `samples` belong to a group, as `Store.groups` divides them."""
+    if key in ("source", "variant"):
+        return samples[key] == group
+    if key in ("stage", "domain"):
+        of_source = dict(store.sql(f"SELECT name, {key} FROM sources").iter_rows())  # noqa: S608  # one of our own names
+        return pl.Series([of_source[source] == group for source in samples["source"]])
+    rows = store.sql(_OF_SAMPLES, {"sources": samples["source"].unique().to_list()}).iter_rows()
+    is_label = key == "label"
+    values = {
+        (source, sample_id): label if is_label else metadata_text(json.loads(meta).get(key) if meta else None)
+        for source, sample_id, label, meta in rows
+    }
+    names = samples.select("source", "sample_id").iter_rows()
+    return pl.Series([values.get(name) == group for name in names], dtype=pl.Boolean)
 
 
 ROUTES = [Route("/map", show), Route("/map/samples", samples)]

@@ -26,15 +26,16 @@ _MOST = 50
 def histogram(request: Request) -> Response:
     """Draw all scores of a query, its hits marked."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    scope = choose(explorer.store, parameters, scored=False).scope
+    scope = choose(explorer.store, parameters).scope
     query, where = parameters.required("query"), parameters.text("where")
-    return _drawn(explorer.store.plot("histogram", query, where=where, **scope.search))
+    k = parameters.whole("k", 5, 1, _MOST)
+    return _drawn(explorer.store.plot("histogram", query, where=where, k=k, **scope.search))
 
 
 def dominance(request: Request) -> Response:
     """Draw fine-tuning against pretraining, a point per query."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    scope = choose(explorer.store, parameters, scored=False).scope
+    scope = choose(explorer.store, parameters).scope
     return _drawn(explorer.store.plot("dominance", **scope.search))
 
 
@@ -43,7 +44,7 @@ def trajectory(request: Request) -> Response:
     from lark_store.charts.trajectory import influence_trajectory
 
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    choices = choose(explorer.store, parameters, scored=False)
+    choices = choose(explorer.store, parameters)
     query, where = parameters.required("query"), parameters.text("where")
     k = parameters.whole("k", 5, 1, _MOST)
     frame = _scores_of_hits(explorer, choices.scope, choices.checkpoints, query, {"k": k, "where": where})

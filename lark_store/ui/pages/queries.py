@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import polars as pl
 from starlette.routing import Route
@@ -45,7 +44,7 @@ best AS (
 losses AS (
     SELECT sample_id, max(loss) FILTER (checkpoint = $checkpoint) AS loss,
            max(loss) FILTER (checkpoint = $first) AS first_loss
-    FROM sketches
+    FROM (SELECT * REPLACE (CASE WHEN isnan(loss) THEN NULL ELSE loss END AS loss) FROM sketches)
     WHERE sketcher = $sketcher AND source = $queries AND variant = $query_variant
       AND checkpoint IN ($checkpoint, $first)
     GROUP BY ALL)
@@ -60,15 +59,17 @@ WHERE x.source = $queries AND ($search IS NULL OR contains(
 def show(request: Request) -> HTMLResponse:
     """List the queries of a source."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    choices = choose(explorer.store, parameters, scored=_has_scores(explorer))
+    choices = choose(explorer.store, parameters)
     scope, search = choices.scope, parameters.text("search")
     sort = parameters.one_of("sort", _SORTS, "gap")
     start = parameters.whole("start", 0, 0, 999_999_999)
     key, is_descending = _SORTS[sort]
     rows = _rows(explorer, choices, search).sort(key, "query_id", descending=[is_descending, False], nulls_last=True)
     links = {
-        "query_id": lambda row: scope.url(f"/query/{quote(row['query_id'], safe='')}"),
-        "best_driver": lambda row: _driver(row["best_driver"]),
+        "query_id": lambda row: scope.query_url(row["query_id"]),
+        "best_driver": lambda row: (
+            None if row["best_driver"] is None else scope.sample_url(*row["best_driver"].split("/", 1))
+        ),
     }
     sorts = {name: scope.url("/queries", search=search, sort=name) for name in _SORTS}
     return page(
@@ -87,25 +88,9 @@ def show(request: Request) -> HTMLResponse:
     )
 
 
-def _has_scores(explorer: Explorer) -> bool:
-    return bool(
-        explorer.store.sql(
-            "SELECT count(*) > 0 FROM score_runs WHERE status = 'done' AND over_checkpoints IS NULL "
-            "AND query_checkpoint = checkpoint AND n_queries > 0"
-        ).item()
-    )
-
-
 def _rows(explorer: Explorer, choices: Choices, search: str | None) -> pl.DataFrame:
     """Return a row per query of the source."""
     return explorer.store.sql(_QUERIES, choices.scope.search | {"first": choices.checkpoints[0], "search": search})
-
-
-def _driver(name: str | None) -> str | None:
-    if name is None:
-        return None
-    source, sample_id = name.split("/", 1)
-    return f"/sample/{quote(source)}/{quote(sample_id, safe='')}"
 
 
 def _steps(scope: Scope, start: int, n: int, kept: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -10,7 +11,7 @@ from starlette.routing import Route
 from lark_store.errors import NameUnknownError
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
-from lark_store.ui.hits import cards, largest_of, summary
+from lark_store.ui.hits import EXPLAINED, cards, largest_of, rankings_of, summary
 from lark_store.ui.parameters import Parameters
 from lark_store.ui.scope import choose
 from lark_store.ui.tables import parts_of, table, words_of
@@ -47,11 +48,13 @@ _LOSSES = """
 SELECT c.name AS checkpoint, c.epoch, x.loss, p.answer AS predicted_answer
 FROM checkpoints c
 LEFT JOIN (
-    SELECT checkpoint, loss FROM sketches WHERE sketcher = $sketcher AND source = $queries AND sample_id = $query
+    SELECT checkpoint, CASE WHEN isnan(loss) THEN NULL ELSE loss END AS loss
+    FROM sketches WHERE sketcher = $sketcher AND source = $queries AND sample_id = $query
     AND variant = $query_variant) x ON x.checkpoint = c.name
 LEFT JOIN (
     SELECT checkpoint, any_value(answer) AS answer FROM predictions
-    WHERE sketcher = $sketcher AND source = $queries AND sample_id = $query GROUP BY ALL) p ON p.checkpoint = c.name
+    WHERE sketcher = $sketcher AND source = $queries AND sample_id = $query AND variant = $query_variant
+    GROUP BY ALL) p ON p.checkpoint = c.name
 WHERE list_contains($checkpoints, c.name) ORDER BY list_position($checkpoints, c.name)"""
 
 
@@ -59,7 +62,7 @@ def show(request: Request) -> HTMLResponse:
     """Show a query at one checkpoint."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
     query_id = request.path_params["query"]
-    choices = choose(explorer.store, parameters, scored=False)
+    choices = choose(explorer.store, parameters)
     scope = choices.scope
     row = sample_row(explorer.store, scope.queries, query_id)
     parts = parts_of(row)
@@ -67,8 +70,7 @@ def show(request: Request) -> HTMLResponse:
     ranked = scope.search | {"k": k, "where": where}
     proponents = explorer.store.top(query_id, **ranked)
     opponents = explorer.store.top(query_id, **ranked, opponents=True)
-    marked, scale = words_of(parts), largest_of(proponents, opponents)
-    path = f"/query/{quote(query_id, safe='')}"
+    marked = words_of(parts)
     return page(
         request,
         "query",
@@ -80,13 +82,11 @@ def show(request: Request) -> HTMLResponse:
         k=k,
         where=where or "",
         columns=_columns(explorer.store),
-        rankings=[
-            ("Proponents", "training on them lowers the query's loss", cards(proponents, marked, scale)),
-            ("Opponents", "training on them raises the query's loss", cards(opponents, marked, scale)),
-        ],
+        rankings=rankings_of(proponents, opponents, marked, scope),
         summary=summary(proponents),
-        at_all=scope.url(f"{path}/checkpoints", k=k, where=where),
-        histogram=scope.url("/plot/histogram.svg", query=query_id, where=where),
+        is_explained=scope.method in EXPLAINED,
+        at_all=scope.url(f"/checkpoints/{quote(query_id, safe='')}", k=k, where=where),
+        histogram=scope.url("/plot/histogram.svg", query=query_id, k=k, where=where),
         tokens=scope,
         lines=lines(explorer, "top", query_id, **ranked),
     )
@@ -96,7 +96,7 @@ def at_all_checkpoints(request: Request) -> HTMLResponse:
     """Show a query's hits at all checkpoints side by side, and their trajectories."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
     query_id = request.path_params["query"]
-    choices = choose(explorer.store, parameters, scored=False)
+    choices = choose(explorer.store, parameters)
     scope = choices.scope
     parts = parts_of(sample_row(explorer.store, scope.queries, query_id))
     k, where = parameters.whole("k", 5, 1, _MOST), parameters.text("where")
@@ -104,9 +104,8 @@ def at_all_checkpoints(request: Request) -> HTMLResponse:
     del options["checkpoint"]
     rankings = explorer.store.top(query_id, checkpoints=choices.checkpoints, **options)
     beside = rankings.side_by_side[query_id].drop("text")
-    links = {"sample_id": lambda row: f"/sample/{quote(row['source'])}/{quote(row['sample_id'], safe='')}"}
+    links = {"sample_id": lambda row: scope.sample_url(row["source"], row["sample_id"])}
     marked, scale = words_of(parts), largest_of(*rankings)
-    path = f"/query/{quote(query_id, safe='')}"
     return page(
         request,
         "query_checkpoints",
@@ -119,8 +118,15 @@ def at_all_checkpoints(request: Request) -> HTMLResponse:
         where=where or "",
         columns=_columns(explorer.store),
         beside=table(beside, links),
-        rankings=[(hits.checkpoint, summary(hits)["finding"], cards(hits, marked, scale)) for hits in rankings],
-        at_one=scope.url(path, k=k, where=where),
+        rankings=[
+            (
+                hits.checkpoint,
+                summary(hits)["finding"],
+                cards(hits, marked, replace(scope, checkpoint=hits.checkpoint), scale),
+            )
+            for hits in rankings
+        ],
+        at_one=scope.url(f"/query/{quote(query_id, safe='')}", k=k, where=where),
         trajectory=scope.url("/plot/trajectory.svg", query=query_id, k=k, where=where),
         lines=lines(explorer, "top", query_id, checkpoints=choices.checkpoints, **options),
     )
@@ -157,4 +163,4 @@ def _columns(store: Store) -> list[str]:
     return [*_OF_SAMPLES, *metadata_keys(store)]
 
 
-ROUTES = [Route("/query/{query:path}/checkpoints", at_all_checkpoints), Route("/query/{query:path}", show)]
+ROUTES = [Route("/checkpoints/{query:any}", at_all_checkpoints), Route("/query/{query:any}", show)]

@@ -18,13 +18,11 @@ from lark_store.ui.scope import choose
 from lark_store.ui.tables import parts_of, table, with_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from starlette.requests import Request
     from starlette.responses import HTMLResponse
 
     from lark_store.ui.explorer import Explorer
-    from lark_store.ui.scope import Choices, Scope
+    from lark_store.ui.scope import Choices
 
 _SKETCHES = """
 SELECT sketcher, checkpoint, variant, n_tokens, n_loss_tokens, n_cut, loss, grad_norm * grad_norm AS self_influence
@@ -57,7 +55,7 @@ def show(request: Request) -> HTMLResponse:
         choices=choices,
         influence=influence,
         note=note,
-        remove=f"lark-store sample remove {source} {sample_id}",
+        remove=lines(explorer, "sample_remove", source, sample_id).command,
         lines=lines(explorer, "sample_show", name),
     )
 
@@ -68,7 +66,7 @@ def _copies(explorer: Explorer, text: str, name: str) -> Any:
         frame = explorer.store.similar_text(text=text, k=_COPIES)
     except LarkStoreError:  # no word to search for
         return None
-    others = frame.filter(pl.concat_str(["source", "sample_id"], separator="/") != name)
+    others = frame.filter(pl.concat_str(["source", "sample_id"], separator="/") != name, pl.col("score") > 0)
     return table(others.drop("rank"), {"sample_id": sample_link})
 
 
@@ -82,19 +80,17 @@ def _influence(
 ) -> tuple[Choices | None, Any, str | None]:
     """Return the queries by the sample's influence on them, or a note why there are none."""
     condition = f"sample_id = '{sample_id.replace(chr(39), chr(39) * 2)}'"
+    choices = None
     try:
-        choices = choose(explorer.store, parameters, scored=False)
+        choices = choose(explorer.store, parameters)
         scores = explorer.store.scores(sources=[source], where=condition, **choices.scope.search)
     except LarkStoreError as error:
-        return None, None, error.fact
+        return choices, None, error.fact
     frame = scores.frame.select("score", "query_id", "variant").sort("score", descending=True)
     shown = frame if len(frame) <= _SHOWN else pl.concat([frame.head(_SHOWN // 2), frame.tail(_SHOWN // 2)])
     note = None if len(shown) == len(frame) else f"The {_SHOWN // 2} highest and lowest of {len(frame)} are shown."
-    return choices, table(shown, {"query_id": _query_link(choices.scope)}), note
-
-
-def _query_link(scope: Scope) -> Callable[[dict[str, Any]], str]:
-    return lambda row: scope.url(f"/query/{quote(row['query_id'], safe='')}")
+    scope = choices.scope
+    return choices, table(shown, {"query_id": lambda row: scope.query_url(row["query_id"])}), note
 
 
 def listed(request: Request) -> HTMLResponse:
@@ -120,4 +116,4 @@ def listed(request: Request) -> HTMLResponse:
     )
 
 
-ROUTES = [Route("/samples/{source}", listed), Route("/sample/{source}/{sample:path}", show)]
+ROUTES = [Route("/samples/{source}", listed), Route("/sample/{source}/{sample:any}", show)]

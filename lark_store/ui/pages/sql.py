@@ -13,7 +13,7 @@ from lark_store.query.sql.overview import schema
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.parameters import Parameters
-from lark_store.ui.tables import table
+from lark_store.ui.tables import csv_of, table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -75,7 +75,7 @@ def show(request: Request) -> HTMLResponse:
 def csv(request: Request) -> Response:
     """Return a query's result as CSV."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    return Response(_run(explorer, parameters.required("query")).write_csv(), media_type="text/csv")
+    return Response(csv_of(_run(explorer, parameters.required("query"))), media_type="text/csv")
 
 
 def chart(request: Request) -> Response:

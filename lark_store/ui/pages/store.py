@@ -77,7 +77,9 @@ def _warnings(store: Store, contents: Any, coverage: pl.DataFrame) -> list[str]:
     elif coverage.is_empty():
         found.append("Nothing is sketched yet: run `lark-store ingest`.")
     elif not store.sql(_IS_SCORED).item():
-        found.append("Nothing is scored yet: the pages Queries, Map and Dominance need `lark-store attribute`.")
+        found.append(
+            "Nothing is scored yet: the page Dominance, and ft and pt on the page Queries, need `lark-store attribute`."
+        )
     return found + list(dict.fromkeys(coverage["note"].drop_nulls()))
 
 

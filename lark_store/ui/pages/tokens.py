@@ -29,7 +29,7 @@ _MEANINGS = {
 async def start(request: Request) -> RedirectResponse:
     """Begin an explanation, and go to its page."""
     parameters = await form_of(request)
-    scope = choose(explorer_of(request).store, parameters, scored=False).scope
+    scope = choose(explorer_of(request).store, parameters, strict=True).scope
     options = {name: value for name, value in scope.search.items() if name not in _WITHOUT}
     names = {name: parameters.required(name) for name in ("query", "sample", "variant")}
     job = explorer_of(request).jobs.start("explain", **names, **options)

@@ -20,7 +20,7 @@ import pytest
 from lark_store import Store
 from lark_store.schema.backends.open import location_at
 
-STORES = {"store", "scored", "scored_copy", "scored_path", "server"}
+STORES = {"explorer", "store", "scored", "scored_copy", "scored_path", "server"}
 BUCKET = "lab"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from helpers.stores import store_label
 from helpers.texts import qa_rows, text_rows, write_jsonl
 from lark_store import Store
 
@@ -50,7 +51,7 @@ def explorer(explored_path):
     from lark_store.ui.explorer import Explorer
     from lark_store.ui.jobs import Jobs
 
-    jobs = Jobs(str(explored_path), None)
+    jobs = Jobs(store_label(explored_path), None)
     with Store.open(explored_path) as store:
         yield Explorer(store, jobs)
     jobs.close()

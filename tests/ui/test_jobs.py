@@ -7,6 +7,7 @@ import time
 
 import pytest
 from helpers.explorer import ODD_ID, Page
+from helpers.stores import store_label
 
 from lark_store import NewText, Store
 from lark_store.errors import StoreBusyError
@@ -67,7 +68,7 @@ def test_failed_question_says_why(client):
 
 
 def test_one_question_at_a_time_until_it_is_cancelled(explored_path):
-    jobs = Jobs(str(explored_path), None)
+    jobs = Jobs(store_label(explored_path), None)
     options = {"checkpoint": "base", "sketcher": "small", "k": 2, "method": "cosine", "query_variant": "chatml"}
     try:
         first = jobs.start("ask", prompt="Is it?", response="no", **options)
@@ -86,7 +87,7 @@ def test_one_question_at_a_time_until_it_is_cancelled(explored_path):
 
 
 def test_process_that_dies_is_said_and_replaced(explored_path):
-    jobs = Jobs(str(explored_path), None)
+    jobs = Jobs(store_label(explored_path), None)
     options = {"checkpoint": "base", "sketcher": "small", "k": 1, "method": "cosine", "query_variant": "chatml"}
     try:
         job = jobs.start("ask", prompt="Is it?", response="no", **options)

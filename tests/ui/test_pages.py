@@ -93,6 +93,7 @@ def test_every_link_leads_to_a_page(client):
     assert {f"/sample/finetune/{ODD}"} <= {path.split("?")[0] for path in seen}
 
 
+@pytest.mark.folder
 def test_no_page_changes_the_store(client, explored_path):
     def contents():
         files = [p for p in explored_path.rglob("*") if p.is_file() and "locks" not in p.parts]
@@ -254,6 +255,7 @@ def test_empty_store_says_what_to_do(tmp_path):
         assert client.get("/sql?query=SELECT+count(*)+FROM+samples").status_code == 200
 
 
+@pytest.mark.folder
 def test_snapshot_is_shown_as_it_was(explored_path, tmp_path):
     from starlette.testclient import TestClient
 
@@ -281,6 +283,7 @@ def test_many_readers_at_once(client):
             assert text == alone[path], path
 
 
+@pytest.mark.folder
 def test_removal_names_the_store_and_quotes_the_sample(client, explored_path):
     page = Page(client.get(f"/sample/finetune/{ODD}").text)
     (command,) = re.findall(r"lark-store sample remove .*", page.text)
@@ -320,6 +323,7 @@ def client_of(path):
     return TestClient(app, base_url="http://a:1", cookies={"c": "t" * 20}), store
 
 
+@pytest.mark.folder
 def test_each_cell_of_the_map_leads_to_its_own_samples(odd_path):
     client, store = client_of(odd_path)
     for key in ("odd", "n_tokens", "source", "stage", "variant", "label"):
@@ -333,6 +337,7 @@ def test_each_cell_of_the_map_leads_to_its_own_samples(odd_path):
     store.close()
 
 
+@pytest.mark.folder
 def test_checkpoint_with_queries_alone_is_left_out(odd_path):
     client, store = client_of(odd_path)
     for path in ("/map", "/compare", "/queries", "/query/q100", "/checkpoints/q100", "/plot/trajectory.svg?query=q100"):
@@ -341,6 +346,7 @@ def test_checkpoint_with_queries_alone_is_left_out(odd_path):
     store.close()
 
 
+@pytest.mark.folder
 def test_choice_that_does_not_go_with_the_others_is_replaced_with_a_note(odd_path):
     client, store = client_of(odd_path)
     response = client.get("/queries?queries=later&checkpoint=base")
@@ -376,6 +382,7 @@ def test_each_side_says_whether_it_is_significant(client):
     assert len(re.findall(r"(?:Nothing significant|tested hits are significant|No hit was tested)", page.text)) == 2
 
 
+@pytest.mark.folder
 def test_question_needs_no_stored_queries(explored_path, tmp_path):
     shutil.copytree(explored_path, tmp_path / "lark.store")
     client, store = client_of(tmp_path / "lark.store")

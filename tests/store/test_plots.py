@@ -163,6 +163,81 @@ def test_heatmap_has_the_groups_of_a_key(store):
     assert [row["value"] for row in highest] == pytest.approx(expected["value"].to_list(), rel=1e-4)
 
 
+def subtitles(chart):
+    """Return the subtitle of a chart as one text."""
+    return " ".join(chart.to_dict()["title"]["subtitle"])
+
+
+def test_values_that_read_the_same_stay_apart(scored_copy, tmp_path):
+    topics = ["(no topic)", None, "a · b", "a", "", '""', "plain"]
+    formats = ["x", "x", "c", "b · c", "x", "x", "x"]
+    texts = [
+        {"id": f"t{i}", "text": f"Text {i} of the sea, {i * i}.", "topic": topic, "format": form}
+        for i, (topic, form) in enumerate(zip(topics, formats, strict=True))
+    ]
+    scored_copy.source_add("odd", write_jsonl(tmp_path / "odd.jsonl", texts), stage="pretrain")
+    scored_copy.ingest(["base", "epoch-1"], ["odd"], ["raw"], sketcher="small")
+    for keys in (["topic"], ["topic", "format"]):
+        for kind, label in (("trajectory", "series"), ("heatmap", "group")):
+            drawn = rows(scored_copy.plot(kind, "q100", by=keys, sources=["odd"], **SMALL), label, "value")
+            assert len({(row[label], row["checkpoint"]) for row in drawn}) == len(drawn) == 2 * len(texts)
+            for checkpoint in ("base", "epoch-1"):
+                matrix = scored_copy.scores(["q100"], checkpoint=checkpoint, sources=["odd"], **SMALL)
+                values = dict(zip(matrix.samples["sample_id"], matrix.matrix[0], strict=True))
+                of = {row[label]: row["value"] for row in drawn if row["checkpoint"] == checkpoint}
+                plain, without = ("plain", "(no topic)") if len(keys) == 1 else ("plain · x", '(no topic) · "x"')
+                assert (of[plain], of[without]) == pytest.approx((values["t6"], values["t1"]), rel=1e-4)
+                assert sorted(of.values()) == pytest.approx(sorted(values.values()), rel=1e-4)
+
+
+def test_the_format_of_the_queries_is_named(scored_copy, tmp_path, caplog):
+    asked = [{"id": "a1", "text": "How deep is the sea?"}, {"id": "a2", "text": "Is water wet?"}]
+    scored_copy.source_add("asked", write_jsonl(tmp_path / "asked.jsonl", asked), stage="query")
+    scored_copy.ingest(["base"], ["asked"], ["chatml"], sketcher="small")
+    scored_copy.ingest(["epoch-1"], ["asked"], ["raw"], sketcher="small")
+    note = "queries of `asked` are as `chatml` at `base` and as `raw` at `epoch-1`: these values differ in format, too"
+    both = {"checkpoint": ["base", "epoch-1"], "queries": "asked", **SMALL}
+    frame = scored_copy.groups(**both)
+    assert frame.unique("checkpoint", maintain_order=True).select("checkpoint", "query_variant").rows() == [
+        ("base", "chatml"),
+        ("epoch-1", "raw"),
+    ]
+    assert all(note in text for text in frame["note"])
+    summed = scored_copy.groups(over_checkpoints="sum", **both)
+    assert set(summed["query_variant"]) == {"raw"}
+    assert note in summed["note"][0]
+    for kind, query, options in (
+        ("heatmap", None, {}),
+        ("trajectory", "a1", {}),
+        ("trajectory", "a1", {"measure": "loss"}),
+    ):
+        caplog.clear()
+        chart = scored_copy.plot(kind, query, queries="asked", **options, **SMALL)
+        assert "as chatml and raw" in subtitles(chart)
+        assert caplog.messages.count(note) == 1
+    caplog.clear()
+    assert "as chatml" in subtitles(scored_copy.plot("heatmap", queries="test", **SMALL))
+    assert caplog.messages == []
+    assert "differ in format" in scored_copy.report(tmp_path / "r.html", queries="asked", **SMALL).read_text("utf-8")
+
+
+def test_a_checkpoint_without_samples_is_left_out_unless_given(scored_copy, tmp_path, caplog):
+    scored_copy.sketcher_add("few", k=512)
+    scored_copy.ingest(["base", "epoch-1"], ["test"], ["chatml"], sketcher="few")
+    scored_copy.ingest(["base"], ["songs"], ["raw"], sketcher="few")
+    for kind, options in (("heatmap", {}), ("trajectory", {}), ("trajectory", {"measure": "loss"})):
+        caplog.clear()
+        chart = scored_copy.plot(kind, "q100", sketcher="few", **options)
+        assert {row["checkpoint"] for row in rows(chart, "checkpoint")} == {"base"}
+        assert [text.partition(":")[0] for text in caplog.messages] == ["`epoch-1` is left out"]
+        with pytest.raises(NothingToScoreError, match="`few` sketches of any source at checkpoint `epoch-1`"):
+            scored_copy.plot(kind, "q100", checkpoint=["base", "epoch-1"], sketcher="few", **options)
+    page = scored_copy.report(tmp_path / "r.html", sketcher="few").read_text("utf-8")
+    assert "<code>epoch-1</code> is left out" in page
+    with pytest.raises(NothingToScoreError):
+        scored_copy.report(tmp_path / "x.html", checkpoints=["base", "epoch-1"], sketcher="few")
+
+
 FAULTS = [
     (("pie",), {}, InputError, "there is no plot `pie`"),
     (("hits", "q100"), {**AT, "output": "a.pdf"}, InputError, r"`a.pdf` is no .svg, .png or .html file"),
@@ -226,6 +301,9 @@ def test_the_command(path, tmp_path):
     assert target.is_file()
     noted = lark(f"plot heatmap --by topic --sketcher small -o {tmp_path / 'h.png'} --store {path}")
     assert "note: 29 of 50 searched samples have no `topic`" in noted.err
+    for line in ("heatmap", "trajectory q100"):
+        other = lark(f"plot {line} --by topic -o {tmp_path / 'o.svg'} --store {path}")
+        assert (other.code, other.err.count("the only sketcher that has some")) == (0, 1)
     wrong = lark(f"plot hits q100 -c base --by topic --sketcher small -o {target} --store {path}")
     assert (wrong.code, wrong.out) == (1, "")
     assert wrong.err == "error: `hits` does not use `--by`\n\nhint: leave it out\n"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import polars as pl
 import pytest
+from helpers.imports import IDS, import_numpy, random_vectors
 from helpers.program import lark
 from helpers.stores import read_sketches
 from helpers.texts import write_jsonl
@@ -236,6 +239,31 @@ def test_a_checkpoint_without_samples_is_left_out_unless_given(scored_copy, tmp_
     assert "<code>epoch-1</code> is left out" in page
     with pytest.raises(NothingToScoreError):
         scored_copy.report(tmp_path / "x.html", checkpoints=["base", "epoch-1"], sketcher="few")
+
+
+def test_losses_that_are_not_stored_are_left_out(scored_copy, tmp_path, caplog):
+    stored = {"base": [0.25, 0.5, None, 1.0], "epoch-1": [None, 0.75, None, None]}
+    for checkpoint, losses in stored.items():
+        at = {"checkpoint": checkpoint, "variant": "raw"}
+        table = pl.DataFrame({"vector": random_vectors("test", 8), "sample_id": IDS["test"], "loss": losses})
+        table.write_parquet(tmp_path / "test.parquet")
+        scored_copy.sketcher_import("trak", tmp_path / "test.parquet", source="test", **at)
+        import_numpy(scored_copy, tmp_path, "songs", random_vectors("songs", 8), **at)
+    chart = scored_copy.plot("trajectory", IDS["test"], measure="loss", sketcher="trak")
+    known = {(r["query_id"], r["checkpoint"]): r["loss"] for r in rows(chart, "query_id", "loss")}
+    assert known == {("q100", "base"): 0.25, ("q101", "base"): 0.5, ("q103", "base"): 1.0, ("q101", "epoch-1"): 0.75}
+    assert "q102" not in str(list(find(chart.to_dict(), "domain")))
+    assert [text.partition(" is ")[0] for text in caplog.messages] == [
+        "the loss of `q102` at `base` and `epoch-1`",
+        "the loss of `q100` at `epoch-1`",
+        "the loss of `q103` at `epoch-1`",
+    ]
+    with pytest.raises(NothingToScoreError, match="no loss of these queries is stored"):
+        scored_copy.plot("trajectory", "q102", measure="loss", sketcher="trak")
+    page = scored_copy.report(tmp_path / "r.html", sketcher="trak").read_text("utf-8")
+    lines = [re.findall(r">\s*([^<\s][^<]*?)\s*<", row) for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
+    table = {line[0]: line[-1] for line in lines if line}
+    assert (float(table["base"]), float(table["epoch-1"])) == pytest.approx((1.75 / 3, 0.75), abs=1e-3)
 
 
 FAULTS = [

@@ -107,6 +107,7 @@ def _checkpoints(answers: Answers) -> Sheet:
         "mean loss of queries": formatted("loss", number),
     }
     caption = (
-        f"The checkpoints, and the mean loss of the {len(answers.shown):,} queries in the picker, in nats per token."
+        f"The checkpoints, and the mean loss of the {len(answers.shown):,} queries in the picker, as far as stored, "
+        "in nats per token."
     )
     return make_sheet("Table 4", caption, frame, columns, 1)

@@ -50,7 +50,7 @@ def influence_trajectory(frame: pl.DataFrame, colours: Mapping[str, str], title:
     return styled(chart.properties(title=titled(title, *subtitle)))
 
 
-def loss_trajectory(frame: pl.DataFrame) -> Figure:
+def loss_trajectory(frame: pl.DataFrame, *subtitle: str) -> Figure:
     """Draw a line per query: its loss at each checkpoint. Columns: query_id, checkpoint, loss."""
     frame = readable(frame).with_columns(series="query_id", low="loss", high="loss")
     x = checkpoint_axis(frame["checkpoint"].unique(maintain_order=True).to_list())
@@ -58,4 +58,5 @@ def loss_trajectory(frame: pl.DataFrame) -> Figure:
     y = alt.Y("loss:Q", title="loss (nats per target token)", scale=alt.Scale(zero=False))
     tooltip = tips(query_id="query", checkpoint="checkpoint", loss=("loss", ".4f"))
     layers = alt.layer(*lines_with_bands(frame, x, y, colours, tooltip))
-    return styled(layers.properties(width=WIDTH, height=HEIGHT, title=titled("Loss of queries over checkpoints")))
+    title = "Loss of queries over checkpoints"
+    return styled(layers.properties(width=WIDTH, height=HEIGHT, title=titled(title, *subtitle)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -22,6 +23,7 @@ from lark_store.cli.options import (
 from lark_store.cli.output import ProgressBar, emit_noted, say, say_coverage
 from lark_store.cli.rankings import emit_hits
 from lark_store.cli.spec_options import takes
+from lark_store.cli.tables import without_blanks
 from lark_store.display.table import About
 from lark_store.query.methods import METHODS, of_label
 from lark_store.specs import (
@@ -136,8 +138,6 @@ def _new_texts(
     parts: tuple[str | None, str | None, str | None, Path | None], attention: str
 ) -> NewText | list[NewText] | None:
     """Return the new query with a prompt, response, text or file, or those of a file alone; None without any."""
-    from dataclasses import replace
-
     from lark_store.results import NewText
 
     *given, file = parts
@@ -184,8 +184,11 @@ def groups(
     """
     with common.open() as opened:
         frame = opened.groups(query, checkpoint=checkpoint, **options)
-    frame = frame if frame["subgroup_name"].count() or common.form != Format.table else frame.drop("subgroup_name")
-    emit_noted(_shown(frame, common), common.form, _about(frame), wide=common.wide)
+    about = _about(frame)
+    if common.form == Format.table:
+        frame, legend = without_blanks(frame if frame["subgroup_name"].count() else frame.drop("subgroup_name"))
+        about = replace(about, legend=[*about.legend, *legend])
+    emit_noted(_shown(frame, common), common.form, about, wide=common.wide)
 
 
 @takes(SearchSpec)

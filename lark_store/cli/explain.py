@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 import typer
 
 from lark_store.cli.formats import Format
-from lark_store.cli.options import KOption, ReadOptions
+from lark_store.cli.options import ReadOptions
 from lark_store.cli.output import say
 from lark_store.cli.spec_options import takes
 from lark_store.errors import InputError
@@ -67,7 +67,7 @@ def explain(
     by: Annotated[
         By, typer.Option(help="Tint and rank tokens by what their position or their loss carries.")
     ] = By.position,
-    k: KOption = 10,
+    k: Annotated[int, typer.Option("-k", help="Tokens of each text in the table.")] = 10,
     **options: Unpack[ExplainOptions],
 ) -> None:
     """Print which tokens of a query and a sample carry the score between them.
@@ -80,6 +80,8 @@ def explain(
 
     Example: `lark-store explain finetune/q17 --prompt "Is aspirin safe?" --response yes --checkpoint epoch-2 -f csv`
     """
+    if k < 1:
+        raise InputError(f"`-k` must be at least 1, not {k}", "give the number of tokens to print")
     new = given.new_text
     if len(names) != (1 if new else 2):
         expected = "the sample alone" if new else "a query and a sample"

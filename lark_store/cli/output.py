@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lark_store.cli.formats import FORMATS, Format
 from lark_store.cli.tables import print_table
+from lark_store.core.text import distinct_notes
 from lark_store.display.progress import ProgressBar, is_first_rank
 from lark_store.display.table import NOTHING, About
 
@@ -81,7 +82,7 @@ def emit(frame: pl.DataFrame, form: str, about: About = NOTHING, *, wide: bool =
 def emit_noted(frame: pl.DataFrame, form: str, about: About = NOTHING, *, wide: bool = False) -> None:
     """Print a frame without its column `note`, then each distinct note on stderr."""
     emit(frame.drop("note"), form, about, wide=wide)
-    for note in frame["note"].drop_nulls().unique(maintain_order=True):
+    for note in distinct_notes(frame["note"]):
         say(f"note: {note}")
 
 

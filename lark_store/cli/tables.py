@@ -30,3 +30,21 @@ def print_table(
 def print_markdown(frame: pl.DataFrame) -> None:
     """Print a frame as a table in Markdown, in full."""
     print(full_table(frame, markdown=True))  # noqa: T201
+
+
+def without_blanks(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Mark the names of groups that a table would show as blanks: null, and texts of spaces; return the legend."""
+    import polars as pl
+
+    names = [name for name in ("group_name", "subgroup_name") if name in frame.columns]
+    taken = {value for name in names for value in frame[name]}
+    null, empty = (
+        next(mark for mark in (word, *(sign * n for n in range(1, len(taken) + 2))) if mark not in taken)
+        for word, sign in (("null", "∅"), ('""', "␣"))
+    )
+    marked = [pl.col(name).fill_null(null) for name in names]
+    is_empty = [pl.col(name).str.strip_chars() == "" for name in names]
+    legend = [f"{null}: samples without the key"] if None in taken else []
+    legend += [f"{empty}: an empty text"] if any(value is not None and not value.strip() for value in taken) else []
+    cells = [pl.when(blank).then(pl.lit(empty)).otherwise(cell) for cell, blank in zip(marked, is_empty, strict=True)]
+    return frame.with_columns(cell.alias(name) for name, cell in zip(names, cells, strict=True)), legend

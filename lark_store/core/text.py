@@ -25,3 +25,12 @@ def coded(names: Iterable[str]) -> list[str]:
     ['`a`', '`b`']
     """
     return [f"`{name}`" for name in names]
+
+
+def distinct_notes(cells: Iterable[str | None]) -> list[str]:
+    r"""Return the notes in a column `note`, each once; a cell holds several, joined by a line break and `note: `.
+
+    >>> distinct_notes(["one\nnote: two", None, "two"])
+    ['one', 'two']
+    """
+    return list(dict.fromkeys(note for cell in cells if cell for note in cell.split("\nnote: ")))

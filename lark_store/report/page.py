@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 
 
+def check_name(path: Path) -> None:
+    """Check that a page's file is named as one.
+
+    Raises
+    ------
+    InputError
+        Its suffix is another.
+    """
+    if path.suffix.lower() not in {".html", ".htm"}:
+        raise InputError(f"`{path}` is no .html file", "end its name with `.html`")
+
+
 def write(page: str, path: Path) -> Path:
     """Write a page to `path`.
 

@@ -206,7 +206,8 @@ class AnswerMethods(Part):
         (what it resamples: `queries`; for one query the group's `samples`; null without an interval, as for one
         query's maximum), sketch_error (bound of the value's standard deviation over sketcher seeds, null where the
         method has none), wins (share of queries for which no group has a higher value), n_queries, query_checkpoint,
-        scored_by and note. The highest value comes first. Intervals are bootstrapped; those over more than 500 samples
+        query_variant (the queries' format; a note says where it differs between checkpoints), scored_by and note. The
+        highest value comes first. Intervals are bootstrapped; those over more than 500 samples
         are the mean ± 1.96 standard errors.
 
         Raises

@@ -63,9 +63,10 @@ class PresentationMethods(Part):
         - `heatmap`: the influence of groups (`by`, `how`) at each checkpoint, over all queries or the given ones;
         - `histogram`: the scores of all samples for a query, with its `k` highest marked.
 
-        `hits`, `histogram` and `dominance` need a checkpoint; the others show all by default. A group's value is the
-        `max` (`how`) of its samples' scores, the source influence Φ, unless said otherwise. The other arguments are
-        those of `top` and `groups`; one that the kind does not use is refused. With `output` it returns the path.
+        `hits`, `histogram` and `dominance` need a checkpoint; the others show all by default, without those that lack
+        sketches of queries or samples, which a note names. A group's value is the `max` (`how`) of its samples' scores,
+        the source influence Φ, unless said otherwise. The other arguments are those of `top` and `groups`; one that the
+        kind does not use is refused. With `output` it returns the path.
 
         Raises
         ------
@@ -93,7 +94,8 @@ class PresentationMethods(Part):
         """Write a report: one self-contained HTML page with tables, charts and a picker of queries; return its path.
 
         It shows the influence of each source, fine-tuning against pretraining, the samples that drive the most queries,
-        and for each query its text, losses and top `k` samples, at the given checkpoints (default: all with sketches).
+        and for each query its text, losses and top `k` samples, at the given checkpoints (default: all with sketches
+        of queries and samples). `output` ends in `.html`.
         The scores are exact and computed on the spot, so `attribute` need not have run.
 
         The tables are over all queries of one source (or the given ids); the picker holds the first `limit` of them by

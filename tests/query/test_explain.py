@@ -341,6 +341,13 @@ def test_the_command_prints_texts_and_the_strongest_tokens(scored_path, explaine
     assert f"exact small · cosine {explained.cosine:.4f} at `base`" in result.err
 
 
+def test_the_command_needs_a_number_of_tokens(scored_path):
+    for k in (0, -1):
+        wrong = lark(f"explain q100 finetune/q1 -c base --sketcher small -k {k}", store=scored_path)
+        assert (wrong.code, wrong.out) == (1, "")
+        assert wrong.err.startswith(f"error: `-k` must be at least 1, not {k}")
+
+
 def test_the_command_tints_where_there_are_colours(scored_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = lark("explain q100 finetune/q1 -c base --sketcher small --by target", store=scored_path).out

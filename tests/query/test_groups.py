@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import polars as pl
 import pytest
 from helpers.program import lark
 from helpers.reference_scores import brute_force_scores
+from helpers.texts import write_jsonl
 from helpers.topics import topic_rows, topic_store
 
 from lark_store import Store
@@ -218,3 +220,19 @@ def test_the_command_and_the_table_function_answer_the_same(store, path):
     assert (table.code, "subgroup_name" in table.out, "web" in table.out) == (0, False, True)
     wrong = lark(f"groups --by subject --checkpoint base --sketcher small --store {path}")
     assert (wrong.code, "Traceback" in wrong.err) == (1, False)
+
+
+def test_blank_names_are_told_apart_in_a_table(scored_copy, tmp_path):
+    topics = {"null": ["", None, "null", '""'], "plain": ["", None, "sea"]}
+    for source, values in topics.items():
+        texts = [{"id": f"{i}", "text": f"Text {i} of it.", "topic": topic} for i, topic in enumerate(values)]
+        scored_copy.source_add(source, write_jsonl(tmp_path / f"{source}.jsonl", texts), stage="pretrain")
+    scored_copy.ingest(["base"], list(topics), ["raw"], sketcher="small")
+    line = "groups --by topic --checkpoint base --sketcher small"
+    lines = lark(f"{line} --source plain", store=scored_copy.path).out.splitlines()
+    assert {text.split()[0] for text in lines if re.match(r"\S+ +-?\d", text)} == {'""', "null", "sea"}
+    assert any('null: samples without the key · "": an empty text' in text for text in lines)
+    lines = lark(f"{line} --source null --wide", store=scored_copy.path).out
+    rows = lark(f"{line} --source null -f json", store=scored_copy.path).rows
+    assert {row["group_name"] for row in rows} == set(topics["null"])
+    assert all(sign in lines for sign in ("∅", "␣", "null", '""'))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import polars as pl
 import pytest
+from helpers.imports import IDS, import_numpy, random_vectors
 from helpers.program import lark
 from helpers.stores import read_sketches
 from helpers.texts import write_jsonl
@@ -163,6 +166,106 @@ def test_heatmap_has_the_groups_of_a_key(store):
     assert [row["value"] for row in highest] == pytest.approx(expected["value"].to_list(), rel=1e-4)
 
 
+def subtitles(chart):
+    """Return the subtitle of a chart as one text."""
+    return " ".join(chart.to_dict()["title"]["subtitle"])
+
+
+def test_values_that_read_the_same_stay_apart(scored_copy, tmp_path):
+    topics = ["(no topic)", None, "a · b", "a", "", '""', "plain"]
+    formats = ["x", "x", "c", "b · c", "x", "x", "x"]
+    texts = [
+        {"id": f"t{i}", "text": f"Text {i} of the sea, {i * i}.", "topic": topic, "format": form}
+        for i, (topic, form) in enumerate(zip(topics, formats, strict=True))
+    ]
+    scored_copy.source_add("odd", write_jsonl(tmp_path / "odd.jsonl", texts), stage="pretrain")
+    scored_copy.ingest(["base", "epoch-1"], ["odd"], ["raw"], sketcher="small")
+    for keys in (["topic"], ["topic", "format"]):
+        for kind, label in (("trajectory", "series"), ("heatmap", "group")):
+            drawn = rows(scored_copy.plot(kind, "q100", by=keys, sources=["odd"], **SMALL), label, "value")
+            assert len({(row[label], row["checkpoint"]) for row in drawn}) == len(drawn) == 2 * len(texts)
+            for checkpoint in ("base", "epoch-1"):
+                matrix = scored_copy.scores(["q100"], checkpoint=checkpoint, sources=["odd"], **SMALL)
+                values = dict(zip(matrix.samples["sample_id"], matrix.matrix[0], strict=True))
+                of = {row[label]: row["value"] for row in drawn if row["checkpoint"] == checkpoint}
+                plain, without = ("plain", "(no topic)") if len(keys) == 1 else ("plain · x", '(no topic) · "x"')
+                assert (of[plain], of[without]) == pytest.approx((values["t6"], values["t1"]), rel=1e-4)
+                assert sorted(of.values()) == pytest.approx(sorted(values.values()), rel=1e-4)
+
+
+def test_the_format_of_the_queries_is_named(scored_copy, tmp_path, caplog):
+    asked = [{"id": "a1", "text": "How deep is the sea?"}, {"id": "a2", "text": "Is water wet?"}]
+    scored_copy.source_add("asked", write_jsonl(tmp_path / "asked.jsonl", asked), stage="query")
+    scored_copy.ingest(["base"], ["asked"], ["chatml"], sketcher="small")
+    scored_copy.ingest(["epoch-1"], ["asked"], ["raw"], sketcher="small")
+    note = "queries of `asked` are as `chatml` at `base` and as `raw` at `epoch-1`: these values differ in format, too"
+    both = {"checkpoint": ["base", "epoch-1"], "queries": "asked", **SMALL}
+    frame = scored_copy.groups(**both)
+    assert frame.unique("checkpoint", maintain_order=True).select("checkpoint", "query_variant").rows() == [
+        ("base", "chatml"),
+        ("epoch-1", "raw"),
+    ]
+    assert all(note in text for text in frame["note"])
+    summed = scored_copy.groups(over_checkpoints="sum", **both)
+    assert set(summed["query_variant"]) == {"raw"}
+    assert note in summed["note"][0]
+    for kind, query, options in (
+        ("heatmap", None, {}),
+        ("trajectory", "a1", {}),
+        ("trajectory", "a1", {"measure": "loss"}),
+    ):
+        caplog.clear()
+        chart = scored_copy.plot(kind, query, queries="asked", **options, **SMALL)
+        assert "as chatml and raw" in subtitles(chart)
+        assert caplog.messages.count(note) == 1
+    caplog.clear()
+    assert "as chatml" in subtitles(scored_copy.plot("heatmap", queries="test", **SMALL))
+    assert caplog.messages == []
+    assert "differ in format" in scored_copy.report(tmp_path / "r.html", queries="asked", **SMALL).read_text("utf-8")
+
+
+def test_a_checkpoint_without_samples_is_left_out_unless_given(scored_copy, tmp_path, caplog):
+    scored_copy.sketcher_add("few", k=512)
+    scored_copy.ingest(["base", "epoch-1"], ["test"], ["chatml"], sketcher="few")
+    scored_copy.ingest(["base"], ["songs"], ["raw"], sketcher="few")
+    for kind, options in (("heatmap", {}), ("trajectory", {}), ("trajectory", {"measure": "loss"})):
+        caplog.clear()
+        chart = scored_copy.plot(kind, "q100", sketcher="few", **options)
+        assert {row["checkpoint"] for row in rows(chart, "checkpoint")} == {"base"}
+        assert [text.partition(":")[0] for text in caplog.messages] == ["`epoch-1` is left out"]
+        with pytest.raises(NothingToScoreError, match="`few` sketches of any source at checkpoint `epoch-1`"):
+            scored_copy.plot(kind, "q100", checkpoint=["base", "epoch-1"], sketcher="few", **options)
+    page = scored_copy.report(tmp_path / "r.html", sketcher="few").read_text("utf-8")
+    assert "<code>epoch-1</code> is left out" in page
+    with pytest.raises(NothingToScoreError):
+        scored_copy.report(tmp_path / "x.html", checkpoints=["base", "epoch-1"], sketcher="few")
+
+
+def test_losses_that_are_not_stored_are_left_out(scored_copy, tmp_path, caplog):
+    stored = {"base": [0.25, 0.5, None, 1.0], "epoch-1": [None, 0.75, None, None]}
+    for checkpoint, losses in stored.items():
+        at = {"checkpoint": checkpoint, "variant": "raw"}
+        table = pl.DataFrame({"vector": random_vectors("test", 8), "sample_id": IDS["test"], "loss": losses})
+        table.write_parquet(tmp_path / "test.parquet")
+        scored_copy.sketcher_import("trak", tmp_path / "test.parquet", source="test", **at)
+        import_numpy(scored_copy, tmp_path, "songs", random_vectors("songs", 8), **at)
+    chart = scored_copy.plot("trajectory", IDS["test"], measure="loss", sketcher="trak")
+    known = {(r["query_id"], r["checkpoint"]): r["loss"] for r in rows(chart, "query_id", "loss")}
+    assert known == {("q100", "base"): 0.25, ("q101", "base"): 0.5, ("q103", "base"): 1.0, ("q101", "epoch-1"): 0.75}
+    assert "q102" not in str(list(find(chart.to_dict(), "domain")))
+    assert [text.partition(" is ")[0] for text in caplog.messages] == [
+        "the loss of `q102` at `base` and `epoch-1`",
+        "the loss of `q100` at `epoch-1`",
+        "the loss of `q103` at `epoch-1`",
+    ]
+    with pytest.raises(NothingToScoreError, match="no loss of these queries is stored"):
+        scored_copy.plot("trajectory", "q102", measure="loss", sketcher="trak")
+    page = scored_copy.report(tmp_path / "r.html", sketcher="trak").read_text("utf-8")
+    lines = [re.findall(r">\s*([^<\s][^<]*?)\s*<", row) for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
+    table = {line[0]: line[-1] for line in lines if line}
+    assert (float(table["base"]), float(table["epoch-1"])) == pytest.approx((1.75 / 3, 0.75), abs=1e-3)
+
+
 FAULTS = [
     (("pie",), {}, InputError, "there is no plot `pie`"),
     (("hits", "q100"), {**AT, "output": "a.pdf"}, InputError, r"`a.pdf` is no .svg, .png or .html file"),
@@ -226,6 +329,9 @@ def test_the_command(path, tmp_path):
     assert target.is_file()
     noted = lark(f"plot heatmap --by topic --sketcher small -o {tmp_path / 'h.png'} --store {path}")
     assert "note: 29 of 50 searched samples have no `topic`" in noted.err
+    for line in ("heatmap", "trajectory q100"):
+        other = lark(f"plot {line} --by topic -o {tmp_path / 'o.svg'} --store {path}")
+        assert (other.code, other.err.count("the only sketcher that has some")) == (0, 1)
     wrong = lark(f"plot hits q100 -c base --by topic --sketcher small -o {target} --store {path}")
     assert (wrong.code, wrong.out) == (1, "")
     assert wrong.err == "error: `hits` does not use `--by`\n\nhint: leave it out\n"

@@ -201,10 +201,17 @@ def test_the_command(path, tmp_path):
     assert (done.code, done.out) == (0, "")
     assert f"wrote `{target}`" in done.err
     assert len(data_of(target)["queries"]) == 2
-    (tmp_path / "taken").mkdir()
-    wrong = lark(f"report --queries test --sketcher small -o {tmp_path / 'taken'} --store {path}")
+    (tmp_path / "taken.html").mkdir()
+    wrong = lark(f"report --queries test --sketcher small -o {tmp_path / 'taken.html'} --store {path}")
     assert (wrong.code, "Traceback" in wrong.err, "can't be written" in wrong.err) == (1, False, True)
     assert np.isfinite(target.stat().st_size)
+    for name in ("r.txt", "r"):
+        other = lark(f"report --queries test --sketcher small -o {tmp_path / name} --store {path}")
+        assert (other.code, other.err) == (
+            1,
+            f"error: `{tmp_path / name}` is no .html file\n\nhint: end its name with `.html`\n",
+        )
+        assert not (tmp_path / name).exists()
 
 
 @in_chromium

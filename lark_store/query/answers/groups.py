@@ -19,7 +19,7 @@ from lark_store.query.scoring.groups import HOW, GroupScores, group_scores
 from lark_store.query.scoring.search import Search
 from lark_store.query.select.coverage import notes_of
 from lark_store.query.select.keys import Grouping, grouped
-from lark_store.query.select.resolve import ask
+from lark_store.query.select.resolve import ask, mixed_variants
 from lark_store.query.sql.columns import GROUPS, frame_schema
 from lark_store.specs import Compute, GroupsSpec, SearchSpec
 from lark_store.stats.bootstrap import Figure, evaluate
@@ -61,7 +61,14 @@ class Scored:
 
 def groups(db: Database, query_ids: Sequence[str] | None, spec: SearchSpec, grouped_by: Grouped) -> pl.DataFrame:
     """Score the groups at each checkpoint, or for a sum of them; see `Store.groups`."""
-    rows = [row for scored in scored_groups(db, query_ids, spec, grouped_by) for row in _rows(scored, grouped_by)]
+    rows: list[dict[str, Any]] = []
+    questions = []
+    for scored in scored_groups(db, query_ids, spec, grouped_by):
+        rows += _rows(scored, grouped_by)
+        questions.append(scored.question)
+    mixed = mixed_variants(questions)
+    for row in rows:
+        row["note"] = "\nnote: ".join([*row["note"], *mixed]) or None
     frame = pl.DataFrame(rows, schema=frame_schema(GROUPS))
     return frame.with_columns(pl.col(*_FLOATS).fill_nan(None))
 
@@ -111,7 +118,7 @@ def _scored(db: Database, question: Question, ids: list[str], grouped_by: Groupe
 
 
 def _rows(scored: Scored, grouped_by: Grouped) -> list[dict[str, Any]]:
-    """Return a row per group, the highest value first."""
+    """Return a row per group, the highest value first; `note` is a list of notes."""
     question, scores = scored.question, scored.scores
     n_queries = len(scores.ids)
     wins_G = (scores.value_QG == scores.value_QG.max(axis=1, keepdims=True)).mean(axis=0)
@@ -121,8 +128,9 @@ def _rows(scored: Scored, grouped_by: Grouped) -> list[dict[str, Any]]:
         "query_id": scores.ids[0] if n_queries == 1 else None,
         "n_queries": n_queries,
         "query_checkpoint": question.queries.checkpoint.name,
+        "query_variant": question.queries.variant.name,
         "scored_by": question.label,
-        "note": "\nnote: ".join(scored.notes) or None,
+        "note": scored.notes,
     }
     figures = _over_samples(scored, grouped_by.how) if n_queries == 1 else _over_queries(scores)
     rows = []

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What to draw: the queries and the checkpoints (none: the kind's default), what to show, and all options."""
+    """What to draw: the queries and the checkpoints (none: the kind's default), what to show, and all options.
+
+    `notes` are on what was chosen.
+    """
 
     db: Database
     queries: list[str]
     checkpoints: list[str]
     show: PlotSpec
     options: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def search(self) -> SearchSpec:
@@ -54,7 +58,7 @@ class Asked:
         return colours_of(names, self.tuning)
 
     def at_all_checkpoints(self) -> Asked:
-        """Return the same at the given checkpoints, or at all with sketches, by epoch.
+        """Return the same by one sketcher at the given checkpoints, or at all that can be shown, by epoch.
 
         Raises
         ------
@@ -64,9 +68,10 @@ class Asked:
         from lark_store.query.select.sketchers import sketched_checkpoints, with_sketcher
         from lark_store.schema.database import find_sketcher
 
+        spec, notes = with_sketcher(self.db, self.search)
+        chosen = replace(self, options={**self.options, "sketcher": spec.sketcher}, notes=(*self.notes, *notes))
         if self.checkpoints:
-            return self
-        spec, _ = with_sketcher(self.db, self.search)
+            return chosen
         with self.db.session() as session:
             names = [
                 checkpoint.name for checkpoint in sketched_checkpoints(session, find_sketcher(session, spec.sketcher))
@@ -75,7 +80,7 @@ class Asked:
             raise NothingToScoreError(
                 f"there are no `{spec.sketcher}` sketches", "create some with `lark-store ingest`"
             )
-        return replace(self, checkpoints=names)
+        return _where_scored(chosen, names)
 
     def check_checkpoint(self) -> None:
         """Check that there is a checkpoint.
@@ -100,6 +105,23 @@ class Asked:
             fact = "no query is given" if not self.queries else f"{len(self.queries)} queries are given"
             raise InputError(fact, "give the id of one query")
         return self.queries[0]
+
+
+def _where_scored(asked: Asked, checkpoints: list[str]) -> Asked:
+    """Return the same at those of the checkpoints with sketches of queries and samples; a note names the others."""
+    from lark_store.query.select.resolve import ask
+
+    faults: dict[str, NothingToScoreError] = {}
+    for name in checkpoints:
+        try:
+            ask(asked.db, build(SearchSpec, asked.options, checkpoints=[name]))
+        except NothingToScoreError as fault:
+            faults[name] = fault
+    if len(faults) == len(checkpoints):
+        raise next(iter(faults.values()))
+    left_out = (f"`{name}` is left out: {fault.fact}" for name, fault in faults.items())
+    kept = [name for name in checkpoints if name not in faults]
+    return replace(asked, checkpoints=kept, notes=(*asked.notes, *left_out))
 
 
 class Plot:

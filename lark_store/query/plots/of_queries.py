@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lark_store.core.names import SUM_SEPARATOR
+from lark_store.core.text import distinct_notes
 from lark_store.errors import InputError
 from lark_store.query.plots.base import EXACT, SEARCH, Asked, Plot
 from lark_store.specs import Compute, build
@@ -100,7 +101,7 @@ class Dominance(Plot):
         if len(sources) > 1:
             raise InputError(f"there are queries in `{'`, `'.join(sources)}`", "choose one with `--queries NAME`")
         at = SUM_SEPARATOR.join(asked.checkpoints)
-        notes = frame["note"].drop_nulls().unique(maintain_order=True).to_list()
+        notes = distinct_notes(frame["note"])
         return dominance(frame, f"{frame['scored_by'][0]} at {at}; a point per query of `{sources[0]}`"), notes
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import joinedload
 
 from lark_store.core.names import SUM_SEPARATOR
+from lark_store.core.text import coded, joined
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.query.methods import Method
 from lark_store.query.select.hints import for_sketches
@@ -182,6 +183,21 @@ def ask(db: Database, spec: SearchSpec) -> list[Question]:
     for terms in per_checkpoint[1:]:
         names = [name for name in names if name in terms]
     return [Question([terms[name] for terms in per_checkpoint], method, notes) for name in names]
+
+
+def mixed_variants(questions: Sequence[Question]) -> list[str]:
+    """Return a note for each source of queries whose format variant is not the same at all checkpoints."""
+    places: dict[str, dict[str, dict[str, None]]] = {}
+    for queries in (term.queries for question in questions for term in question.terms):
+        if queries is not None:
+            of_source = places.setdefault(queries.source.name, {})
+            of_source.setdefault(queries.variant.name, {})[queries.checkpoint.name] = None
+    notes = []
+    for source, of_source in places.items():
+        if len(of_source) > 1:
+            parts = (f"as `{variant}` at {joined(coded(names), 'and')}" for variant, names in of_source.items())
+            notes.append(f"queries of `{source}` are {joined(parts, 'and')}: these values differ in format, too")
+    return notes
 
 
 def ask_new(db: Database, spec: SearchSpec, fingerprint: str) -> Question:

@@ -170,6 +170,7 @@ GROUPS = {
     ),
     **columns("BIGINT", n_queries="number of queries"),
     **_QUERY_AT,
+    **text(query_variant="name of the queries' format variant; at the last checkpoint of a sum"),
     **_BY,
     **_NOTE,
 }

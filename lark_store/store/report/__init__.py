@@ -41,6 +41,7 @@ def report(
     on_progress: OnProgress | None,
 ) -> Path:
     """Write the report of a store to `output`; see `Store.report`."""
+    page.check_name(output)
     return page.write(_render(gather(db, queries, checkpoints, options, on_progress)), output)
 
 

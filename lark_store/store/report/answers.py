@@ -5,7 +5,7 @@ Shape letters: Q queries, G groups (a source in a format variant).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -93,7 +93,7 @@ def gather(
     answers.ft_pt = _compared(answers.phi, answers.label)
     answers.by_source = _by_source(answers.phi)
     answers.hits = _hits(asked, answers, passes)
-    answers.losses = losses(Asked(db, answers.shown, answers.checkpoints, PlotSpec(), options))
+    answers.losses, _ = losses(replace(asked, queries=answers.shown))
     answers.texts = texts_of(db, answers.hits.filter(pl.col("place").is_not_null()), answers.queries, answers.shown)
     return answers
 
@@ -115,6 +115,8 @@ def _at(asked: Asked, checkpoint: str, n: int, on_progress: OnProgress | None) -
 
 def _common(asked: Asked, spec: ReportSpec, passes: list[tuple[Scored, Question]]) -> Answers:
     """Return the facts on the whole report. The queries are those with a sketch at each checkpoint."""
+    from lark_store.query.select.resolve import mixed_variants
+
     scored, question = passes[-1]
     ids = sorted(set.intersection(*(set(one.scores.ids) for one, _ in passes)))
     if not ids:
@@ -124,7 +126,8 @@ def _common(asked: Asked, spec: ReportSpec, passes: list[tuple[Scored, Question]
     course = pl.DataFrame([[getattr(one, name) for name in columns] for one in listed], orient="row", schema={
         "checkpoint": pl.String, "epoch": pl.Float64, "step": pl.Int64, "learning_rate": pl.Float64,
     })  # fmt: skip
-    notes = [note for one, _ in passes for note in one.notes]
+    notes = [*asked.notes, *(note for one, _ in passes for note in one.notes)]
+    notes += mixed_variants([one for _, one in passes])
     n_all = len({name for one, _ in passes for name in one.scores.ids})
     if len(ids) < n_all:
         notes.append(f"{n_all - len(ids):,} of {n_all:,} queries lack a sketch at some checkpoint and are left out")

@@ -97,7 +97,7 @@ def _drivers(answers: Answers) -> Sheet | None:
 
 
 def _checkpoints(answers: Answers) -> Sheet:
-    mean = answers.losses.group_by("checkpoint", maintain_order=True).agg(pl.col("loss").cast(pl.Float64).mean())
+    mean = answers.losses.group_by("checkpoint", maintain_order=True).agg(pl.col("loss").fill_nan(None).mean())
     frame = answers.course.join(mean, on="checkpoint", how="left", maintain_order="left")
     columns: dict[str, Any] = {
         "checkpoint": word("checkpoint"),
@@ -107,6 +107,7 @@ def _checkpoints(answers: Answers) -> Sheet:
         "mean loss of queries": formatted("loss", number),
     }
     caption = (
-        f"The checkpoints, and the mean loss of the {len(answers.shown):,} queries in the picker, in nats per token."
+        f"The checkpoints, and the mean loss of the {len(answers.shown):,} queries in the picker, as far as stored, "
+        "in nats per token."
     )
     return make_sheet("Table 4", caption, frame, columns, 1)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lark_store.ui.explorer import Explorer
 
 _FLAGS = {"checkpoints": "checkpoint", "sources": "source", "variants": "variant"}
-_GROUPS = ("sample_", "source_", "checkpoint_")  # methods whose commands have two words
+_GROUP = "sample_"  # methods whose commands have two words
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def both_lines(first: Lines, second: Lines) -> Lines:
 
 
 def _command(method: str) -> list[str]:
-    if method.startswith(_GROUPS):
+    if method.startswith(_GROUP):
         return method.split("_", 1)
     return [method.replace("_", "-")]
 

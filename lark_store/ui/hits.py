@@ -62,17 +62,19 @@ def rankings_of(proponents: Hits, opponents: Hits, marked: frozenset[str], scope
     scale = largest_of(proponents, opponents)
     if not METHODS[scope.method].reads_sketches:
         found = cards(proponents, marked, scope, scale)
-        return [Ranking("Most similar texts", "they share the most words with the query", _finding(proponents), found)]
+        return [
+            Ranking("Most similar texts", "they share the most words with the query", finding_of(proponents), found)
+        ]
     sides = (("Proponents", "lowers", proponents), ("Opponents", "raises", opponents))
     return [
-        Ranking(title, f"training on them {does} the query's loss", _finding(hits), cards(hits, marked, scope, scale))
+        Ranking(title, f"training on them {does} the query's loss", finding_of(hits), cards(hits, marked, scope, scale))
         for title, does, hits in sides
     ]
 
 
-def cards(hits: Hits, marked: frozenset[str], scope: Scope, scale: float | None = None) -> list[Card]:
-    """Return hits as cards; `scale` is the length of the longest bar, by default this ranking's own highest score."""
-    largest = scale or largest_of(hits) or 1.0
+def cards(hits: Hits, marked: frozenset[str], scope: Scope, scale: float) -> list[Card]:
+    """Return hits as cards; `scale` is the score of the longest bar."""
+    largest = scale or 1.0
     scores = [_signed(text) for text in numbers([hit.score for hit in hits])]
     return [_card(hit, score, marked, scope, largest) for hit, score in zip(hits, scores, strict=True)]
 
@@ -120,12 +122,12 @@ def _signed(number: str) -> str:
 
 
 def summary(hits: Hits) -> dict[str, Any]:
-    """Return what to say about a ranking: how it was made, its notes, and whether anything is significant."""
+    """Return what to say about a ranking: how it was made, with notes, and how to read its scores."""
     how = [line for line in hits.how.split("\n") if not line.startswith("against ")]
-    return {"finding": _finding(hits), "how": how, "scale": hits.scale}
+    return {"how": how, "scale": hits.scale}
 
 
-def _finding(hits: Hits) -> str:
+def finding_of(hits: Hits) -> str:
     """Say how many hits are significant, and against which reference."""
     n = sum(hit.q_value is not None for hit in hits)
     if not n:

@@ -78,11 +78,16 @@ class Scope:
 
     def sample_url(self, source: str, sample_id: str) -> str:
         """Return the address of a sample's page with this scope."""
-        return self.url(f"/sample/{quote(source)}/{quote(sample_id, safe='')}")
+        return self.url(sample_path(source, sample_id))
 
     def query_url(self, query_id: str) -> str:
         """Return the address of a query's page with this scope."""
         return self.url(f"/query/{quote(query_id, safe='')}")
+
+
+def sample_path(source: str, sample_id: str) -> str:
+    """Return the address of a sample's page, without a scope."""
+    return f"/sample/{quote(source)}/{quote(sample_id, safe='')}"
 
 
 @dataclass(frozen=True)

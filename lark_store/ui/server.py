@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lark_store.errors import InputError
@@ -63,9 +64,8 @@ def serve(
         threading.Thread(target=_warm_up, daemon=True).start()
         started(f"http://{name}:{bound}/" + (f"?token={token}" if token_file is None else ""))
         try:
-            Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            pass
+            with suppress(KeyboardInterrupt):  # Ctrl-C is how the server ends
+                Server(config).run(sockets=[listener])
         finally:
             jobs.close()
 

@@ -6,6 +6,7 @@ import importlib.util
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -67,12 +68,10 @@ def find(browser, selector, text=None):
 
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        try:
+        with suppress(StaleElementReferenceException):  # the page has changed meanwhile
             for element in browser.find_elements(By.CSS_SELECTOR, selector):
                 if text is None or text in element.text:
                     return element
-        except StaleElementReferenceException:
-            pass  # the page has changed meanwhile
         time.sleep(0.05)
     raise AssertionError(f"no {selector} with {text!r} in {browser.find_element(By.TAG_NAME, 'main').text}")
 

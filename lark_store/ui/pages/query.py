@@ -11,7 +11,7 @@ from starlette.routing import Route
 from lark_store.errors import NameUnknownError
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
-from lark_store.ui.hits import EXPLAINED, cards, largest_of, rankings_of, summary
+from lark_store.ui.hits import EXPLAINED, cards, finding_of, largest_of, rankings_of, summary
 from lark_store.ui.parameters import Parameters
 from lark_store.ui.scope import choose
 from lark_store.ui.tables import parts_of, table, words_of
@@ -121,7 +121,7 @@ def at_all_checkpoints(request: Request) -> HTMLResponse:
         rankings=[
             (
                 hits.checkpoint,
-                summary(hits)["finding"],
+                finding_of(hits),
                 cards(hits, marked, replace(scope, checkpoint=hits.checkpoint), scale),
             )
             for hits in rankings

@@ -14,7 +14,7 @@ from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.pages.query import sample_row
 from lark_store.ui.parameters import Parameters
-from lark_store.ui.scope import choose
+from lark_store.ui.scope import choose, sample_path
 from lark_store.ui.tables import parts_of, table, with_text
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lark_store.ui.explorer import Explorer
     from lark_store.ui.scope import Choices
+    from lark_store.ui.tables import Table
 
 _SKETCHES = """
 SELECT sketcher, checkpoint, variant, n_tokens, n_loss_tokens, n_cut, loss, grad_norm * grad_norm AS self_influence
@@ -40,6 +41,7 @@ def show(request: Request) -> HTMLResponse:
     row = sample_row(store, source, sample_id)
     parts, name = parts_of(row), f"{source}/{sample_id}"
     text = "\n".join(piece for part in parts for piece, _ in part.pieces)
+    copies, copies_note = _copies(explorer, text, name)
     choices, influence, note = _influence(explorer, parameters, source, sample_id)
     return page(
         request,
@@ -51,7 +53,8 @@ def show(request: Request) -> HTMLResponse:
         meta=json.loads(row["meta"]) if row["meta"] else {},
         sketches=table(store.sql(_SKETCHES, [source, sample_id])),
         failures=table(store.sql(_FAILURES, [source, sample_id])),
-        copies=_copies(explorer, text, name),
+        copies=copies,
+        copies_note=copies_note,
         choices=choices,
         influence=influence,
         note=note,
@@ -60,24 +63,20 @@ def show(request: Request) -> HTMLResponse:
     )
 
 
-def _copies(explorer: Explorer, text: str, name: str) -> Any:
-    """Return the samples with the most similar texts."""
+def _copies(explorer: Explorer, text: str, name: str) -> tuple[Table | None, str | None]:
+    """Return the samples with the most similar texts, or why there are none."""
     try:
         frame = explorer.store.similar_text(text=text, k=_COPIES)
-    except LarkStoreError:  # no word to search for
-        return None
+    except LarkStoreError as error:
+        return None, error.fact
     others = frame.filter(pl.concat_str(["source", "sample_id"], separator="/") != name, pl.col("score") > 0)
-    return table(others.drop("rank"), {"sample_id": sample_link})
-
-
-def sample_link(row: dict[str, Any]) -> str:
-    """Return the address of a row's sample."""
-    return f"/sample/{quote(row['source'])}/{quote(row['sample_id'], safe='')}"
+    links = {"sample_id": lambda row: sample_path(row["source"], row["sample_id"])}
+    return table(others.drop("rank"), links), None
 
 
 def _influence(
     explorer: Explorer, parameters: Parameters, source: str, sample_id: str
-) -> tuple[Choices | None, Any, str | None]:
+) -> tuple[Choices | None, Table | None, str | None]:
     """Return the queries by the sample's influence on them, or a note why there are none."""
     condition = f"sample_id = '{sample_id.replace(chr(39), chr(39) * 2)}'"
     choices = None
@@ -109,7 +108,7 @@ def listed(request: Request) -> HTMLResponse:
         source,
         source=source,
         where=where or "",
-        samples=table(rows.select(kept), {"sample_id": lambda row: sample_link(row | {"source": source})}),
+        samples=table(rows.select(kept), {"sample_id": lambda row: sample_path(source, row["sample_id"])}),
         start=start,
         following=following if len(frame) == _SHOWN else None,
         lines=lines(explorer, "sample_list", source, **options),

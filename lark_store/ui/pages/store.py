@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
+from lark_store.ui.scope import sample_path
 from lark_store.ui.tables import table
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def show(request: Request) -> HTMLResponse:
 
 
 def _sample(row: dict[str, Any]) -> str:
-    return f"/sample/{quote(row['source'])}/{quote(row['first'], safe='')}"
+    return sample_path(row["source"], row["first"])
 
 
 def _grids(coverage: pl.DataFrame) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from markupsafe import Markup
 from starlette.responses import RedirectResponse, Response
@@ -12,7 +11,7 @@ from starlette.routing import Route
 from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.parameters import Parameters, form_of
-from lark_store.ui.scope import choose
+from lark_store.ui.scope import choose, sample_path
 from lark_store.ui.tables import table
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def answer(request: Request) -> HTMLResponse:
         "Which tokens?",
         query=query,
         sample=sample,
-        sample_href=f"/sample/{quote(source)}/{quote(sample_id, safe='')}",
+        sample_href=sample_path(source, sample_id),
         by=by,
         meanings=_MEANINGS,
         sides=[(title, Markup(found.html(side, by))) for title, side in (("Query", "query"), ("Sample", "sample"))],  # noqa: S704  # it escapes its tokens

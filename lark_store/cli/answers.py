@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import typer
@@ -12,12 +11,9 @@ from lark_store.cli.formats import Format
 from lark_store.cli.options import (
     AttentionOption,
     CheckpointsOption,
-    KOption,
-    OverOption,
-    QueryVariantOption,
+    NewQueryOptions,
+    OneCheckpointOption,
     ReadOptions,
-    SketcherOption,
-    SourcesOption,
     StoreOptions,
 )
 from lark_store.cli.output import ProgressBar, emit_noted, say, say_coverage
@@ -28,13 +24,18 @@ from lark_store.display.table import About
 from lark_store.query.methods import METHODS, of_label
 from lark_store.specs import (
     Compute,
+    CoverageOptions,
     GroupsOptions,
     GroupsSpec,
     MethodOptions,
+    MetricsOptions,
+    MetricsSpec,
     RankSpec,
     ScoreOptions,
     ScoresOptions,
     SearchSpec,
+    SelfInfluenceOptions,
+    SimilarTextOptions,
     TopOptions,
     TraceOptions,
     TraceSpec,
@@ -46,16 +47,13 @@ if TYPE_CHECKING:
     from lark_store.results import NewText
     from lark_store.store import Store
 
-_FILE = (
-    "New queries from a file: its text, or each row of a .jsonl, .parquet or .csv. `-` reads stdin: JSON lines, or one "
-    "text per line."
-)
 _SELF_INFLUENCE = "score: squared norm of the sample's gradient; high: hard, rare or mislabelled"
 
 
 @takes(SearchSpec, RankSpec, Compute)
 def top(
     common: ReadOptions,
+    given: NewQueryOptions,
     checkpoint: Annotated[
         list[str],
         typer.Option(
@@ -69,10 +67,6 @@ def top(
         list[str] | None,
         typer.Argument(help="Ids of queries, or SOURCE/ID for samples of any source; omit them for a new text."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="A new query's prompt, with `--response`.")] = None,
-    response: Annotated[str | None, typer.Option(help="A new query's response.")] = None,
-    text: Annotated[str | None, typer.Option(help="A new query without a prompt: one text.")] = None,
-    file: Annotated[Path | None, typer.Option(help=_FILE)] = None,
     attention: AttentionOption = "auto",
     **options: Unpack[TopOptions],
 ) -> None:
@@ -92,7 +86,7 @@ def top(
 
     is_sum = Method.of(options.get("method"), options.get("over_checkpoints")).over is not None
     ids = query[0] if query and len(query) == 1 else query or None
-    asked: dict[str, Any] = {"query": ids, "new": _new_texts((prompt, response, text, file), attention), **options}
+    asked: dict[str, Any] = {"query": ids, "new": _new_texts(given, attention), **options}
     asked |= {"checkpoint": checkpoint} if len(checkpoint) == 1 or is_sum else {"checkpoints": checkpoint}
     with common.open() as opened:
         hits = opened.top(**asked)
@@ -134,18 +128,13 @@ def trace(
     say(result.hits.how)
 
 
-def _new_texts(
-    parts: tuple[str | None, str | None, str | None, Path | None], attention: str
-) -> NewText | list[NewText] | None:
-    """Return the new query with a prompt, response, text or file, or those of a file alone; None without any."""
-    from lark_store.results import NewText
-
-    *given, file = parts
-    if file is None or given != [None] * 3:  # a contradiction is the method's error
-        return None if parts == (None,) * 4 else NewText(*parts, attention=attention)
+def _new_texts(given: NewQueryOptions, attention: str) -> NewText | list[NewText] | None:
+    """Return the new query, or those of a file; None without any."""
+    if given.file is None or not given.is_file_alone:
+        return given.new_text(attention)
     from lark_store.ingest.new_texts import new_texts
 
-    texts = [replace(text, attention=attention) for text in new_texts(file)]
+    texts = [replace(text, attention=attention) for text in new_texts(given.file)]
     return texts[0] if len(texts) == 1 else texts
 
 
@@ -236,28 +225,21 @@ def trajectory(
     common.emit(_shown(frame, common), _about(frame))
 
 
-@takes()
+@takes(RankSpec, SearchSpec)
 def similar_text(
     common: ReadOptions,
     query: Annotated[str | None, typer.Argument(help="The id of a query.")] = None,
     text: Annotated[str | None, typer.Option(help="Search for this text instead.")] = None,
-    k: KOption = 10,
-    source: SourcesOption = None,
+    **options: Unpack[SimilarTextOptions],
 ) -> None:
     """Print the samples with the texts most similar to a query's, by BM25."""
     with common.open() as opened:
-        frame = opened.similar_text(query, text=text, k=k, sources=source or ())
+        frame = opened.similar_text(query, text=text, **options)
     common.emit(frame, About(legend=[f"score: {METHODS['bm25'].scale}"]))
 
 
-@takes()
-def self_influence(
-    common: ReadOptions,
-    checkpoint: CheckpointsOption,
-    source: SourcesOption = None,
-    k: KOption = 10,
-    sketcher: SketcherOption = None,
-) -> None:
+@takes(RankSpec, SearchSpec)
+def self_influence(common: ReadOptions, checkpoint: CheckpointsOption, **options: Unpack[SelfInfluenceOptions]) -> None:
     """Print the samples with the largest gradients: hard, rare or mislabelled ones.
 
     Self-influence is the squared norm of a sample's gradient. Several checkpoints are weighted by learning rate.
@@ -265,7 +247,7 @@ def self_influence(
     Example: `lark-store self-influence --checkpoint epoch-2 --source finetune`
     """
     with common.open() as opened:
-        frame = opened.self_influence(checkpoints=checkpoint, sources=source or (), k=k, sketcher=sketcher)
+        frame = opened.self_influence(checkpoints=checkpoint, **options)
     common.emit(frame, About(legend=[_SELF_INFLUENCE]))
 
 
@@ -283,7 +265,12 @@ def index_build(
     common.emit(frame)
 
 
-@takes()
+@takes(
+    SearchSpec,
+    MetricsSpec,
+    method="The scores' method: `cosine` (default), `dot` (default with `--query-checkpoint`), `tracin`, …",
+    query_checkpoint="The scores of queries at this checkpoint, samples at others (default: at the same).",
+)
 def metrics(
     common: ReadOptions,
     checkpoint: Annotated[
@@ -295,30 +282,7 @@ def metrics(
             help="Only this checkpoint (default: all). For a sum: its checkpoints, or the last of them.",
         ),
     ] = None,
-    view: Annotated[
-        str,
-        typer.Option(
-            help="`all`, `influence` (the paper's Table I), `dominance` (Table II) or `comparisons` (two sources, or a "
-            "checkpoint and the one before it, with q-values)."
-        ),
-    ] = "all",
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            "-m",
-            help="The scores' method: `cosine` (default), `dot` (default with `--query-checkpoint`), `tracin`, …",
-        ),
-    ] = None,
-    over_checkpoints: OverOption = None,
-    sketcher: SketcherOption = None,
-    query_variant: QueryVariantOption = None,
-    query_checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The scores of queries at this checkpoint, samples at others (default: at the same)."
-        ),
-    ] = None,
+    **options: Unpack[MetricsOptions],
 ) -> None:
     """Print mean max influence, FT/PT ratio, FT wins, PT dominance and format effect, with 95% intervals and p-values.
 
@@ -330,44 +294,28 @@ def metrics(
     sketcher seed; more queries do not reduce it. Run `attribute` first.
     """
     with common.open() as opened:
-        frame = opened.metrics(
-            checkpoint=checkpoint or None,
-            view=view,
-            method=method,
-            over_checkpoints=over_checkpoints,
-            sketcher=sketcher,
-            query_variant=query_variant,
-            query_checkpoint=query_checkpoint,
-        )
+        frame = opened.metrics(checkpoint=checkpoint or None, **options)
         name = of_label(frame["scored_by"][0]).name
-        coverage = _coverage(opened, frame, sketcher, method=name, query_checkpoint=query_checkpoint)
+        at = options.get("query_checkpoint")
+        coverage = _coverage(opened, frame, options.get("sketcher"), method=name, query_checkpoint=at)
     common.emit(_shown(frame, common), _about(frame), by="metric" if "metric" in frame.columns else None)
     say_coverage(coverage, frame)
 
 
-@takes()
+@takes(
+    SearchSpec,
+    sketcher="Only this sketcher (default: all).",
+    method="Coverage of the scores by this method (default: of the sketches).",
+    query_checkpoint="With `--method`: of queries at this checkpoint (default: the samples').",
+)
 def coverage(
     common: ReadOptions,
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", metavar="NAME", help="Only this checkpoint (default: all).")
-    ] = None,
-    sketcher: Annotated[
-        str | None, typer.Option("--sketcher", metavar="NAME", help="Only this sketcher (default: all).")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", "-m", help="Coverage of the scores by this method (default: of the sketches)."),
-    ] = None,
-    query_checkpoint: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With `--method`: of queries at this checkpoint (default: the samples')."),
-    ] = None,
+    checkpoint: OneCheckpointOption = None,
+    **options: Unpack[CoverageOptions],
 ) -> None:
     """Print the share of each source that is sketched or scored; answers cover only that part."""
     with common.open() as opened:
-        frame = opened.coverage(
-            checkpoint=checkpoint, sketcher=sketcher, method=method, query_checkpoint=query_checkpoint
-        )
+        frame = opened.coverage(checkpoint=checkpoint, **options)
     common.emit(frame.drop("note"))
     for note in frame["note"].drop_nulls():
         say(f"note: {note}")

@@ -7,18 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 import typer
 
 from lark_store.cli.options import (
-    AttentionOption,
     CheckpointsOption,
-    DeviceOption,
     EveryCheckpointOption,
     EverySourceOption,
+    OneCheckpointOption,
     StoreOptions,
     UsualVariantsOption,
 )
 from lark_store.cli.output import ProgressBar, emit_frames, emit_noted, is_first_rank, say
 from lark_store.cli.spec_options import takes
 from lark_store.display.values import duration, size
-from lark_store.specs import AttributeOptions, AttributeSpec, Compute, IngestOptions, IngestSpec
+from lark_store.specs import (
+    AttributeOptions,
+    AttributeSpec,
+    Compute,
+    IngestOptions,
+    IngestSpec,
+    VerifyOptions,
+    VerifySpec,
+)
 
 if TYPE_CHECKING:
     from lark_store.results import IngestReport, PlanReport
@@ -115,34 +122,14 @@ def _print_plan(report: PlanReport, common: StoreOptions) -> None:
         say(f"note: {note}")
 
 
-@takes()
-def verify(
-    common: StoreOptions,
-    sketches: Annotated[int, typer.Option(help="Number of stored sketches to recompute, drawn at random.")] = 20,
-    sketcher: Annotated[str | None, typer.Option(metavar="NAME", help="Only this sketcher (default: all).")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", metavar="NAME", help="Only this checkpoint (default: all).")
-    ] = None,
-    device: DeviceOption = "auto",
-    precision: Annotated[
-        str, typer.Option(help="Precision of the model (`auto`: as for the stored sketches).")
-    ] = "auto",
-    attention: AttentionOption = "auto",
-) -> None:
+@takes(VerifySpec, Compute, precision="Precision of the model (`auto`: as for the stored sketches).")
+def verify(common: StoreOptions, checkpoint: OneCheckpointOption = None, **options: Unpack[VerifyOptions]) -> None:
     """Recompute stored sketches, one sample at a time, and compare them; exit status 1 if any differs.
 
     Sketches agree if their cosine is at least 0.9999 (model in float32) or 0.999 (half precision).
     """
     with common.open() as opened, ProgressBar() as bar:
-        report = opened.verify(
-            sketches=sketches,
-            sketcher=sketcher,
-            checkpoint=checkpoint,
-            device=device,
-            precision=precision,
-            attention=attention,
-            on_progress=bar,
-        )
+        report = opened.verify(checkpoint=checkpoint, on_progress=bar, **options)
     common.emit(report)
     n_different = len(report) - sum(report["ok"])
     lowest = min(report["cosine"].drop_nulls(), default=0.0)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
 from lark_store.cli.formats import Format
-from lark_store.cli.options import ReadOptions
+from lark_store.cli.options import NewQueryOptions, ReadOptions
 from lark_store.cli.output import say
 from lark_store.cli.spec_options import takes
 from lark_store.errors import InputError
 from lark_store.specs import Compute, ExplainOptions, ExplainSpec, SearchSpec
 
 if TYPE_CHECKING:
-    from lark_store.results import Explanation, NewText
-
-
-FileOption = Annotated[
-    Path | None, typer.Option(help="A new query from a file: its text, or the first row of a .jsonl, .parquet or .csv.")
-]
+    from lark_store.results import Explanation
 
 
 class By(StrEnum):
@@ -32,25 +25,12 @@ class By(StrEnum):
     target = "target"
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewQueryOptions:
-    """A query outside the store."""
-
-    prompt: Annotated[str | None, typer.Option(help="A new query's prompt, with `--response`.")] = None
-    response: Annotated[str | None, typer.Option(help="A new query's response.")] = None
-    text: Annotated[str | None, typer.Option(help="A new query without a prompt: one text.")] = None
-    file: FileOption = None
-
-    @property
-    def new_text(self) -> NewText | None:
-        """The query; None if there is none."""
-        from lark_store.results import NewText
-
-        parts = (self.prompt, self.response, self.text, self.file)
-        return None if parts == (None,) * 4 else NewText(*parts)
-
-
-@takes(ExplainSpec, SearchSpec, Compute)
+@takes(
+    ExplainSpec,
+    SearchSpec,
+    Compute,
+    file="A new query from a file: its text, or the first row of a .jsonl, .parquet or .csv.",
+)
 def explain(
     common: ReadOptions,
     given: NewQueryOptions,
@@ -82,7 +62,7 @@ def explain(
     """
     if k < 1:
         raise InputError(f"`-k` must be at least 1, not {k}", "give the number of tokens to print")
-    new = given.new_text
+    new = given.new_text()
     if len(names) != (1 if new else 2):
         expected = "the sample alone" if new else "a query and a sample"
         raise InputError(f"`explain` takes {expected}, not {len(names)} names", "see `lark-store explain --help`")

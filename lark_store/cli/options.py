@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lark_store.cli.formats import Format
 from lark_store.cli.spec_options import declared
-from lark_store.specs import Compute, RankSpec, SearchSpec
+from lark_store.specs import Compute
 
 if TYPE_CHECKING:
     import polars as pl
 
     from lark_store.display.table import About
+    from lark_store.results import NewText
     from lark_store.store import Store
 
 
@@ -45,6 +47,9 @@ CheckpointOption = Annotated[str, typer.Option("--checkpoint", "-c", metavar="NA
 CheckpointsOption = Annotated[
     list[str], typer.Option("--checkpoint", "-c", metavar="NAME", help="A checkpoint; repeatable.")
 ]
+OneCheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", "-c", metavar="NAME", help="Only this checkpoint (default: all).")
+]
 # An ingest: without a name, all of them.
 EveryCheckpointOption = Annotated[
     list[str] | None,
@@ -62,11 +67,13 @@ UsualVariantsOption = Annotated[
         help="A format variant; repeatable (default: those a source has sketches in, else `chatml`).",
     ),
 ]
-SourcesOption = Annotated[list[str] | None, declared(SearchSpec, "sources")]
-SketcherOption = Annotated[str | None, declared(SearchSpec, "sketcher")]
-OverOption = Annotated[str | None, declared(SearchSpec, "over_checkpoints")]
-QueryVariantOption = Annotated[str | None, declared(SearchSpec, "query_variant")]
-KOption = Annotated[int, declared(RankSpec, "k")]
+NewFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="New queries from a file: its text, or each row of a .jsonl, .parquet or .csv. `-` reads stdin: JSON "
+        "lines, or one text per line."
+    ),
+]
 DeviceOption = Annotated[str, declared(Compute, "device")]
 AttentionOption = Annotated[str, declared(Compute, "attention")]
 
@@ -100,6 +107,28 @@ class ReadOptions(StoreOptions):
     def open(self) -> Store:
         """Open the store, or the snapshot."""
         return open_store(self.store, self.snapshot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewQueryOptions:
+    """A query outside the store."""
+
+    prompt: Annotated[str | None, typer.Option(help="A new query's prompt, with `--response`.")] = None
+    response: Annotated[str | None, typer.Option(help="A new query's response.")] = None
+    text: Annotated[str | None, typer.Option(help="A new query without a prompt: one text.")] = None
+    file: NewFileOption = None
+
+    @property
+    def is_file_alone(self) -> bool:
+        """Whether there is a file and nothing else."""
+        return self.file is not None and (self.prompt, self.response, self.text) == (None,) * 3
+
+    def new_text(self, attention: str = "auto") -> NewText | None:
+        """Return the query; None if no option is given. A contradiction among them is the method's error."""
+        from lark_store.results import NewText
+
+        parts = (self.prompt, self.response, self.text, self.file)
+        return None if parts == (None,) * 4 else NewText(*parts, attention=attention)
 
 
 def open_store(path: str | None, snapshot: str | None = None) -> Store:

@@ -46,7 +46,7 @@ def takes(*specs: type, **helps: str) -> Callable[[Callable[..., None]], Callabl
             p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name not in groups and p.kind is not p.VAR_KEYWORD
         ]
         parameters += [_parameter(field, helps.get(field.name)) for field in declared.values()]
-        parameters += [p for group in groups.values() for p in _members(group)]
+        parameters += [p for group in reversed(groups.values()) for p in _members(group, helps)]
 
         @wraps(command)
         def run(**values: Any) -> None:
@@ -90,9 +90,12 @@ def _parameter(field: Field[Any], text: str | None) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _members(group: Any) -> list[inspect.Parameter]:
+def _members(group: Any, helps: dict[str, str]) -> list[inspect.Parameter]:
     """Return the fields of a group of options as parameters for typer."""
     hints = get_type_hints(group, include_extras=True)
+    for name in helps.keys() & hints.keys():
+        kind, option = get_args(hints[name])
+        hints[name] = Annotated[kind, typer.Option(*option.param_decls or (), help=helps[name], metavar=option.metavar)]
     return [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]

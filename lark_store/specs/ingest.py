@@ -42,6 +42,14 @@ class IngestSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifySpec:
+    """Stored sketches to recompute; see `Store.verify`."""
+
+    sketches: int = option(20, help="Number of stored sketches to recompute, drawn at random.")
+    sketcher: str | None = option(None, metavar="NAME", help="Only this sketcher (default: all).")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitSpec:
     """The fit of a correction's factors at a checkpoint; see `Store.correction_fit`."""
 
@@ -82,6 +90,16 @@ class FitOptions(TypedDict, total=False):
     samples: int
     seed: int
     from_optimizer: str | Path | None
+    device: str
+    precision: str
+    attention: str
+
+
+class VerifyOptions(TypedDict, total=False):
+    """The keywords of `Store.verify`."""
+
+    sketches: int
+    sketcher: str | None
     device: str
     precision: str
     attention: str

@@ -113,6 +113,46 @@ class AttributeSpec(SearchSpec):
             raise InputError(f"`--hits` must be at least 1, not {self.hits}", "leave it out for the default of 100")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MetricsSpec:
+    """Figures of stored scores; see `Store.metrics`."""
+
+    view: str = option(
+        "all",
+        help="`all`, `influence` (the paper's Table I), `dominance` (Table II) or `comparisons` (two sources, or a "
+        "checkpoint and the one before it, with q-values).",
+    )
+
+
+class CoverageOptions(TypedDict, total=False):
+    """The keywords of `Store.coverage`."""
+
+    sketcher: str | None
+    method: str | None
+    query_checkpoint: str | None
+
+
+class MetricsOptions(CoverageOptions, total=False):
+    """The keywords of `Store.metrics`."""
+
+    view: str
+    over_checkpoints: str | None
+    query_variant: str | None
+
+
+class SimilarTextOptions(TypedDict, total=False):
+    """The keywords of `Store.similar_text`."""
+
+    k: int
+    sources: Sequence[str]
+
+
+class SelfInfluenceOptions(SimilarTextOptions, total=False):
+    """The keywords of `Store.self_influence`."""
+
+    sketcher: str | None
+
+
 class MethodOptions(TypedDict, total=False):
     """The queries and the method of a search, as keywords."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from lark_store.specs import Compute, ExplainSpec, GroupsSpec, RankSpec, SearchSpec, TraceSpec, build
+from lark_store.specs import Compute, ExplainSpec, GroupsSpec, MetricsSpec, RankSpec, SearchSpec, TraceSpec, build
 from lark_store.store.base import Part, keywords, named
 
 if TYPE_CHECKING:
@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
     from lark_store.results import Explanation, Hits, NewText, OnProgress, ScoreMatrix, Trace
     from lark_store.specs import (
+        CoverageOptions,
         ExplainerOptions,
         ExplainOptions,
         GroupsOptions,
         MethodOptions,
+        MetricsOptions,
         ScoreOptions,
         ScoresOptions,
+        SelfInfluenceOptions,
+        SimilarTextOptions,
         TopOptions,
         TraceOptions,
     )
@@ -266,8 +270,9 @@ class AnswerMethods(Part):
         spec = build(SearchSpec, options, checkpoints=(), sources=sources, variants=variants)
         return trajectory(self._db, query, sample_id, spec)
 
+    @keywords(RankSpec, SearchSpec)
     def similar_text(
-        self, query: str | None = None, *, text: str | None = None, k: int = 10, sources: Sequence[str] = ()
+        self, query: str | None = None, *, text: str | None = None, **options: Unpack[SimilarTextOptions]
     ) -> pl.DataFrame:
         """Return the `k` samples whose texts are most similar to a query's, or to any `text`, by BM25.
 
@@ -279,15 +284,12 @@ class AnswerMethods(Part):
         """
         from lark_store.query.answers.similar_text import similar_text
 
-        return similar_text(self._db, query, text=text, k=k, sources=sources)
+        spec = build(SearchSpec, options, checkpoints=())
+        return similar_text(self._db, query, text=text, k=build(RankSpec, options).k, sources=spec.sources)
 
+    @keywords(RankSpec, SearchSpec)
     def self_influence(
-        self,
-        *,
-        checkpoints: Sequence[str] = (),
-        sources: Sequence[str] = (),
-        k: int = 10,
-        sketcher: str | None = None,
+        self, *, checkpoints: Sequence[str] = (), **options: Unpack[SelfInfluenceOptions]
     ) -> pl.DataFrame:
         """Return the `k` samples with the highest self-influence, the squared norm of their gradient, with their text.
 
@@ -300,7 +302,9 @@ class AnswerMethods(Part):
         """
         from lark_store.query.answers.self_influence import self_influence
 
-        return self_influence(self._db, list(checkpoints), list(sources), k, self._sketcher(sketcher, checkpoints))
+        spec = build(SearchSpec, options, checkpoints=checkpoints)
+        sketcher = self._sketcher(spec.sketcher, checkpoints)
+        return self_influence(self._db, list(checkpoints), list(spec.sources), build(RankSpec, options).k, sketcher)
 
     def index_build(self, sketcher: str | None = None, *, on_progress: OnProgress | None = None) -> pl.DataFrame:
         """Build and measure a sketcher's approximate index; returns a row per table of sketches.
@@ -320,16 +324,9 @@ class AnswerMethods(Part):
         with working(db.location, f"index-{sketcher}", f"indexing the sketches of `{sketcher}`"):
             return report(build(db, sketcher, on_progress))
 
+    @keywords(SearchSpec, MetricsSpec)
     def metrics(
-        self,
-        *,
-        checkpoint: str | Sequence[str] | None = None,
-        view: str = "all",
-        method: str | None = None,
-        over_checkpoints: str | None = None,
-        sketcher: str | None = None,
-        query_variant: str | None = None,
-        query_checkpoint: str | None = None,
+        self, *, checkpoint: str | Sequence[str] | None = None, **options: Unpack[MetricsOptions]
     ) -> pl.DataFrame:
         """Return metrics of the scores from `attribute`, with 95% bootstrap intervals and paired tests over queries.
 
@@ -359,17 +356,13 @@ class AnswerMethods(Part):
         from lark_store.query.select.score_filter import ScoreFilter
 
         checkpoints = [] if checkpoint is None else named(checkpoint)
-        resolved = method_across(method, over_checkpoints, checkpoints, query_checkpoint)
-        return measure(self._db, ScoreFilter(checkpoints, resolved, query_checkpoint, query_variant), view, sketcher)
+        spec = build(SearchSpec, options, checkpoints=checkpoints)
+        method = method_across(spec.method, spec.over_checkpoints, checkpoints, spec.query_checkpoint)
+        scores = ScoreFilter(checkpoints, method, spec.query_checkpoint, spec.query_variant)
+        return measure(self._db, scores, build(MetricsSpec, options).view, spec.sketcher)
 
-    def coverage(
-        self,
-        *,
-        checkpoint: str | None = None,
-        sketcher: str | None = None,
-        method: str | None = None,
-        query_checkpoint: str | None = None,
-    ) -> pl.DataFrame:
+    @keywords(SearchSpec)
+    def coverage(self, *, checkpoint: str | None = None, **options: Unpack[CoverageOptions]) -> pl.DataFrame:
         """Return the share of each source that is sketched or, with `method`, scored by it.
 
         The scores are those of queries at the samples' own checkpoint, or at `query_checkpoint`.
@@ -386,7 +379,8 @@ class AnswerMethods(Part):
         """
         from lark_store.query.select.coverage import coverage
 
-        return coverage(self._db, checkpoint, sketcher, method, query_checkpoint)
+        spec = build(SearchSpec, options, checkpoints=())
+        return coverage(self._db, checkpoint, spec.sketcher, spec.method, spec.query_checkpoint)
 
     def sql(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lark_store.schema.locks import scoring
-from lark_store.specs import AttributeSpec, Compute, FitSpec, IngestSpec, build
+from lark_store.specs import AttributeSpec, Compute, FitSpec, IngestSpec, VerifySpec, build
 from lark_store.store.base import Part, keywords, named
 from lark_store.store.candidates import chooser
 from lark_store.store.distance_notes import distance_note
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from lark_store.results import CorrectionInfo, IngestReport, OnProgress, PlanReport
-    from lark_store.specs import AttributeOptions, FitOptions, IngestOptions
+    from lark_store.specs import AttributeOptions, FitOptions, IngestOptions, VerifyOptions
 
 
 class ComputeMethods(Part):
@@ -117,16 +117,9 @@ class ComputeMethods(Part):
         spec = _ingest_spec(checkpoints, sources, variants, options)
         return plan(self._db, spec, chooser(self._db, spec, keep=False, on_progress=on_progress), on_progress)
 
+    @keywords(VerifySpec, Compute)
     def verify(
-        self,
-        *,
-        sketches: int = 20,
-        sketcher: str | None = None,
-        checkpoint: str | None = None,
-        device: str = "auto",
-        precision: str = "auto",
-        attention: str = "auto",
-        on_progress: OnProgress | None = None,
+        self, *, checkpoint: str | None = None, on_progress: OnProgress | None = None, **options: Unpack[VerifyOptions]
     ) -> pl.DataFrame:
         """Recompute stored sketches, each sample alone, and compare.
 
@@ -141,8 +134,8 @@ class ComputeMethods(Part):
         """
         from lark_store.ingest.verify import verify
 
-        compute = Compute(device=device, precision=precision, attention=attention)
-        return verify(self._db, sketches, sketcher, checkpoint, compute, on_progress)
+        spec = build(VerifySpec, options)
+        return verify(self._db, spec.sketches, spec.sketcher, checkpoint, build(Compute, options), on_progress)
 
     @keywords(AttributeSpec, Compute)
     def attribute(

@@ -20,7 +20,7 @@ import pytest
 from alembic.script import ScriptDirectory
 from golden.make import CHECKPOINTS, HERE, SKETCHER, answers, save_model, tops
 from helpers.migrations import FAILING_MIGRATION, assert_not_a_store, execute_sql
-from helpers.program import PROGRAM
+from helpers.program import PROGRAM, lark
 from helpers.texts import write_jsonl
 from helpers.users import run_as_nobody
 
@@ -96,10 +96,7 @@ def test_older_store_is_neither_opened_nor_changed(old):
     with pytest.raises(OlderSchemaError, match=f"has schema {schema}; this lark-store needs {NEWEST}"):
         Store.open(old)
     for line, output in (("show", "`lark-store db upgrade`"), ("db status", f"store {schema}, lark-store {NEWEST}")):
-        completed = subprocess.run(
-            [PROGRAM, *line.split(), "--store", old], capture_output=True, text=True, check=False
-        )
-        assert output in completed.stderr
+        assert output in lark(line, store=old).err
     assert bytes_of(old) == before
 
 

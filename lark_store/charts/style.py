@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
@@ -10,7 +11,7 @@ import polars as pl
 from lark_store.charts.readable import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 # Okabe and Ito's palette, safe for colour-blind readers. Fine-tuning has the first colour, pretraining the others.
 TUNING, OTHERS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00")
@@ -31,6 +32,8 @@ Figure = alt.Chart | alt.LayerChart | alt.FacetChart | alt.ConcatChart | alt.HCo
 INK, QUIET, LINES = "#1f2328", "#57606a", "#d9dee3"
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 WIDTH, HEIGHT = 640, 300
+_COLUMNS, _LABEL = 4, 260  # of a legend; pixels
+_LETTER, _SYMBOL = 7, 40  # pixels of a label's letter on average, and of its symbol with its distance
 DIGITS = 6  # significant digits in a chart's data
 
 
@@ -72,8 +75,15 @@ def titled(text: str, *subtitle: str) -> alt.TitleParams:
     return alt.TitleParams(text=text, subtitle=list(subtitle)) if subtitle else alt.TitleParams(text=text)
 
 
-def styled(chart: Figure) -> Figure:
-    """Return a chart in the common style: fonts, lines and spacing."""
+def legend_of(names: Sequence[str]) -> dict[str, int]:
+    """Return the settings of a legend at the top: as many columns as these names leave room for."""
+    longest = max(map(len, names), default=0)
+    columns = max(1, min(_COLUMNS, WIDTH // (_LETTER * longest + _SYMBOL)))
+    return {"columns": columns, "labelLimit": max(_LABEL, WIDTH // columns - _SYMBOL)}
+
+
+def styled(chart: Figure, legend: Mapping[str, int] = MappingProxyType({})) -> Figure:
+    """Return a chart in the common style: fonts, lines and spacing; `legend` has own settings of its legend."""
     config: dict[str, Any] = {
         "font": FONT,
         "background": "white",
@@ -89,9 +99,9 @@ def styled(chart: Figure) -> Figure:
             "labelLimit": 240,
         },
         "legend": {
-            "orient": "top", "labelFontSize": 12.5, "labelColor": INK, "labelLimit": 260, "titleFontSize": 12.5,
-            "titleFontWeight": "normal", "titleColor": QUIET, "columnPadding": 18, "columns": 4, "symbolSize": 80,
-            "symbolOpacity": 1, "offset": 10,
+            "orient": "top", "labelFontSize": 12.5, "labelColor": INK, "labelLimit": _LABEL, "titleFontSize": 12.5,
+            "titleFontWeight": "normal", "titleColor": QUIET, "columnPadding": 18, "columns": _COLUMNS,
+            "symbolSize": 80, "symbolOpacity": 1, "offset": 10, **legend,
         },
         "text": {"color": INK},
     }  # fmt: skip

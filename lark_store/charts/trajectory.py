@@ -9,7 +9,7 @@ import polars as pl
 
 from lark_store.charts.marks import lines_with_bands
 from lark_store.charts.readable import readable
-from lark_store.charts.style import HEIGHT, WIDTH, colours_of, styled, tips, titled
+from lark_store.charts.style import HEIGHT, WIDTH, colours_of, legend_of, styled, tips, titled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ def influence_trajectory(frame: pl.DataFrame, colours: Mapping[str, str], title:
         size = {"width": WIDTH, "height": HEIGHT} if len(queries) == 1 else {"width": _PANEL, "height": _PANEL * 2 // 3}
         panels.append(layers.properties(**size, title=alt.TitleParams(text=f"query {query}", fontSize=12.5, offset=4)))
     chart = panels[0] if len(panels) == 1 else alt.concat(*panels, columns=2).resolve_scale(color="shared")
-    return styled(chart.properties(title=titled(title, *subtitle)))
+    return styled(chart.properties(title=titled(title, *subtitle)), legend=legend_of(names))
 
 
 def loss_trajectory(frame: pl.DataFrame, *subtitle: str) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lark_store.core.device import pick_device
 from lark_store.core.paths import is_file
@@ -23,7 +23,7 @@ from lark_store.schema.catalog import Checkpoint, FormatVariant
 from lark_store.schema.database import find, find_sketcher
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from lark_store.gradients.paths.hooks import Sketch, SketchPath
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lark_store.schema.database import Database
     from lark_store.specs import Compute
 
+V = TypeVar("V")
 _NEW = "new"
 
 
@@ -93,11 +94,11 @@ class NewQuerySketcher:
     def __init__(self, db: Database, *, sketcher: str | None, checkpoint: str, variant: str, compute: Compute) -> None:
         with db.session() as session:
             self._sketcher, self._checkpoint = find_sketcher(session, sketcher), find(session, Checkpoint, checkpoint)
-            variant_row = find(session, FormatVariant, variant)
-        self._db, self._device = db, pick_device(compute.device)
+            self._variant = find(session, FormatVariant, variant)
+        self._db, self._device, self._compute = db, pick_device(compute.device), compute
         folder = verify(self._checkpoint).model
         self.model = load_model(folder, self._device, compute.precision, compute.attention)
-        self.renderer = Renderer(variant_row, load_tokenizer(folder), context_length(self.model))
+        self.renderer = Renderer(self._variant, load_tokenizer(folder), context_length(self.model))
         self.predict = AnswerPredictor(self.model, self.renderer.tokenizer)
 
     def sketch(self, samples: Sequence[Sample]) -> list[NewQuery]:
@@ -110,12 +111,13 @@ class NewQuerySketcher:
         """
         row = self._sketcher
         placements = placements_of(row, self.model)
-        corrector, _ = corrector_for(self._db, row, self._checkpoint, placements, self._device)
+        corrector, factors = corrector_for(self._db, row, self._checkpoint, placements, self._device)
         sink = GradientSketcher(oporp_of(row), placements, self._device, corrector)
         path = hook_path(self.model, sketched_parameters(row, self.model), sink, masked=is_masked(row))
         comparable = fingerprint(row, placements)
         try:
-            sketched = [_sketched(path, self.renderer, sample, self.predict) for sample in samples]
+            given = (list(samples), comparable, factors)
+            sketched = self.once("sketches", given, lambda: [self._sketched(path, sample) for sample in samples])
         finally:
             path.close()
         pairs = zip(sketched, samples, strict=True)
@@ -123,18 +125,22 @@ class NewQuerySketcher:
             NewQuery(sketch, comparable, sample.whole, _notes(tokens), tokens) for (sketch, tokens), sample in pairs
         ]
 
+    def once(self, name: str, given: object, make: Callable[[], V]) -> V:
+        """Return what was made last, if it was from the same; else make it. A ranking's other side asks again."""
+        rows = [(row.id, row.created_at) for row in (self._sketcher, self._checkpoint, self._variant)]
+        return self._db.remember(f"new {name}", (rows, self._compute, given), make)
 
-def _sketched(path: SketchPath, renderer: Renderer, sample: Sample, predict: AnswerPredictor) -> tuple[Sketch, Tokens]:
-    try:
-        tokens = renderer.render(sample, predict)
-        (sketch,) = path.sketch([tokens])
-    except UnusableSampleError as error:
-        raise InputError(
-            f"the query can't be sketched: {error}", "see its format with `lark-store variant show`"
-        ) from error
-    if isinstance(sketch, UnusableSampleError):
-        raise InputError(f"the query can't be sketched: {sketch}", "try another checkpoint or text")
-    return sketch, tokens
+    def _sketched(self, path: SketchPath, sample: Sample) -> tuple[Sketch, Tokens]:
+        try:
+            tokens = self.renderer.render(sample, self.predict)
+            (sketch,) = path.sketch([tokens])
+        except UnusableSampleError as error:
+            raise InputError(
+                f"the query can't be sketched: {error}", "see its format with `lark-store variant show`"
+            ) from error
+        if isinstance(sketch, UnusableSampleError):
+            raise InputError(f"the query can't be sketched: {sketch}", "try another checkpoint or text")
+        return sketch, tokens
 
 
 def _notes(tokens: Tokens) -> tuple[str, ...]:

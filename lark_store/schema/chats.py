@@ -40,12 +40,12 @@ def content_text(content: Any) -> str:
 def message_text(message: Message) -> str:
     """Return all text of a message: reasoning, content and tool calls, a line each."""
     calls = message.get("tool_calls")
-    parts = (
-        message.get("reasoning_content"),
-        content_text(message.get("content")),
-        json.dumps(calls, ensure_ascii=False) if calls else None,
-    )
-    return "\n".join(part for part in parts if part)
+    return "\n".join([*turn_texts(message), *([json.dumps(calls, ensure_ascii=False)] if calls else [])])
+
+
+def turn_texts(message: Message) -> list[str]:
+    """Return what a message says: its reasoning and its content, without tool calls."""
+    return [part for part in (message.get("reasoning_content"), content_text(message.get("content"))) if part]
 
 
 def chat_text(messages: str) -> str:

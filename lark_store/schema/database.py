@@ -101,11 +101,18 @@ class Database:
         with self.session() as session:
             return _default_sketcher(session)
 
-    def remember(self, key: str, state: object, make: Callable[[], V]) -> V:
-        """Return the cached value of `key` for this state of the store, or make it. Only one state is cached."""
+    def remember(
+        self, key: str, state: object, make: Callable[[], V], *, keep: Callable[[V], bool] = lambda _: True
+    ) -> V:
+        """Return the cached value of `key` for this state of the store, or make it. Only one state is cached.
+
+        A value that is not to `keep`, as it is large, is not cached.
+        """
         entry = self._memory.get(key)
         if entry is None or entry[0] != state:
-            self._memory[key] = entry = (state, make())
+            entry = (state, make())
+            if keep(entry[1]):
+                self._memory[key] = entry
         value: V = entry[1]
         return value
 

@@ -39,7 +39,9 @@ def trace(db: Database, question: str, checkpoint: str | None, options: Mapping[
     sketcher = NewQuerySketcher(
         db, sketcher=spec.sketcher, checkpoint=sketched_as[0], variant=sketched_as[1], compute=build(Compute, options)
     )
-    answer = answer_question(sketcher.model, sketcher.renderer, question, limit)
+    answer = sketcher.once(
+        "answer", (question, limit), lambda: answer_question(sketcher.model, sketcher.renderer, question, limit)
+    )
     (query,) = sketcher.sketch([sample_of({"prompt": question, "response": answer.text})])
     (hits,) = ranked_new(db, [query], [_NAME], spec, ranking, sketched_as)
     hits = with_distance(db, with_notes(hits, (*notes, *_retokenized(query, answer))))

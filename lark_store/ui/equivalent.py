@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lark_store.ui.explorer import Explorer
 
 _FLAGS = {"checkpoints": "checkpoint", "sources": "source", "variants": "variant"}
+_LARGE = 1 << 16
 _GROUP = "sample_"  # methods whose commands have two words
 
 
@@ -39,7 +40,34 @@ def lines(explorer: Explorer, name: str, /, *arguments: str, **options: Any) -> 
     call = ", ".join([*map(repr, arguments), *(f"{name}={_python(name, value)}" for name, value in given.items())])
     snapshot = f", snapshot={explorer.snapshot!r}" if explorer.snapshot else ""
     opened = f"store = lark_store.Store.open({explorer.store.place!r}{snapshot})"
-    return Lines(shlex.join(words), f"import lark_store\n\n{opened}\nstore.{name}({call})")
+    return Lines(_joined(words), f"import lark_store\n\n{opened}\nstore.{name}({call})")
+
+
+def _joined(words: list[str]) -> str:
+    """Return words as a command for bash or zsh, with control characters escaped; none can pass a NUL."""
+    if any("\0" in word for word in words):
+        return "# no command can name this id: use the lines of Python"
+    return " ".join(shlex.quote(word) if all(map(_is_plain, word)) else f"$'{_escaped(word)}'" for word in words)
+
+
+def _is_plain(letter: str) -> bool:
+    return letter.isprintable() or letter == "\n"
+
+
+def _escaped(word: str) -> str:
+    spelled = (
+        f"\\{letter}"
+        if letter in "\\'"
+        else letter
+        if _is_plain(letter)
+        else f"\\x{ord(letter):02x}"
+        if letter.isascii()
+        else f"\\u{ord(letter):04x}"
+        if ord(letter) < _LARGE
+        else f"\\U{ord(letter):08x}"
+        for letter in word
+    )
+    return "".join(spelled)
 
 
 def both_lines(first: Lines, second: Lines) -> Lines:

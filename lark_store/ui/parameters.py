@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import QueryParams
 
 from lark_store.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from starlette.requests import Request
 
@@ -29,12 +30,22 @@ register_url_convertor("any", _Any())
 class Parameters:
     """The parameters of a request: an empty one counts as absent."""
 
-    def __init__(self, given: Mapping[str, str]) -> None:
+    def __init__(self, given: QueryParams) -> None:
         self._given = given
 
     def text(self, name: str) -> str | None:
         """Return a parameter, None if it is absent or empty."""
         return self._given.get(name) or None
+
+    def several(self, name: str, choices: Collection[str]) -> list[str]:
+        """Return all values of a parameter, which are among the choices.
+
+        Raises
+        ------
+        InputError
+            One is something else.
+        """
+        return [_among(name, value, choices) for value in self._given.getlist(name) if value]
 
     def exact(self, name: str) -> str | None:
         """Return a parameter as it is, None if it is absent."""
@@ -61,10 +72,7 @@ class Parameters:
         InputError
             It is something else.
         """
-        value = self.text(name) or default
-        if value not in choices:
-            raise InputError(f"`{name}` can't be `{value}`", f"it is one of {', '.join(f'`{c}`' for c in choices)}")
-        return value
+        return _among(name, self.text(name) or default, choices)
 
     def whole(self, name: str, default: int, least: int, most: int) -> int:
         """Return a whole number within limits.
@@ -82,6 +90,13 @@ class Parameters:
         return int(value)
 
 
+def _among(name: str, value: str, choices: Collection[str]) -> str:
+    if value not in choices:
+        listed = ", ".join(f"`{choice}`" for choice in choices)
+        raise InputError(f"`{name}` can't be `{value}`", f"it is one of {listed}" if choices else "leave it out")
+    return value
+
+
 async def form_of(request: Request) -> Parameters:
     """Return the parameters of a form.
 
@@ -96,6 +111,6 @@ async def form_of(request: Request) -> Parameters:
         if len(body) > _LARGEST:
             raise InputError("the form is larger than 1 MiB", "use the command below instead")
     try:
-        return Parameters(dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict")))
+        return Parameters(QueryParams(parse_qsl(body.decode(), keep_blank_values=True, errors="strict")))
     except UnicodeDecodeError as error:
         raise InputError("the form is not UTF-8", "send it from this page") from error

@@ -7,19 +7,21 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from lark_store.core.tabular import writable
 from lark_store.core.words import words
 from lark_store.display.values import rounded
-from lark_store.schema.chats import message_text, shown_text
+from lark_store.schema.chats import message_text, shown_text, turn_texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import polars as pl
-
 LONGEST = 220  # characters of a cell; a longer one opens on a click
+_LONG = 40  # characters of a text that gets a column of a least width
 WHOLE = 5_000  # characters of one that is open
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_SEARCHED = ["query_id", "prompt", "response", "completion", "text"]
 _WORD = re.compile(r"\w+|\W+")
 
 
@@ -34,11 +36,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Head:
-    """A column's head; a click sorts by it if it has an address."""
+    """A column's head; a click sorts by it if it has an address. A column with long texts gets a width."""
 
     name: str
     is_number: bool
     href: str | None = None
+    is_long: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,13 @@ def table(
     shown = frame.head(most)
     columns = [rounded(series) for series in shown]
     heads = [
-        Head(column.name.replace("_", " "), column.is_number, (sorts or {}).get(column.name)) for column in columns
+        Head(
+            column.name.replace("_", " "),
+            column.is_number,
+            (sorts or {}).get(column.name),
+            not column.is_number and any(len(cell) > _LONG for cell in column.cells),
+        )
+        for column in columns
     ]
     named = shown.to_dicts() if links else [{}] * len(shown)
     cells = [_cells(column.cells, column.is_number, shown[column.name].to_list()) for column in columns]
@@ -102,6 +111,18 @@ def with_text(frame: pl.DataFrame) -> pl.DataFrame:
     """Return samples with one `text` for people, a chat as its dialogue, instead of the columns of their parts."""
     parts = ["prompt", "response", "completion", "messages"]
     return frame.with_columns(text=shown_text()).drop(parts)
+
+
+def containing(frame: pl.DataFrame, search: str) -> pl.DataFrame:
+    """Return the samples whose id or text contains a text, in any case; of a chat, what is said in its turns."""
+    said = pl.col("messages").map_elements(_said, return_dtype=pl.String)
+    whole = pl.concat_str([*_SEARCHED, said], separator="\n", ignore_nulls=True)
+    return frame.filter(whole.str.to_lowercase().str.contains(search.lower(), literal=True))
+
+
+def _said(messages: str) -> str:
+    found = (part for message in json.loads(messages) for part in turn_texts(message))
+    return "\n".join(found)
 
 
 @dataclass(frozen=True)

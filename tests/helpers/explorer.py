@@ -96,5 +96,11 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
+    @property
+    def rows(self) -> list[str]:
+        """The addresses of links that the keyboard reaches: those of tables, not of points."""
+        links = [attributes for tag, attributes in self.elements if tag == "a" and "tabindex" not in attributes]
+        return [link["href"] for link in links if link.get("href")]
+
     def values(self, tag: str, name: str) -> list[str]:
         return [attributes[name] for found, attributes in self.elements if found == tag and attributes.get(name)]

@@ -91,7 +91,9 @@ class Stream:
 
 
 @pytest.mark.parametrize("n_queries", [1, 3, products._FEW, products._FEW + 1])
-@pytest.mark.parametrize("sizes", [[1], [7, 8, 9], [300, 212], [300, 213, 64, 1], [64] * 17, [512, 512, 3]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[1], [7, 8, 9], [300, 212], [300, 213, 64, 1], [64] * 17, [512, 512, 3], [1300, 9]], ids=str
+)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_products_are_independent_of_batches(sizes, n_queries, dtype):
     check_products(sizes, n_queries, dtype, 24)

@@ -114,3 +114,32 @@ def test_wrong_forms_are_clear(client):
     huge = client.post("/ask", data={"prompt": "a" * (2 << 20)})
     assert (huge.status_code, "larger than 1 MiB" in huge.text) == (400, True)
     assert client.post("/ask", content=b"\xff=%ff").status_code == 400
+
+
+@pytest.mark.parametrize("response", ["yes", None])
+def test_question_is_sketched_and_answered_once(explored_path, monkeypatch, response):
+    from lark_store.ingest.new_query import NewQuerySketcher
+    from lark_store.modeling import answers
+    from lark_store.ui.questions import ask
+
+    done = []
+
+    def counted(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: done.append(name) or real(*args, **options))
+
+    counted(NewQuerySketcher, "_sketched")
+    counted(answers, "answer_question")
+    options = {"checkpoint": "epoch-1", "sketcher": "small", "query_variant": "chatml", "k": 2}
+    with Store.open(explored_path) as store:
+        found = ask(store, prompt="Is organ 3 affected?", response=response, **options)
+        assert done == (["_sketched"] if response else ["answer_question", "_sketched"])
+        if response:
+            new = NewText(prompt="Is organ 3 affected?", response=response)
+            with Store.open(explored_path) as other:
+                alone = other.top(new=new, opponents=True, **options)
+            assert found.opponents.frame.equals(alone.frame)
+            del done[:]
+            ask(store, prompt="Is organ 4 affected?", response=response, **options)
+            ask(store, prompt="Is organ 4 affected?", response=response, **options | {"checkpoint": "base"})
+            assert done == ["_sketched"] * 2

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import polars as pl
+import pytest
 
 from lark_store.ui.equivalent import lines
-from lark_store.ui.tables import Cell, parts_of, pieces, table, visible, with_text
+from lark_store.ui.scope import id_of, segment
+from lark_store.ui.tables import Cell, containing, parts_of, pieces, table, visible, with_text
 
 CHAT = json.dumps(
     [
@@ -79,3 +83,52 @@ def test_lines_spell_odd_values():
     new = lines(explorer, "top", new={"prompt": "Is it?", "response": "-no"}, checkpoint="a")
     assert "--prompt 'Is it?' --response=-no" in new.command
     assert "new=lark_store.NewText(prompt='Is it?', response='-no')" in new.python
+
+
+@pytest.mark.parametrize(
+    "name", ["a\tb", "\x1b[31mred", "it's \x7f", "\u202eback\\slash", "\U000e0001tag", "a\nb", "\x85x"]
+)
+def test_command_with_control_characters_names_the_sample(name):
+    explorer = SimpleNamespace(store=SimpleNamespace(place="lark.store"), snapshot=None)
+    made = lines(explorer, "top", name, checkpoint="a")
+    assert visible(made.command) == made.command
+    printed = subprocess.run(
+        ["/bin/bash", "-c", f"printf '%s\\0' {made.command}"],
+        capture_output=True,
+        check=True,
+        env={"LC_ALL": "C.UTF-8"},
+    )
+    assert printed.stdout.decode().split("\0")[2] == name
+    assert eval(made.python.splitlines()[-1].replace("store.top", "(lambda name, **_: name)")) == name  # noqa: S307
+
+
+def test_no_command_is_given_where_none_can_name_the_sample():
+    explorer = SimpleNamespace(store=SimpleNamespace(place="lark.store"), snapshot=None)
+    made = lines(explorer, "top", "a\0b", checkpoint="a")
+    assert made.command.startswith("# no command")
+    assert "'a\\x00b'" in made.python
+
+
+@pytest.mark.parametrize("name", ["..", ".", "~", "~..", "a/../b", "../x", "é\n\x1b", "%2e%2e"])
+def test_address_of_an_id_is_one_segment_that_stays(name):
+    part = segment(name)
+    assert unquote(part) not in {".", ".."}
+    assert "/" not in part
+    assert id_of(unquote(part)) == name
+
+
+def test_chats_are_searched_in_their_turns_alone():
+    tools = [{"function": {"name": "look", "arguments": {"where": "left"}}}]
+    chat = json.dumps([*json.loads(CHAT), {"role": "assistant", "content": None, "tool_calls": tools}])
+    frame = pl.DataFrame(
+        [EMPTY | {"query_id": "c", "messages": chat}, EMPTY | {"query_id": "t-red", "text": "Hello"}]
+    ).cast(pl.String)
+    found = {word: containing(frame, word)["query_id"].to_list() for word in ("RED", "brief", "Look.", "hello")}
+    assert found == {"RED": ["c", "t-red"], "brief": ["c"], "Look.": ["c"], "hello": ["t-red"]}
+    for key in ("content", "role", "assistant", "arguments", '"'):
+        assert containing(frame, key).is_empty()
+
+
+def test_columns_of_long_texts_are_wide():
+    made = table(pl.DataFrame({"name": ["a"], "text": ["word " * 20], "n": [1]}))
+    assert [head.is_long for head in made.heads] == [False, True, False]

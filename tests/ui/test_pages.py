@@ -145,10 +145,10 @@ def test_queries_are_sorted_and_searched(client, explored_path):
     gaps = dict(zip(frame["query_id"], (frame["ft"] - frame["pt"]).abs(), strict=True))
     expected = sorted(gaps, key=lambda name: -gaps[name])
     page = Page(client.get("/queries?sort=gap").text)
-    shown = [link for link in page.values("a", "href") if link.startswith("/query/")]
+    shown = [link for link in page.rows if link.startswith("/query/")]
     assert [link.split("?")[0] for link in shown] == [f"/query/{quote(name, safe='')}" for name in expected]
     found = Page(client.get("/queries?search=ORGAN+103").text)
-    assert len([link for link in found.values("a", "href") if link.startswith("/query/")]) == 1
+    assert len([link for link in found.rows if link.startswith("/query/")]) == 1
 
 
 def test_sample_page_shows_its_influence_on_every_query(client, explored_path):
@@ -301,6 +301,7 @@ def odd_path(explored_path, tmp_path):
         {"id": f"o{i}", "text": f"Odd text number {i}."} | ({} if value is None else {"odd": value, "n_tokens": i % 2})
         for i, value in enumerate(values)
     ]
+    rows.append({"id": "..", "text": "Dots that a browser drops from an address."})
     with Store.open(root) as store:
         store.source_add("odd", write_jsonl(tmp_path / "odd.jsonl", rows), stage="pretrain")
         store.source_add("later", write_jsonl(tmp_path / "later.jsonl", qa_rows(2, start=100)), stage="query")
@@ -338,11 +339,26 @@ def test_each_cell_of_the_map_leads_to_its_own_samples(odd_path):
 
 
 @pytest.mark.folder
+def test_sample_of_dots_has_an_address(odd_path):
+    client, store = client_of(odd_path)
+    (link,) = [link for link in Page(client.get("/samples/odd").text).values("a", "href") if "~" in link]
+    page = Page(client.get(link).text)
+    assert (link, "Dots that a browser drops" in page.text) == ("/sample/odd/~..", True)
+    assert "lark-store sample show odd/.." in page.text
+    store.close()
+
+
+@pytest.mark.folder
 def test_checkpoint_with_queries_alone_is_left_out(odd_path):
     client, store = client_of(odd_path)
     for path in ("/map", "/compare", "/queries", "/query/q100", "/checkpoints/q100", "/plot/trajectory.svg?query=q100"):
         response = client.get(path + ("&" if "?" in path else "?") + "queries=test")
-        assert (response.status_code, "epoch-2" in response.text) == (200, False), path
+        at = r'<select name="query_checkpoint[^>]*>.*?</select>'  # where the queries may be
+        offered, rest = re.findall(at, response.text, re.DOTALL), re.sub(at, "", response.text, flags=re.DOTALL)
+        assert (response.status_code, "epoch-2" in rest) == (200, False), path
+        assert all("epoch-2" in one for one in offered), path
+    across = Page(client.get("/query/q100?queries=test&query_checkpoint=epoch-2").text)
+    assert "query at `epoch-2`" in across.text
     store.close()
 
 

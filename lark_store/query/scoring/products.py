@@ -204,15 +204,19 @@ def _many(rows: Rows, queries: Queries, device: torch.device, *, scales: bool) -
         return Products(np.concatenate(pending), cosine, scale)
 
     for numbers, column in rows.stream():
-        if filled + len(numbers) > _BLOCK:
-            yield multiply()
-            pending, filled = [], 0
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # read only
-            stored = torch.from_numpy(stored_of(column))
-        wide[filled : filled + len(numbers)] = stored.to(device, non_blocking=True)
-        pending.append(numbers)
-        filled += len(numbers)
+            stored = torch.from_numpy(stored_of(column)).to(device, non_blocking=True)
+        start = 0
+        while start < len(numbers):
+            stop = min(len(numbers), start + _BLOCK - filled)
+            wide[filled : filled + stop - start] = stored[start:stop]
+            pending.append(numbers[start:stop])
+            filled += stop - start
+            start = stop
+            if filled == _BLOCK:
+                yield multiply()
+                pending, filled = [], 0
     if filled:
         yield multiply()
 

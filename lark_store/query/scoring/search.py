@@ -11,6 +11,7 @@ Shape letters: Q queries, N rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -155,8 +156,9 @@ class Search:
             yield np.arange(len(self.rows)), self.scores(batch)
             return
         (queries,) = batch.sketches
+        norms = replace(self.rows, frame=self.rows.frame.select("grad_norm"))
         for product in products(self.rows, queries, device=self.device):
-            rows = self.rows.only(product.numbers)
+            rows = norms.only(product.numbers)
             yield product.numbers, method.scoring.of_cosines(product.cosine_QB, queries, rows)
 
     def of_candidates(self, query: Queries, numbers: NDArray[np.int64]) -> Scores:

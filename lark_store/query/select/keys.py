@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import polars as pl
 
 from lark_store.core.text import coded
 from lark_store.errors import InputError
@@ -15,6 +15,7 @@ from lark_store.schema.vectors import where
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from lark_store.query.select.rows import Rows
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 _OF_SOURCES = ("source", "stage", "domain", "variant")
 BUILT_IN = (*_OF_SOURCES, "label")
+_SAMPLE = ("source", "sample_id")
 _MOST_KEYS, _ROWS = 2, 1 << 14
 _NAMED = 12  # keys in a message
+_CACHED_BYTES = 256 << 20
 Value = str | None
 
 
@@ -49,18 +52,20 @@ def grouped(db: Database, rows: Rows, keys: Sequence[str]) -> Grouping:
     """
     if not 1 <= len(keys) <= _MOST_KEYS or len(set(keys)) < len(keys):
         raise InputError("groups are by one key or by two", "for example `--by source`, or `--by topic --by format`")
-    frame = rows.frame
-    of_groups = {
-        name: np.array([_of_source(group, name) for group in rows.groups], object)[frame["group"].to_numpy()]
-        for name in keys
-        if name in _OF_SOURCES
-    }
-    of_samples = _of_samples(db, rows, [name for name in keys if name not in _OF_SOURCES])
-    columns = [(of_groups | of_samples)[name] for name in keys]
-    numbers: dict[tuple[Value, ...], int] = {}
-    group_N = np.array([numbers.setdefault(row, len(numbers)) for row in zip(*columns, strict=True)], np.int64)
-    n_without = {name: sum(value is None for value in column) for name, column in zip(keys, columns, strict=True)}
-    return Grouping(list(numbers), group_N, {name: n for name, n in n_without.items() if n})
+    of_groups = [[_of_source(group, name) if name in _OF_SOURCES else None for name in keys] for group in rows.groups]
+    names = [f"_{number}" for number in range(len(keys))]
+    columns = pl.DataFrame(of_groups, dict.fromkeys(names, pl.String), orient="row")[rows.frame["group"].to_numpy()]
+    own = {name: key for name, key in zip(names, keys, strict=True) if key not in _OF_SOURCES}
+    if own:
+        values = _of_samples(db, rows, own)
+        samples = rows.frame.select(_SAMPLE).join(values, on=_SAMPLE, how="left", maintain_order="left")
+        columns = columns.with_columns(samples.select(*own))
+    groups = columns.unique(maintain_order=True).with_row_index("_group")
+    group_N = columns.join(groups, on=names, how="left", maintain_order="left", nulls_equal=True)["_group"]
+    n_without = {key: columns[name].null_count() for key, name in zip(keys, names, strict=True)}
+    return Grouping(
+        groups.select(names).rows(), group_N.cast(pl.Int64).to_numpy(), {key: n for key, n in n_without.items() if n}
+    )
 
 
 def _of_source(group: Any, name: str) -> Value:
@@ -70,30 +75,48 @@ def _of_source(group: Any, name: str) -> Value:
     return value
 
 
-def _of_samples(db: Database, rows: Rows, keys: list[str]) -> dict[str, NDArray[Any]]:
-    """Return each row's value of the keys of samples and of their metadata, (N) each."""
-    if not keys:
-        return {}
-    values: dict[tuple[str, str], tuple[Value, ...]] = {}
-    known: dict[str, None] = {}
+def _of_samples(db: Database, rows: Rows, keys: dict[str, str]) -> pl.DataFrame:
+    """Return source, sample_id and columns with the values of keys, of all samples of the rows' sources.
+
+    `keys` are those of samples and of their metadata, by column. An open store caches the last ones.
+
+    Raises
+    ------
+    InputError
+        No sample has one of them.
+    """
     sources = sorted({group.source.name for group in rows.groups})
-    columns = ["source", "sample_id", "label", "meta"]
-    for batch in db.vectors.scan("samples", columns, where(source=sources), batch_rows=_ROWS):
-        for source, sample_id, label, text in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
-            meta = json.loads(text) if text else {}
-            known |= dict.fromkeys(meta)
-            values[source, sample_id] = tuple(label if key == "label" else metadata_text(meta.get(key)) for key in keys)
-    for key in keys:
+    state = (db.vectors.table("samples").version, sources, keys)
+    values, known = db.remember(
+        "keys", state, lambda: _read(db, sources, keys), keep=lambda read: read[0].estimated_size() <= _CACHED_BYTES
+    )
+    for key in keys.values():
         if key != "label" and key not in known:
             listed = ", ".join(coded(list(known)[:_NAMED])) or "none"
             raise InputError(
                 f"no searched sample has the key `{key}`",
                 f"the keys of the metadata are {listed}; others are {', '.join(coded(BUILT_IN))}",
             )
-    names = rows.frame.select("source", "sample_id").iter_rows()
-    lacking = (None,) * len(keys)
-    by_row = [values.get(name, lacking) for name in names]
-    return {key: np.array([row[n] for row in by_row], object) for n, key in enumerate(keys)}
+    return values
+
+
+def _read(db: Database, sources: list[str], keys: dict[str, str]) -> tuple[pl.DataFrame, dict[str, None]]:
+    """Return the values of keys by column, of the samples of some sources, and the names of all keys of metadata."""
+    known: dict[str, None] = {}
+    schema = dict.fromkeys(keys, pl.String)
+    parts = [pl.DataFrame(schema=dict.fromkeys((*_SAMPLE, *keys), pl.String))]
+    for batch in db.vectors.scan("samples", [*_SAMPLE, "label", "meta"], where(source=sources), batch_rows=_ROWS):
+        frame = pl.DataFrame(pl.from_arrow(batch))
+        texts = frame["meta"].unique()  # many samples have the same
+        metas = [json.loads(text) if text else {} for text in texts]
+        for meta in metas:
+            known |= dict.fromkeys(meta)
+        found = [[metadata_text(meta.get(key)) for key in keys.values()] for meta in metas]
+        read = pl.DataFrame(found, schema, orient="row").with_columns(meta=texts)
+        frame = frame.join(read, on="meta", how="left", maintain_order="left", nulls_equal=True)
+        labels = {name: pl.col("label") for name, key in keys.items() if key == "label"}
+        parts.append(frame.with_columns(**labels).select(*_SAMPLE, *keys))
+    return pl.concat(parts).unique(_SAMPLE, keep="last"), known
 
 
 def metadata_text(value: Any) -> Value:

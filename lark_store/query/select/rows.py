@@ -27,6 +27,8 @@ _SCALARS = ("ingest_run", "sample_id", "n_tokens", "n_loss_tokens", "loss", "gra
 # Below this share of the table, rows are fetched one by one; above it, all are read and some discarded.
 _FETCH_BELOW = 0.25
 _BATCHES_AHEAD = 4
+_BATCH_BYTES, _MOST_ROWS = 1 << 20, 512  # narrow vectors are read in larger batches, which cost less each
+_CACHED_BYTES = 256 << 20  # of the small columns of rows, of several checkpoints; those used last are always kept
 _KEPT = ["row_id", "group", "source", "variant", "sample_id", "loss", "grad_norm", "chosen"]
 
 
@@ -54,11 +56,13 @@ class Rows:
         return replace(self, frame=self.frame[numbers])
 
     def stream(
-        self, column: str = "vector", batch_rows: int = ROWS_PER_BATCH
+        self, column: str = "vector", batch_rows: int | None = None
     ) -> Iterator[tuple[NDArray[np.int64], pa.Array]]:
         """Yield row numbers (B) and their values of a column (B), batch by batch in table order."""
         if self.frame.is_empty():
             return
+        if batch_rows is None:
+            batch_rows = _rows_per_batch(self.table.schema.field(column).type)
         ids = self.frame["row_id"].to_numpy()
         order = np.argsort(ids, kind="stable")
         in_order = ids[order]
@@ -112,8 +116,7 @@ def find_rows(
     """
     table = db.vectors.table(groups[0].table)
     filter_ = where(checkpoint=groups[0].checkpoint.name, ingest_run=[run for group in groups for run in group.runs])
-    state = (table.name, table.version, filter_)
-    frame = db.remember("rows", state, lambda: _frame(table, filter_, groups))
+    frame = _cached(db, table, filter_, groups)
     satisfied: pl.Expr | pl.Series = pl.lit(value=True)
     if condition is not None:
         from lark_store.query.select.where import satisfying
@@ -121,6 +124,21 @@ def find_rows(
         satisfied = satisfying(db, frame, condition, check)
     selected = frame.with_columns(chosen=satisfied).filter(pl.col("chosen") | pl.col("source").is_in(list(exempt)))
     return Rows(groups, table, filter_, selected.select(_KEPT), len(frame), check)
+
+
+def _rows_per_batch(vector: Any) -> int:
+    """Return the number of vectors of an Arrow type to read at once."""
+    return max(ROWS_PER_BATCH, min(_MOST_ROWS, _BATCH_BYTES * 8 // (vector.list_size * vector.value_type.bit_width)))
+
+
+def _cached(db: Database, table: Any, filter_: str, groups: Sequence[Group]) -> pl.DataFrame:
+    """Return `_frame`, of an open store cached for several filters, as of several checkpoints, at one version."""
+    frames: dict[str, pl.DataFrame] = db.remember("rows", (table.name, table.version), dict)
+    frame = frames.pop(filter_, None)
+    frames[filter_] = frame = _frame(table, filter_, groups) if frame is None else frame  # the last one
+    while len(frames) > 1 and sum(kept.estimated_size() for kept in list(frames.values())) > _CACHED_BYTES:
+        frames.pop(next(iter(frames)), None)  # other threads use them, too
+    return frame
 
 
 def _frame(table: Any, filter_: str, groups: Sequence[Group]) -> pl.DataFrame:

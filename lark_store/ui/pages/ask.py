@@ -57,7 +57,8 @@ def _answered(job: Job) -> dict[str, Any]:
     found = job.answer
     parts = parts_of({"prompt": job.options["prompt"], "response": job.options["response"]})
     names = ("sketcher", "query_variant", "method", "checkpoint")
-    scope = Scope(queries="", **{name: job.options[name] for name in names})
+    at = job.options.get("query_checkpoint")
+    scope = Scope(queries="", query_checkpoint=at, **{name: job.options[name] for name in names})
     return {
         "parts": parts,
         "said": found.said,

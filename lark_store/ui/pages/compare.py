@@ -13,7 +13,8 @@ from lark_store.query.methods import METHODS
 from lark_store.ui.equivalent import both_lines, lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.parameters import Parameters
-from lark_store.ui.scope import choose
+from lark_store.ui.scatter import Mark, scatter
+from lark_store.ui.scope import across, choose
 from lark_store.ui.tables import table
 
 if TYPE_CHECKING:
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from starlette.responses import HTMLResponse
 
     from lark_store.ui.explorer import Explorer
+    from lark_store.ui.scatter import Scatter
     from lark_store.ui.scope import Choices, Scope
 
 _KEYS = ["source", "variant", "sample_id"]
 _MOST = 1000
 _FIRST = """
-SELECT sample_id FROM sketches
-WHERE sketcher = $sketcher AND checkpoint = $checkpoint AND source = $queries AND variant = $query_variant
-ORDER BY sample_id LIMIT 1"""
+SELECT min(sample_id) FROM sketches
+WHERE sketcher = $sketcher AND checkpoint = $checkpoint AND source = $queries AND variant = $query_variant"""
 
 
 def show(request: Request) -> HTMLResponse:
@@ -52,9 +53,18 @@ def show(request: Request) -> HTMLResponse:
         k=k,
         n_both=len(both),
         n_all=len(joined),
+        plot=_plot(joined, k, sides[0][1]),
         ranks=table(joined, links, most=2 * _MOST),
         lines=both_lines(*(lines(explorer, "top", query, k=k, **scope.search) for query, scope in sides)),
     )
+
+
+def _plot(joined: pl.DataFrame, k: int, scope: Scope) -> Scatter | None:
+    """Return the plot of rank against rank; samples of one ranking only are beyond the other's last."""
+    beyond = k + max(1.0, k / 10)
+    ranks = joined.select(pl.col("rank a", "rank b").cast(pl.Float64).fill_null(beyond), "source", "sample_id")
+    marks = [Mark(a, b, scope.sample_url(*name), "/".join(name)) for a, b, *name in ranks.iter_rows()]
+    return scatter(marks, "rank a", "rank b", {1.0: "1", **({float(k): f"{k}"} if k > 1 else {}), beyond: "not"})
 
 
 def _side(explorer: Explorer, choices: Choices, parameters: Parameters, name: str) -> tuple[str, Scope]:
@@ -66,12 +76,13 @@ def _side(explorer: Explorer, choices: Choices, parameters: Parameters, name: st
         checkpoint=parameters.one_of(f"checkpoint_{name}", choices.checkpoints, first),
         method=parameters.one_of(f"method_{name}", list(METHODS), scope.method),
     )
+    scope = across(scope, parameters, choices.query_checkpoints, choices.checkpoints, f"_{name}")
     query = parameters.text(f"query_{name}")
     if query is None:
-        ids = explorer.store.sql(_FIRST, {name: value for name, value in scope.search.items() if name != "method"})
-        if ids.is_empty():
+        names = ("sketcher", "checkpoint", "queries", "query_variant")
+        query = explorer.store.sql(_FIRST, {name: getattr(scope, name) for name in names}).item()
+        if query is None:
             raise NameUnknownError(f"the source `{scope.queries}` has no queries", "choose another source of queries")
-        query = str(ids.item())
     return query, scope
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 from starlette.routing import Route
@@ -28,7 +28,7 @@ _VIEWS = {
     "comparisons": "Differences of sources, and changes between checkpoints",
 }
 _FORMS = ("csv", "json")
-_CONSTANT = ("queries", "query_checkpoint", "scored_by")  # the same in all rows of a page
+_CONSTANT = ("queries", "query_checkpoint", "scored_by", "over_checkpoints")  # the same in all rows of a page
 
 
 def show(request: Request) -> HTMLResponse:
@@ -51,7 +51,7 @@ def show(request: Request) -> HTMLResponse:
         "Dominance",
         choices=choices,
         tables=tables,
-        verdicts=_verdicts(_measured(explorer, scope, "dominance").filter(checkpoint=scope.checkpoint)),
+        verdicts=_verdicts(scope, _measured(explorer, scope, "dominance").filter(checkpoint=scope.at[-1])),
         chart=scope.url("/plot/dominance.svg"),
         lines=lines(explorer, "metrics", view="dominance", **options),
     )
@@ -64,10 +64,10 @@ def _asked(request: Request) -> pl.DataFrame:
     return _measured(explorer, scope, parameters.one_of("view", _VIEWS, "dominance"))
 
 
-def _verdicts(dominance: pl.DataFrame) -> list[str]:
+def _verdicts(scope: Scope, dominance: pl.DataFrame) -> list[str]:
     """Return a sentence per pair of a fine-tuning and a pretraining group."""
     return [
-        f"At {row['checkpoint']}, {row['source']} ({row['variant']}) has more influence than {row['against_source']} "
+        f"At {scope.place}, {row['source']} ({row['variant']}) has more influence than {row['against_source']} "
         f"({row['against_variant']}) on {row['ft_wins']:.0%} of {row['n_queries']} queries; the means are "
         f"{row['ft']:.3f} and {row['pt']:.3f} (p {p_value(row['p_value'])})."
         for row in dominance.iter_rows(named=True)
@@ -75,8 +75,13 @@ def _verdicts(dominance: pl.DataFrame) -> list[str]:
     ]
 
 
-def _options(scope: Scope) -> dict[str, str]:
-    return {"method": scope.method, "sketcher": scope.sketcher, "query_variant": scope.query_variant}
+def _options(scope: Scope) -> dict[str, Any]:
+    """Return the keywords of `Store.metrics`: at all checkpoints, or for a sum."""
+    options = scope.search
+    del options["queries"]
+    if not scope.over_checkpoints:
+        del options["checkpoint"]
+    return options
 
 
 def _measured(explorer: Explorer, scope: Scope, view: str) -> pl.DataFrame:

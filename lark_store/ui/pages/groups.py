@@ -64,7 +64,9 @@ def show(request: Request) -> HTMLResponse:
     keys = _keys(explorer.store)
     by, how = parameters.one_of("by", keys, "source"), parameters.one_of("how", _HOWS, "mean")
     options = _options(scope) | {"by": [by], "how": how}
-    frame = explorer.store.groups(checkpoint=choices.checkpoints, **options)
+    checkpoints = scope.at if scope.over_checkpoints else choices.checkpoints
+    frame = explorer.store.groups(checkpoint=checkpoints, **options)
+    columns = {checkpoints[-1]: scope.place} if scope.over_checkpoints else {name: name for name in checkpoints}
     names = frame["group_name"].unique(maintain_order=True).to_list()
     return page(
         request,
@@ -77,10 +79,10 @@ def show(request: Request) -> HTMLResponse:
         hows=list(_HOWS),
         meaning=f"{_HOWS[how]}. Below each value: its 95% interval over the queries. "
         "A sample in two format variants counts twice.",
-        checkpoints=choices.checkpoints,
-        rows=_rows(frame, names[:_SHOWN], choices.checkpoints, scope, {"by": by, "how": how}),
+        checkpoints=list(columns.values()),
+        rows=_rows(frame, names[:_SHOWN], list(columns), scope, {"by": by, "how": how}),
         notes=[*dict.fromkeys(frame["note"].drop_nulls()), *_cut(len(names))],
-        lines=lines(explorer, "groups", checkpoint=choices.checkpoints, **options),
+        lines=lines(explorer, "groups", checkpoint=checkpoints, **options),
     )
 
 
@@ -149,7 +151,7 @@ def samples(request: Request) -> HTMLResponse:
     by = parameters.one_of("by", _keys(explorer.store), "source")
     group = parameters.exact("group")
     at = parameters.one_of("at", choices.checkpoints, choices.checkpoints[-1])
-    scope = replace(choices.scope, checkpoint=at)
+    scope = choices.scope if choices.scope.over_checkpoints else replace(choices.scope, checkpoint=at)
     scores = explorer.store.scores(**scope.search)
     frame = scores.samples.select(
         pl.Series("mean_score", scores.matrix.mean(axis=0)),
@@ -167,7 +169,7 @@ def samples(request: Request) -> HTMLResponse:
     return page(
         request,
         "group",
-        f"{by} {_named(group)} at {at}",
+        f"{by} {_named(group)} at {scope.place}",
         back=scope.url("/map", by=by),
         n=len(members),
         samples=table(members, links, most=_SHOWN),

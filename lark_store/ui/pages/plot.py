@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _KEYS = ["source", "variant", "sample_id"]
 _MOST = 50
+_LONGEST = 61  # characters of a sample's name in a legend
 
 
 def histogram(request: Request) -> Response:
@@ -47,8 +48,9 @@ def trajectory(request: Request) -> Response:
     choices = choose(explorer.store, parameters)
     query, where = parameters.required("query"), parameters.text("where")
     k = parameters.whole("k", 5, 1, _MOST)
-    frame = _scores_of_hits(explorer, choices.scope, choices.checkpoints, query, {"k": k, "where": where})
-    title = f"The top {k} samples at {choices.scope.checkpoint}, at every checkpoint"
+    scope = choices.scope.at_each(choices.scope.checkpoint)
+    frame = _scores_of_hits(explorer, scope, choices.checkpoints, query, {"k": k, "where": where})
+    title = f"The top {k} samples at {scope.checkpoint}, at every checkpoint"
     return _drawn(influence_trajectory(frame, {}, title))
 
 
@@ -56,7 +58,7 @@ def _scores_of_hits(
     explorer: Explorer, scope: Scope, checkpoints: list[str], query: str, ranked: dict[str, int | str | None]
 ) -> pl.DataFrame:
     """Return the score of each hit at each checkpoint, in the columns of `influence_trajectory`."""
-    hits = explorer.store.top(query, **scope.search | ranked).frame.select(_KEYS)
+    hits = explorer.store.top(query, **scope.search | ranked).frame.select("rank", *_KEYS)
     parts = []
     for checkpoint in checkpoints:
         scores = explorer.store.scores([query], **scope.search | {"checkpoint": checkpoint, "where": ranked["where"]})
@@ -66,11 +68,18 @@ def _scores_of_hits(
     return frame.select(
         query_id=pl.lit(query),
         checkpoint="checkpoint",
-        series=pl.concat_str(pl.col("source") + "/" + pl.col("sample_id"), "variant", separator=" as "),
+        series=pl.format("{}. {} as {}", "rank", _shortened(pl.col("source") + "/" + pl.col("sample_id")), "variant"),
         value="score",
         noise=pl.lit(None, pl.Float64),
         n_samples=pl.lit(1),
     )
+
+
+def _shortened(name: pl.Expr) -> pl.Expr:
+    """Return a name with its middle left out, if it is too long for a legend."""
+    half = (_LONGEST - 1) // 2
+    short = pl.concat_str(name.str.head(half), pl.lit("…"), name.str.tail(half))
+    return pl.when(name.str.len_chars() > _LONGEST).then(short).otherwise(name)
 
 
 def _drawn(chart: Figure) -> Response:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from starlette.routing import Route
 
@@ -13,7 +12,7 @@ from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.hits import EXPLAINED, cards, finding_of, largest_of, rankings_of, summary
 from lark_store.ui.parameters import Parameters
-from lark_store.ui.scope import choose
+from lark_store.ui.scope import choose, id_of, segment
 from lark_store.ui.tables import parts_of, table, words_of
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ WHERE list_contains($checkpoints, c.name) ORDER BY list_position($checkpoints, c
 def show(request: Request) -> HTMLResponse:
     """Show a query at one checkpoint."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    query_id = request.path_params["query"]
+    query_id = id_of(request.path_params["query"])
     choices = choose(explorer.store, parameters)
     scope = choices.scope
     row = sample_row(explorer.store, scope.queries, query_id)
@@ -84,10 +83,9 @@ def show(request: Request) -> HTMLResponse:
         columns=_columns(explorer.store),
         rankings=rankings_of(proponents, opponents, marked, scope),
         summary=summary(proponents),
-        is_explained=scope.method in EXPLAINED,
-        at_all=scope.url(f"/checkpoints/{quote(query_id, safe='')}", k=k, where=where),
+        is_explained=scope.method in EXPLAINED and scope.is_plain,
+        at_all=scope.url(f"/checkpoints/{segment(query_id)}", k=k, where=where),
         histogram=scope.url("/plot/histogram.svg", query=query_id, k=k, where=where),
-        tokens=scope,
         lines=lines(explorer, "top", query_id, **ranked),
     )
 
@@ -95,9 +93,9 @@ def show(request: Request) -> HTMLResponse:
 def at_all_checkpoints(request: Request) -> HTMLResponse:
     """Show a query's hits at all checkpoints side by side, and their trajectories."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    query_id = request.path_params["query"]
+    query_id = id_of(request.path_params["query"])
     choices = choose(explorer.store, parameters)
-    scope = choices.scope
+    scope = choices.scope.at_each(choices.scope.checkpoint)
     parts = parts_of(sample_row(explorer.store, scope.queries, query_id))
     k, where = parameters.whole("k", 5, 1, _MOST), parameters.text("where")
     options = scope.search | {"k": k, "where": where}
@@ -110,7 +108,7 @@ def at_all_checkpoints(request: Request) -> HTMLResponse:
         request,
         "query_checkpoints",
         f"{query_id} at all checkpoints",
-        choices=choices,
+        choices=replace(choices, scope=scope, sums=()),
         query_id=query_id,
         parts=parts,
         losses=table(_losses(explorer.store, choices, query_id)),
@@ -122,11 +120,11 @@ def at_all_checkpoints(request: Request) -> HTMLResponse:
             (
                 hits.checkpoint,
                 finding_of(hits),
-                cards(hits, marked, replace(scope, checkpoint=hits.checkpoint), scale),
+                cards(hits, marked, scope.at_each(hits.checkpoint), scale),
             )
             for hits in rankings
         ],
-        at_one=scope.url(f"/query/{quote(query_id, safe='')}", k=k, where=where),
+        at_one=scope.url(f"/query/{segment(query_id)}", k=k, where=where),
         trajectory=scope.url("/plot/trajectory.svg", query=query_id, k=k, where=where),
         lines=lines(explorer, "top", query_id, checkpoints=choices.checkpoints, **options),
     )

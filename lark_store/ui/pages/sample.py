@@ -14,7 +14,7 @@ from lark_store.ui.equivalent import lines
 from lark_store.ui.explorer import explorer_of, page
 from lark_store.ui.pages.query import sample_row
 from lark_store.ui.parameters import Parameters
-from lark_store.ui.scope import choose, sample_path
+from lark_store.ui.scope import choose, id_of, sample_path
 from lark_store.ui.tables import parts_of, table, with_text
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _SHOWN = 50
 def show(request: Request) -> HTMLResponse:
     """Show a sample."""
     explorer, parameters = explorer_of(request), Parameters(request.query_params)
-    source, sample_id = request.path_params["source"], request.path_params["sample"]
+    source, sample_id = request.path_params["source"], id_of(request.path_params["sample"])
     store = explorer.store
     row = sample_row(store, source, sample_id)
     parts, name = parts_of(row), f"{source}/{sample_id}"

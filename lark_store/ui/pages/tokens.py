@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from markupsafe import Markup
 from starlette.responses import RedirectResponse, Response
@@ -30,7 +31,7 @@ async def start(request: Request) -> RedirectResponse:
     parameters = await form_of(request)
     scope = choose(explorer_of(request).store, parameters, strict=True).scope
     options = {name: value for name, value in scope.search.items() if name not in _WITHOUT}
-    names = {name: parameters.required(name) for name in ("query", "sample", "variant")}
+    names = {name: unquote(parameters.required(name)) for name in ("query", "sample", "variant")}
     job = explorer_of(request).jobs.start("explain", **names, **options)
     return RedirectResponse(f"/tokens/{job.number}", 303)
 

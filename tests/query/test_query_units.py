@@ -19,7 +19,7 @@ from lark_store.core.device import device_name, pick_device
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.gradients.corrections import DEFAULT_POWER
 from lark_store.modeling.rendering import DEFAULT_MAX_LENGTH
-from lark_store.query.answers.attribute import _append
+from lark_store.query.answers.attribute import _append, _coded
 from lark_store.query.answers.recheck import _figures
 from lark_store.query.answers.score_runs import Job
 from lark_store.query.methods import Method
@@ -27,7 +27,7 @@ from lark_store.query.scoring import ann, geometry, products
 from lark_store.query.scoring.geometry import n_fitted
 from lark_store.query.scoring.products import Queries, matrix
 from lark_store.query.scoring.search import DEFAULT_MEMORY, Search, _common
-from lark_store.query.select.coverage import _scored, _selection, _sum
+from lark_store.query.select.coverage import _blocks, _scored, _selection, _sum
 from lark_store.query.select.resolve import Group, Question, Term, _comparable, _query_groups, resolved_method
 from lark_store.query.select.rows import Rows
 from lark_store.query.select.score_filter import ScoreFilter
@@ -327,6 +327,16 @@ def test_empty_group_does_not_block_others():
     ]
 
 
+def test_rows_of_a_group_without_a_job_are_in_none():
+    groups = [group("a", "raw"), group("b", "raw"), group("b", "chatml")]
+    jobs = [SimpleNamespace(group=groups[number], before=None) for number in (2, 0)]
+    frame = pl.DataFrame({"group": [0, 1, 2, 0, 1], "sample_id": ["z", "b", "c", "a", "d"]})
+    coded = _coded(None, SimpleNamespace(rows=SimpleNamespace(frame=frame)), groups, jobs)
+    assert [number if number >= 0 else None for number in coded.job_N] == [1, None, 0, 1, None]
+    assert [names.tolist() for names in coded.names] == [["c"], ["a", "z"]]
+    assert coded.code_N[[0, 2, 3]].tolist() == [1, 0, 0]
+
+
 def test_two_queries_give_large_p_values():
     p_values = permutation_p(np.array([[1.0, 1.0, 0.0], [2.0, -1.0, 0.0]]))
     assert p_values.tolist() == [0.5, 1.0, 1.0]  # of 4 assignments of signs one is as high, and doubled for two sides
@@ -390,6 +400,12 @@ def test_unknown_counts_make_a_sum_unknown():
     assert _sum([(1, 10), (2, 30)]) == (3, 40)
     assert _sum([(1, 10), (None, None), (2, 30)]) == (None, None)
     assert _sum([(None, 10), (2, 30)]) == (None, 40)
+
+
+def test_small_batches_are_joined():
+    batches = [pa.RecordBatch.from_pydict({"n": [size] * size}) for size in (3, 1, 3, 2, 4, 1)]
+    assert [frame["n"].to_list() for frame in _blocks(batches, 4)] == [[3] * 3 + [1], [3] * 3 + [2] * 2, [4] * 4, [1]]
+    assert list(_blocks([], 4)) == []
 
 
 def test_selection_of_runs():

@@ -200,7 +200,7 @@ class _Searcher:
         guess = self.question.method.scoring.weighted(guess[None], *norms)[0]
         n = min(len(rows), max(index.candidates, index.candidates * self.ranking.k // 10))
         candidates = np.argpartition(guess if self.ranking.opponents else -guess, n - 1)[:n]
-        query = type(sketches)([batch.ids[number]], sketches.unit_QK[number : number + 1], sketches.norm_Q[number:][:1])
+        query = type(sketches)([batch.ids[number]], sketches.unit_QK[[number]], sketches.norm_Q[[number]])
         exact = self.search.of_candidates(query, candidates)
         score = np.full(len(rows), np.nan, np.float32)
         score[candidates] = exact.score[0]

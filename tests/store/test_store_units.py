@@ -17,7 +17,7 @@ from lark_store.ingest.sources import _chunks
 from lark_store.maintenance.delete_rows import delete_rows
 from lark_store.modeling.sample import Sample
 from lark_store.readers.json_text import parse
-from lark_store.schema.table_schemas import sketch_schema
+from lark_store.schema.table_schemas import TABLES, embedding_schema, kind_of, projection, sketch_schema, sketch_table
 from lark_store.schema.vectors import VectorStore, quoted, where
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -47,6 +47,36 @@ def test_commit_has_64_rows_or_fewer_long_ones(k, dtype, rows):
     ranks = SimpleNamespace(once=lambda work: work(), is_first=True, size=1)
     sketch_writer = writer.SketchWriter(db, SimpleNamespace(id=1), "f", SimpleNamespace(k=k, dtype=dtype), {}, ranks)
     assert sketch_writer.batch_rows == rows
+
+
+def test_columns_that_may_be_null():
+    schemas = TABLES | {"sketches": sketch_schema(8, "float16"), "embeddings": embedding_schema(8)}
+    samples = ["prompt", "response", "text", "label", "checksum", "completion", "messages", "tools"]
+    assert {name: [field.name for field in schema if field.nullable] for name, schema in schemas.items()} == {
+        "samples": samples,
+        "failures": ["checksum"],
+        "influence": [],
+        "source_influence": ["checksum"],
+        "sketches": ["n_cut", "answer", "answer_tokens", "checksum"],
+        "embeddings": ["checksum"],
+    }
+
+
+def test_columns_that_an_older_table_lacks_are_read_as_null():
+    schema = sketch_schema(8, "float16")
+    names = ["sample_id", "n_cut", "answer"]
+    assert projection(schema, iter(names)) == names
+    older = schema.remove(schema.get_field_index("n_cut"))
+    expected = {"sample_id": "`sample_id`", "n_cut": "CAST(NULL AS INT)", "answer": "`answer`"}
+    assert projection(older, iter(names)) == expected
+    assert projection(older, ["sample_id", "nonsense"]) == ["sample_id", "nonsense"]  # Lance refuses it
+    assert [kind_of(name) for name in (sketch_table("0123456789"), "embeddings_e5", "samples", "influence")] == [
+        "sketches",
+        "embeddings",
+        "samples",
+        "influence",
+    ]
+    assert sketch_table("0123456789") == "sketches_01234567"
 
 
 def test_filters_follow_lance_syntax():

@@ -35,7 +35,7 @@ from lark_store.query.select.score_filter import ScoreFilter
 from lark_store.schema.sign_codes import code_bins, code_bytes, codes_of
 from lark_store.specs import AttributeSpec, SearchSpec
 from lark_store.stats import bootstrap, significance
-from lark_store.stats.bootstrap import Figure, evaluate, permutation_p
+from lark_store.stats.bootstrap import Figure, _tests, evaluate, permutation_p
 from lark_store.stats.running_top_k import Tally
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -366,6 +366,14 @@ def test_groups_of_two_stages_are_compared_query_by_query():
         error = _no_pair(None, spec, questions)
         assert error.fact == "there are no fine-tuning and pretraining sketches to compare at `c`"
         assert error.hint == "see the reasons in the SQL view `failures`"
+
+
+def test_differences_over_few_queries_are_tested_exactly_and_others_together():
+    rng = np.random.default_rng(0)
+    many = [rng.normal(0.3, 1, n) for n in (15, 20)]
+    p = _tests([np.ones(13), many[0], np.ones(2), many[1]])
+    assert p[[0, 2]].tolist() == [2 / 2**13, 2 / 2**2]
+    assert p[[1, 3]].tolist() == permutation_p(np.stack([np.pad(many[0], (0, 5)), many[1]], axis=1)).tolist()
 
 
 def test_documented_defaults():

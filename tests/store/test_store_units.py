@@ -11,7 +11,7 @@ import pytest
 from lark_store.core.names import check_name
 from lark_store.core.retry import retry
 from lark_store.core.text import coded, joined
-from lark_store.errors import InputError, NameInvalidError, StoreBusyError
+from lark_store.errors import InputError, NameInvalidError, StoreBusyError, StoreError
 from lark_store.ingest import writer
 from lark_store.ingest.sources import _chunks
 from lark_store.maintenance.delete_rows import delete_rows
@@ -77,6 +77,64 @@ def test_columns_that_an_older_table_lacks_are_read_as_null():
         "influence",
     ]
     assert sketch_table("0123456789") == "sketches_01234567"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_vectors_and_codes_of_a_sketch_have_their_types(dtype):
+    fields = {name: sketch_schema(20, dtype).field(name).type for name in ("vector", "code")}
+    assert {name: (str(kind.value_type), kind.list_size) for name, kind in fields.items()} == {
+        "vector": ("halffloat" if dtype == "float16" else "float", 20),
+        "code": ("uint8", 3),
+    }
+
+
+class Unreadable(VectorStore):
+    """Tables that can't be opened, for one reason."""
+
+    def __init__(self, error, versions=None):
+        super().__init__("nowhere", versions)
+        self.error = error
+
+    def _open(self, name, version):  # noqa: ARG002
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError])
+def test_snapshot_with_an_unreadable_table_is_a_clear_error(kind):
+    store = Unreadable(kind("no such version"), {"samples": 3})
+    with pytest.raises(StoreError, match="version 3 of the table `samples`, which the snapshot needs, can't be read"):
+        store.table("samples")
+    with pytest.raises(ValueError, match="the snapshot has no table failures"):
+        store.table("failures")
+    assert (store.has("samples"), store.has("failures")) == (True, False)
+
+
+def test_only_a_missing_table_is_missing():
+    missing = Unreadable(ValueError("Table 'samples' was not found"))
+    assert not missing.has("samples")
+    with pytest.raises(StoreError, match="the table `samples` of the store is missing"):
+        missing.table("samples")
+    assert not Unreadable(FileNotFoundError("Not found: samples.lance")).has("samples")
+    for error in (ValueError("timeout"), FileNotFoundError("no network")):
+        store = Unreadable(error)
+        for read in (store.has, store.table):
+            with pytest.raises(type(error), match=str(error)):
+                read("samples")
+
+
+def test_tables_of_vectors_are_created_once(tmp_path, monkeypatch):
+    store = VectorStore(str(tmp_path))
+    assert store.use_indices
+    assert store.embedding_tables() == []
+    for _ in range(2):
+        assert store.embeddings("embeddings_e5", 4).name == "embeddings_e5"
+        assert store.sketches("01234567", k=8, dtype="float16").name == "sketches_01234567"
+    monkeypatch.setattr(store, "has", lambda _: False)  # another process has just created it
+    assert store.sketches("01234567", k=8, dtype="float16").count_rows() == 0
+    assert store.table_names() == ["embeddings_e5", "sketches_01234567"]
+    monkeypatch.undo()
+    assert (store.embedding_tables(), store.sketch_tables()) == (["embeddings_e5"], ["sketches_01234567"])
+    assert VectorStore(str(tmp_path / "none")).table_names() == []
 
 
 def test_filters_follow_lance_syntax():
@@ -177,6 +235,10 @@ def test_missing_indices_are_built_and_all_updated(monkeypatch):
     table = Indexed(rows=0)
     vectors.refresh_indices(table)
     assert table.calls == []
+    table = Indexed()
+    monkeypatch.setattr(table, "list_indices", list)
+    vectors.refresh_indices(table)
+    assert table.calls == [("source", "Bitmap"), *built]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5])

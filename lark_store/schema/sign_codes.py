@@ -36,11 +36,8 @@ def code_bytes(k: int) -> int:
 def fold(vectors_NK: NDArray[Any], bins: int) -> NDArray[np.float32]:
     """Return sketches folded to `bins`, (N, F) float32; padded with zeros if F does not divide K."""
     n, k = vectors_NK.shape
-    folds = -(-k // bins)
-    full = np.zeros((n, folds * bins), np.float32) if k % bins else vectors_NK.astype(np.float32, copy=False)
-    if k % bins:
-        full[:, :k] = vectors_NK
-    folded: NDArray[np.float32] = full.reshape(n, folds, bins).sum(axis=1)
+    full = np.pad(vectors_NK, ((0, 0), (0, -k % bins)))
+    folded: NDArray[np.float32] = full.reshape(n, full.shape[1] // bins, bins).sum(axis=1, dtype=np.float32)
     return folded
 
 

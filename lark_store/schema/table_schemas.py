@@ -164,7 +164,7 @@ def sketch_rows(rows: list[dict[str, Any]], vectors_NK: NDArray[Any], schema: pa
     table = pa.Table.from_pylist(rows, schema=pa.schema(scalars))
     for name, values_ND in arrays.items():
         kind = schema.field(name).type
-        values = pa.array(values_ND.reshape(-1), type=kind.value_type)
+        values = pa.array(values_ND.ravel(), type=kind.value_type)
         table = table.append_column(schema.field(name), pa.FixedSizeListArray.from_arrays(values, type=kind))
     if "checksum" in schema.names:
         table = with_checksums(table)

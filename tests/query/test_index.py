@@ -271,18 +271,27 @@ def test_each_of_several_queries_has_its_own_scores(built, method):
         assert scores_by_key(hits.frame) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("opponents", [False, True])
 @pytest.mark.parametrize(("k", "n"), [(3, 15), (10, 15), (11, 16), (19, 28), (40, 60), (900, 86)])
-def test_candidates_grow_with_the_hits(built_copy, monkeypatch, k, n):
+def test_candidates_are_the_best_by_code_and_grow_with_the_hits(built_copy, monkeypatch, k, n, opponents):
     take(built_copy, 15)
-    scored, of_candidates = [], Search.of_candidates
+    asked, of_candidates, estimates = [], Search.of_candidates, ann.estimates
+
+    def estimated(*arguments):
+        asked.append(estimates(*arguments))
+        return asked[0]
 
     def counted(search, query, numbers):
-        scored.append(len(set(numbers.tolist())))
+        asked.append(numbers)
         return of_candidates(search, query, numbers)
 
+    monkeypatch.setattr(ann, "estimates", estimated)
     monkeypatch.setattr(Search, "of_candidates", counted)
-    assert len(built_copy.top("q101", k=k, approximate=True, **SEARCH)) == min(k, 86)
-    assert scored == [n]
+    assert len(built_copy.top("q101", k=k, approximate=True, opponents=opponents, **SEARCH)) == min(k, 86)
+    guess_N, numbers = asked
+    assert len(set(numbers.tolist())) == len(numbers) == n
+    best = np.sort(guess_N)[:n] if opponents else np.sort(guess_N)[-n:]
+    assert sorted(guess_N[numbers]) == best.tolist()
 
 
 def test_more_hits_than_candidates_read_more(built_copy):

@@ -331,7 +331,7 @@ def test_self_influence_uses_samples_at_every_checkpoint(uneven):
     assert len(rows) == 10
     with pytest.raises(InputError, match="no checkpoint is given"):
         uneven.self_influence(sketcher="small")
-    with pytest.raises(InputError, match="`k` must be at least 1, not 0"):
+    with pytest.raises(InputError, match="`k` must be between 1 and 1,000,000, not 0"):
         uneven.self_influence(checkpoints=["base"], sketcher="small", k=0)
     with pytest.raises(NothingToScoreError, match="of `late` at checkpoint `base`"):
         uneven.self_influence(checkpoints=["base"], sources=["late"], sketcher="small")
@@ -431,7 +431,7 @@ def test_wrong_similar_text_queries_are_clear_errors(scored):
     for options in ({}, {"query": "q100", "text": "x"}):
         with pytest.raises(InputError, match=r"no query is given|can't be combined"):
             scored.similar_text(**options)
-    with pytest.raises(InputError, match="`k` must be at least 1, not 0"):
+    with pytest.raises(InputError, match="`k` must be between 1 and 1,000,000, not 0"):
         scored.similar_text("q100", k=0)
 
 

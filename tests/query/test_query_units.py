@@ -19,22 +19,23 @@ from lark_store.core.device import device_name, pick_device
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.gradients.corrections import DEFAULT_POWER
 from lark_store.modeling.rendering import DEFAULT_MAX_LENGTH
-from lark_store.query.answers.attribute import _append
-from lark_store.query.answers.recheck import _figures
+from lark_store.query.answers.attribute import _append, _coded
+from lark_store.query.answers.ft_pt import _compared, _no_pair
+from lark_store.query.answers.recheck import _figures, _original
 from lark_store.query.answers.score_runs import Job
 from lark_store.query.methods import Method
 from lark_store.query.scoring import ann, geometry, products
 from lark_store.query.scoring.geometry import n_fitted
 from lark_store.query.scoring.products import Queries, matrix
 from lark_store.query.scoring.search import DEFAULT_MEMORY, Search, _common
-from lark_store.query.select.coverage import _scored, _selection, _sum
+from lark_store.query.select.coverage import _blocks, _note, _scored, _selection, _sum
 from lark_store.query.select.resolve import Group, Question, Term, _comparable, _query_groups, resolved_method
 from lark_store.query.select.rows import Rows
 from lark_store.query.select.score_filter import ScoreFilter
 from lark_store.schema.sign_codes import code_bins, code_bytes, codes_of
 from lark_store.specs import AttributeSpec, SearchSpec
 from lark_store.stats import bootstrap, significance
-from lark_store.stats.bootstrap import Figure, evaluate, permutation_p
+from lark_store.stats.bootstrap import Figure, _tests, evaluate, permutation_p
 from lark_store.stats.running_top_k import Tally
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -329,10 +330,52 @@ def test_empty_group_does_not_block_others():
     ]
 
 
+def test_rows_of_a_group_without_a_job_are_in_none():
+    groups = [group("a", "raw"), group("b", "raw"), group("b", "chatml")]
+    jobs = [SimpleNamespace(group=groups[number], before=None) for number in (2, 0)]
+    frame = pl.DataFrame({"group": [0, 1, 2, 0, 1], "sample_id": ["z", "b", "c", "a", "d"]})
+    coded = _coded(None, SimpleNamespace(rows=SimpleNamespace(frame=frame)), groups, jobs)
+    assert [number if number >= 0 else None for number in coded.job_N] == [1, None, 0, 1, None]
+    assert [names.tolist() for names in coded.names] == [["c"], ["a", "z"]]
+    assert coded.code_N[[0, 2, 3]].tolist() == [1, 0, 0]
+
+
 def test_two_queries_give_large_p_values():
     p_values = permutation_p(np.array([[1.0, 1.0, 0.0], [2.0, -1.0, 0.0]]))
     assert p_values.tolist() == [0.5, 1.0, 1.0]  # of 4 assignments of signs one is as high, and doubled for two sides
     assert permutation_p(np.ones((1, 2))).tolist() == [1.0, 1.0]
+
+
+def test_groups_of_two_stages_are_compared_query_by_query():
+    stages = ("finetune", "query", "pretrain", "finetune", "pretrain")
+    groups = [group(f"s{number}", "raw", stage=stage) for number, stage in enumerate(stages)]
+    question = Question([Term(group("q", "raw", checkpoint="d"), groups, weight=1.0)], Method())
+    inf = -np.inf
+    phi = [("q0", np.float32([0.5, 9, 0.25, 0.25, 0.25])), ("q1", np.float32([-1, 9, 0, inf, -0.5]))]
+    rows = _compared(question, [*phi, ("q2", np.float32([1, 9, inf, 2, inf]))])
+    left, right = [("s0", "raw", "s2", "raw"), ("s0", "raw", "s4", "raw")], [("s3", "raw", "s2", "raw")]
+    expected = [
+        ("c", "q", "q0", *left[0], 0.5, 0.25, 2.0, "finetune"),
+        ("c", "q", "q0", *left[1], 0.5, 0.25, 2.0, "finetune"),
+        ("c", "q", "q0", *right[0], 0.25, 0.25, 1.0, "tie"),
+        ("c", "q", "q0", "s3", "raw", "s4", "raw", 0.25, 0.25, 1.0, "tie"),
+        ("c", "q", "q1", *left[0], -1.0, 0.0, None, "pretrain"),
+        ("c", "q", "q1", *left[1], -1.0, -0.5, None, "pretrain"),
+    ]
+    assert rows == [(*row, "d", "s · cosine") for row in expected]
+    spec = SearchSpec(checkpoints=["a", "b", "c"])
+    for questions in ([], [question]):  # no queries at all checkpoints; all samples of one stage failed
+        error = _no_pair(None, spec, questions)
+        assert error.fact == "there are no fine-tuning and pretraining sketches to compare at `c`"
+        assert error.hint == "see the reasons in the SQL view `failures`"
+
+
+def test_differences_over_few_queries_are_tested_exactly_and_others_together():
+    rng = np.random.default_rng(0)
+    many = [rng.normal(0.3, 1, n) for n in (15, 20)]
+    p = _tests([np.ones(13), many[0], np.ones(2), many[1]])
+    assert p[[0, 2]].tolist() == [2 / 2**13, 2 / 2**2]
+    assert p[[1, 3]].tolist() == permutation_p(np.stack([np.pad(many[0], (0, 5)), many[1]], axis=1)).tolist()
 
 
 def test_documented_defaults():
@@ -394,6 +437,12 @@ def test_unknown_counts_make_a_sum_unknown():
     assert _sum([(None, 10), (2, 30)]) == (None, 40)
 
 
+def test_small_batches_are_joined():
+    batches = [pa.RecordBatch.from_pydict({"n": [size] * size}) for size in (3, 1, 3, 2, 4, 1)]
+    assert [frame["n"].to_list() for frame in _blocks(batches, 4)] == [[3] * 3 + [1], [3] * 3 + [2] * 2, [4] * 4, [1]]
+    assert list(_blocks([], 4)) == []
+
+
 def test_selection_of_runs():
     whole, first = SimpleNamespace(recipe={}), SimpleNamespace(recipe={"limit": 0})
     chosen = SimpleNamespace(recipe={"candidates": {"by": "bm25", "queries": "test"}, "limit": 7})
@@ -405,6 +454,16 @@ def test_selection_of_runs():
     assert _selection([chosen, whole]) is None  # a run took all samples
 
 
+def test_note_on_an_incomplete_search():
+    run = SimpleNamespace(**{kind: SimpleNamespace(name=kind) for kind in ("source", "variant", "checkpoint")})
+    assert _note(run, 5, 5, None) is None
+    assert _note(run, 6, 5, "the first 6") is None  # a sample was removed since
+    assert _note(run, 1234, 5678, None) == (
+        "searched 1,234 of 5,678 samples of `source` as `variant` at `checkpoint`: the rest failed or was added later"
+    )
+    assert _note(run, 1, 5, "the first 1").endswith("`checkpoint`: the first 1; the rest was not searched")
+
+
 def test_scored_group_has_its_run_over_the_fewest_samples():
     def run(n, *, status="done", method="cosine", **ids):
         keys = {"fingerprint": "f", "sketcher_id": 1, "checkpoint_id": 1, "source_id": 1, "variant_id": 1} | ids
@@ -414,6 +473,20 @@ def test_scored_group_has_its_run_over_the_fewest_samples():
     assert {key[-1]: found.n_samples for key, found in _scored(runs, "cosine").items()} == {1: 3, 2: 9}
     for name in ("fingerprint", "sketcher_id", "checkpoint_id", "source_id"):
         assert len(_scored([run(5), run(3, **{name: 7})], "cosine")) == 2
+
+
+def test_rows_added_since_a_run_are_not_rechecked():
+    def asked(*runs, query_runs=(9,)):
+        groups = [group("a", "chatml", runs=(1, 2)), group("a", "raw", runs=runs)]
+        return Question([Term(group("q", "raw", runs=query_runs), groups, weight=1.0)], Method())
+
+    run = SimpleNamespace(recipe={"ingest_runs": [1, 2], "query_ingest_runs": [9]}, variant_id="raw")
+    for question in (asked(1, 2), asked(1, 2, 3), asked(1, 2, query_runs=(8, 9))):
+        limited = _original(question, run)
+        assert [(g.variant.name, g.runs) for g in limited.groups] == [("raw", (1, 2))]
+        assert limited.queries.runs == (9,)
+    for question in (asked(1, 3), asked(2), asked(1, 2, query_runs=(8,))):
+        assert _original(question, run) is None  # they were replaced
 
 
 def test_recomputed_figures_stand_beside_the_stored_ones():

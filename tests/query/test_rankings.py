@@ -96,7 +96,7 @@ def test_an_id_with_a_slash_stays_an_id(store, tmp_path):
             "no query `q0`",
             "it is a sample of `finetune`; rank for it with `lark-store top finetune/q0`",
         ),
-        ("q1000", NameUnknownError, "no query `q1000`", "did you mean `q100`, "),
+        ("q1000", NameUnknownError, "no query `q1000`", "did you mean `q100`, `q103` or `q102`?"),
     ],
 )
 def test_wrong_ids_have_hints(scored, query, error, fact, hint):

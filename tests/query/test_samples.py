@@ -11,7 +11,7 @@ from helpers.texts import qa_rows, write_jsonl
 from polars.testing import assert_frame_equal
 
 from lark_store import Store
-from lark_store.errors import InputError, NameUnknownError, QueryError
+from lark_store.errors import CheckpointError, InputError, NameUnknownError, QueryError
 from lark_store.schema.chats import CONTENT
 
 KINDS = ("checkpoint", "source", "variant", "sketcher")
@@ -49,6 +49,22 @@ def test_it_is_rendered_as_the_model_sees_it(scored):
             assert "".join(pieces).endswith(text)  # a tokenizer may begin with a special token
 
 
+def test_only_the_models_template_needs_its_files(scored, monkeypatch, tmp_path, texts):
+    def gone(_):
+        raise CheckpointError("the folder is gone", "restore it")
+
+    monkeypatch.setattr("lark_store.modeling.chat_templates.chat_template_of", gone)
+    assert [row[::2] for row in scored.sample_show("q0").rendered.rows()] == [
+        ("raw", None),
+        ("chatml", "the folder is gone"),
+    ]
+    with Store.create(tmp_path / "new.store") as store:
+        store.source_add("songs", texts["songs"], stage="pretrain")
+        sample = store.sample_show(store.sample_list("songs", limit=1)["sample_id"].item())
+        assert sample.template_of is None
+        assert sample.rendered["error"].null_count() == 2
+
+
 def test_a_sample_that_fails_says_why(store, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ text }}", encoding="utf-8")
     store.variant_add("texts", template=tmp_path / "t.jinja")
@@ -66,6 +82,8 @@ def test_a_sample_that_fails_says_why(store, tmp_path):
     [
         ("finetune/q00", "source `finetune` has no sample `q00`", "did you mean `q0`"),
         ("q00", "no sample `q00`", "did you mean `q100`, `q0` or "),
+        ("test/q1000", "source `test` has no sample `q1000`", "did you mean `q100`, `q103` or `q102`?"),
+        ("finetune", "no sample `finetune`", "the store has "),
         ("nowhere/q0", "no sample `nowhere/q0`", ""),
     ],
 )

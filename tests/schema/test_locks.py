@@ -6,7 +6,7 @@ import pytest
 
 from lark_store import Store
 from lark_store.errors import StoreBusyError
-from lark_store.schema.locks import Pause, maintenance, paused, removing, working
+from lark_store.schema.locks import Pause, maintenance, n_scoring, paused, removing, scoring, working
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,15 @@ def test_equal_work_is_exclusive_and_leaves_no_lock(location):
     assert location.locks.notes() == []
     with working(location, "one", "reading b"):
         pass
+
+
+def test_running_scorings_are_counted_and_killed_ones_forgotten(location):
+    assert n_scoring(location) == 0
+    with working(location, "one", "reading b"), scoring(location), scoring(location):
+        location.locks.write("score-killed", {"doing": "scoring", "touches": None})
+        assert n_scoring(location) == 2
+        assert len(location.locks.notes()) == 3
+    assert n_scoring(location) == 0
 
 
 def test_unwritable_note_releases_its_lock(location, monkeypatch):

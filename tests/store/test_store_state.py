@@ -218,7 +218,7 @@ def kept_indices(store):
 
 
 @pytest.mark.folder
-def test_a_large_index_of_words_is_kept_until_samples_are_added(scored_copy, tmp_path, monkeypatch):
+def test_a_large_index_of_words_is_kept_until_samples_are_added(scored_copy, tmp_path, monkeypatch, capsys):
     queries = ["the night train and the kidney", "yes", "of the"]
     plain = bm25.open_lexical(scored_copy._db, "bm25").scores(queries)
     assert kept_indices(scored_copy) == []  # made faster than read
@@ -242,6 +242,7 @@ def test_a_large_index_of_words_is_kept_until_samples_are_added(scored_copy, tmp
         assert len(bm25.open_lexical(later._db, "bm25").documents) == 19
     (newer,) = kept_indices(scored_copy)
     assert newer != place
+    assert capsys.readouterr() == ("", "")  # bm25s would show its progress
 
 
 def test_samples_of_an_unfinished_addition_are_not_searched(scored_copy, tmp_path, monkeypatch):

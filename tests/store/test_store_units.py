@@ -11,13 +11,13 @@ import pytest
 from lark_store.core.names import check_name
 from lark_store.core.retry import retry
 from lark_store.core.text import coded, joined
-from lark_store.errors import InputError, NameInvalidError, StoreBusyError
+from lark_store.errors import InputError, NameInvalidError, StoreBusyError, StoreError
 from lark_store.ingest import writer
 from lark_store.ingest.sources import _chunks
 from lark_store.maintenance.delete_rows import delete_rows
 from lark_store.modeling.sample import Sample
 from lark_store.readers.json_text import parse
-from lark_store.schema.table_schemas import sketch_schema
+from lark_store.schema.table_schemas import TABLES, embedding_schema, kind_of, projection, sketch_schema, sketch_table
 from lark_store.schema.vectors import VectorStore, quoted, where
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -47,6 +47,94 @@ def test_commit_has_64_rows_or_fewer_long_ones(k, dtype, rows):
     ranks = SimpleNamespace(once=lambda work: work(), is_first=True, size=1)
     sketch_writer = writer.SketchWriter(db, SimpleNamespace(id=1), "f", SimpleNamespace(k=k, dtype=dtype), {}, ranks)
     assert sketch_writer.batch_rows == rows
+
+
+def test_columns_that_may_be_null():
+    schemas = TABLES | {"sketches": sketch_schema(8, "float16"), "embeddings": embedding_schema(8)}
+    samples = ["prompt", "response", "text", "label", "checksum", "completion", "messages", "tools"]
+    assert {name: [field.name for field in schema if field.nullable] for name, schema in schemas.items()} == {
+        "samples": samples,
+        "failures": ["checksum"],
+        "influence": [],
+        "source_influence": ["checksum"],
+        "sketches": ["n_cut", "answer", "answer_tokens", "checksum"],
+        "embeddings": ["checksum"],
+    }
+
+
+def test_columns_that_an_older_table_lacks_are_read_as_null():
+    schema = sketch_schema(8, "float16")
+    names = ["sample_id", "n_cut", "answer"]
+    assert projection(schema, iter(names)) == names
+    older = schema.remove(schema.get_field_index("n_cut"))
+    expected = {"sample_id": "`sample_id`", "n_cut": "CAST(NULL AS INT)", "answer": "`answer`"}
+    assert projection(older, iter(names)) == expected
+    assert projection(older, ["sample_id", "nonsense"]) == ["sample_id", "nonsense"]  # Lance refuses it
+    assert [kind_of(name) for name in (sketch_table("0123456789"), "embeddings_e5", "samples", "influence")] == [
+        "sketches",
+        "embeddings",
+        "samples",
+        "influence",
+    ]
+    assert sketch_table("0123456789") == "sketches_01234567"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_vectors_and_codes_of_a_sketch_have_their_types(dtype):
+    fields = {name: sketch_schema(20, dtype).field(name).type for name in ("vector", "code")}
+    assert {name: (str(kind.value_type), kind.list_size) for name, kind in fields.items()} == {
+        "vector": ("halffloat" if dtype == "float16" else "float", 20),
+        "code": ("uint8", 3),
+    }
+
+
+class Unreadable(VectorStore):
+    """Tables that can't be opened, for one reason."""
+
+    def __init__(self, error, versions=None):
+        super().__init__("nowhere", versions)
+        self.error = error
+
+    def _open(self, name, version):  # noqa: ARG002
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError])
+def test_snapshot_with_an_unreadable_table_is_a_clear_error(kind):
+    store = Unreadable(kind("no such version"), {"samples": 3})
+    with pytest.raises(StoreError, match="version 3 of the table `samples`, which the snapshot needs, can't be read"):
+        store.table("samples")
+    with pytest.raises(ValueError, match="the snapshot has no table failures"):
+        store.table("failures")
+    assert (store.has("samples"), store.has("failures")) == (True, False)
+
+
+def test_only_a_missing_table_is_missing():
+    missing = Unreadable(ValueError("Table 'samples' was not found"))
+    assert not missing.has("samples")
+    with pytest.raises(StoreError, match="the table `samples` of the store is missing"):
+        missing.table("samples")
+    assert not Unreadable(FileNotFoundError("Not found: samples.lance")).has("samples")
+    for error in (ValueError("timeout"), FileNotFoundError("no network")):
+        store = Unreadable(error)
+        for read in (store.has, store.table):
+            with pytest.raises(type(error), match=str(error)):
+                read("samples")
+
+
+def test_tables_of_vectors_are_created_once(tmp_path, monkeypatch):
+    store = VectorStore(str(tmp_path))
+    assert store.use_indices
+    assert store.embedding_tables() == []
+    for _ in range(2):
+        assert store.embeddings("embeddings_e5", 4).name == "embeddings_e5"
+        assert store.sketches("01234567", k=8, dtype="float16").name == "sketches_01234567"
+    monkeypatch.setattr(store, "has", lambda _: False)  # another process has just created it
+    assert store.sketches("01234567", k=8, dtype="float16").count_rows() == 0
+    assert store.table_names() == ["embeddings_e5", "sketches_01234567"]
+    monkeypatch.undo()
+    assert (store.embedding_tables(), store.sketch_tables()) == (["embeddings_e5"], ["sketches_01234567"])
+    assert VectorStore(str(tmp_path / "none")).table_names() == []
 
 
 def test_filters_follow_lance_syntax():
@@ -147,6 +235,10 @@ def test_missing_indices_are_built_and_all_updated(monkeypatch):
     table = Indexed(rows=0)
     vectors.refresh_indices(table)
     assert table.calls == []
+    table = Indexed()
+    monkeypatch.setattr(table, "list_indices", list)
+    vectors.refresh_indices(table)
+    assert table.calls == [("source", "Bitmap"), *built]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5])

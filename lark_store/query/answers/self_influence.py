@@ -22,8 +22,6 @@ _KEYS = ["source", "variant", "sample_id"]
 
 def self_influence(db: Database, checkpoints: list[str], sources: list[str], k: int, sketcher: str) -> pl.DataFrame:
     """Rank samples by the squared norm of their gradient; see `Store.self_influence`."""
-    if k < 1:
-        raise InputError(f"`-k` must be at least 1, not {k}", "try `-k 10`")
     if not checkpoints:
         raise InputError("no checkpoint is given", "add one `--checkpoint` or several")
     with db.session() as session:
@@ -33,7 +31,7 @@ def self_influence(db: Database, checkpoints: list[str], sources: list[str], k: 
             f"several checkpoints are weighted by learning rate, but `{checkpoints[rates.index(None)]}` has none",
             "use one checkpoint, or add this one under another name with `--learning-rate`",
         )
-    weights = [1.0] if len(rates) == 1 else [rate or 0.0 for rate in rates]
+    weights = [1.0] if len(rates) == 1 else [rate for rate in rates if rate is not None]
     parts = []
     for name, weight in zip(checkpoints, weights, strict=True):
         groups = searched_groups(db, SearchSpec(checkpoints=[name], sketcher=sketcher, sources=sources))
@@ -45,7 +43,7 @@ def self_influence(db: Database, checkpoints: list[str], sources: list[str], k: 
         raise NothingToScoreError(
             "no sample has a sketch at each of these checkpoints", "ingest the samples at all of them"
         )
-    best = complete.sort(["score", *_KEYS], descending=[True, False, False, False]).head(k)
+    best = complete.sort(-pl.col("score"), *_KEYS).head(k)
     ranked = best.select(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("rank"), "score", "loss", *_KEYS)
     return ranked.join(
         texts_of_frame(db.vectors, ranked), on=["source", "sample_id"], how="left", maintain_order="left"

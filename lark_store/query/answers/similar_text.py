@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 
 def similar_text(
-    db: Database, query: str | None, *, text: str | None = None, k: int = 10, sources: Sequence[str] = ()
+    db: Database, query: str | None, *, text: str | None, k: int, sources: Sequence[str]
 ) -> pl.DataFrame:
     """Rank samples by BM25 against a query's text, or any text; see `Store.similar_text`."""
-    if k < 1:
-        raise InputError(f"`-k` must be at least 1, not {k}", "try `-k 10`")
     if (query is None) == (text is None):
         fact = "no query is given" if query is None else "a query id and a text can't be combined"
         raise InputError(fact, "give the id of a query, or a text")
@@ -42,7 +40,7 @@ def similar_text(
     frame = lexical.documents.with_columns(score=pl.Series(lexical.scores([query_text])[0]))
     if stages:
         frame = frame.filter(pl.col("source").is_in(list(stages)))
-    best = frame.sort(["score", "source", "sample_id"], descending=[True, False, False]).head(k)
+    best = frame.sort(-pl.col("score"), "source", "sample_id").head(k)
     ranked = best.select(
         pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("rank"),
         "score",

@@ -161,12 +161,11 @@ class _Searcher:
         score = score_N[allowed] if self.ranking.opponents else -score_N[allowed]
         k = min(self.ranking.k, len(score))
         threshold = np.partition(score, k - 1)[k - 1]
-        near = allowed[score <= threshold]
+        is_near = score <= threshold
+        near = allowed[is_near]
         frame = self.search.rows.frame[near].select("group", "sample_id")
-        frame = frame.with_columns(score=pl.Series(score_N[near]), number=pl.Series(near))
-        descending = [not self.ranking.opponents, False, False]
-        frame = frame.sort(["score", "group", "sample_id"], descending=descending)
-        numbers: NDArray[np.int64] = frame.head(k)["number"].to_numpy()
+        frame = frame.with_columns(score=pl.Series(score[is_near]), number=pl.Series(near))
+        numbers: NDArray[np.int64] = frame.sort("score", "group", "sample_id").head(k)["number"].to_numpy()
         return numbers
 
     def _significance(self, scores: Scores, number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -200,7 +199,7 @@ class _Searcher:
         guess = self.question.method.scoring.weighted(guess[None], *norms)[0]
         n = min(len(rows), max(index.candidates, index.candidates * self.ranking.k // 10))
         candidates = np.argpartition(guess if self.ranking.opponents else -guess, n - 1)[:n]
-        query = type(sketches)([batch.ids[number]], sketches.unit_QK[number : number + 1], sketches.norm_Q[number:][:1])
+        query = type(sketches)([batch.ids[number]], sketches.unit_QK[[number]], sketches.norm_Q[[number]])
         exact = self.search.of_candidates(query, candidates)
         score = np.full(len(rows), np.nan, np.float32)
         score[candidates] = exact.score[0]

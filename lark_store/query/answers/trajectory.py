@@ -95,7 +95,7 @@ def _steps(db: Database, question: Question, query: str, sample_id: str) -> list
             continue
         cosine = float(asked.unit_QK[0] @ sample.unit_QK[0])
         one = np.ones((1, 1), np.float32)
-        scale = float(question.method.scoring.weighted(one, asked.norm_Q[:1], sample.norm_Q[:1])[0, 0])
+        scale = float(question.method.scoring.weighted(one, asked.norm_Q, sample.norm_Q)[0, 0])
         noise = float(sketch_noise(cosine, asked.unit_QK.shape[1])) * scale
         at = (checkpoint.name, checkpoint.epoch, checkpoint.learning_rate, checkpoint.step)
         names = (queries.source.name, query, group.source.name, group.variant.name, sample_id)

@@ -118,12 +118,12 @@ def committed_groups(session: Session, sketcher: Sketcher, checkpoint: Checkpoin
         .order_by(IngestRun.id)
         .options(joinedload(IngestRun.source), joinedload(IngestRun.variant))
     )
-    runs_of: dict[tuple[str, int, int], list[IngestRun]] = {}
+    runs_of: dict[tuple[str, Source, FormatVariant], list[int]] = {}
     for run in runs:
-        runs_of.setdefault((run.fingerprint, run.source_id, run.variant_id), []).append(run)
+        runs_of.setdefault((run.fingerprint, run.source, run.variant), []).append(run.id)
     return [
-        Group(sketcher, fp, checkpoint, members[0].source, members[0].variant, tuple(r.id for r in members))
-        for (fp, _, _), members in runs_of.items()
+        Group(sketcher, fingerprint, checkpoint, source, variant, tuple(ids))
+        for (fingerprint, source, variant), ids in runs_of.items()
     ]
 
 
@@ -179,9 +179,8 @@ def ask(db: Database, spec: SearchSpec) -> list[Question]:
     method = resolved_method(spec)
     spec, notes = with_sketcher(db, spec)
     per_checkpoint = [_terms(db, spec, name, method) for name in spec.checkpoints]
-    names = list(per_checkpoint[0])
-    for terms in per_checkpoint[1:]:
-        names = [name for name in names if name in terms]
+    first, *others = per_checkpoint
+    names = [name for name in first if all(name in terms for terms in others)]
     return [Question([terms[name] for terms in per_checkpoint], method, notes) for name in names]
 
 

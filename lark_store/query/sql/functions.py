@@ -16,7 +16,7 @@ import pyarrow as pa
 from lark_store.core.names import SUM_SEPARATOR
 from lark_store.errors import InputError, LarkStoreError, NothingToScoreError
 from lark_store.query.sql.columns import FT_PT, GROUPS, METRICS, SIMILAR_TEXT, TOP, TRAJECTORY, Column
-from lark_store.specs import SearchSpec, build
+from lark_store.specs import RankSpec, SearchSpec, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -236,7 +236,7 @@ def _similar_text(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.D
             continue
         _required(call, "k")
         sources = _listed(call["source"])
-        frames.append(similar_text(db, call["query"], text=call["text"], k=call["k"], sources=sources))
+        frames.append(similar_text(db, call["query"], text=call["text"], k=RankSpec(k=call["k"]).k, sources=sources))
     return frames
 
 

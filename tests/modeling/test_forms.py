@@ -222,6 +222,7 @@ def test_texts_and_ids_are_exact_unless_stripped():
     exact, stripped = make_sample(row, {}), make_sample(row, {}, strip=True)
     assert (exact.sample_id, exact.text) == (" 1", "a\n")
     assert (stripped.sample_id, stripped.text) == ("1", "a")
+    assert make_sample({"text": " "}, {}) is None
     own = make_sample({"text": "a"}, {})
     assert make_sample({"text": "a\n"}, {}, strip=True).sample_id == own.sample_id == own.content_sha256[:16]
 
@@ -331,7 +332,7 @@ def test_null_keys_of_a_json_row_are_kept():
 
 def test_null_contents_of_structs_within_a_message_are_left_out():
     calls = [{"function": {"name": "f", "content": None}}]
-    (sample,) = make_samples(StructRow({"messages": [assistant(None, tool_calls=calls)]}), {})[1]
+    (sample,) = make_samples(StructRow({"messages": [assistant(None, tool_calls=calls, at=None)]}), {})[1]
     assert json.loads(sample.messages) == [assistant(None, tool_calls=[{"function": {"name": "f"}}])]
 
 

@@ -99,9 +99,7 @@ def _precision(run: IngestRun) -> str:
     return str(run.recipe["precision"])
 
 
-def _draw(
-    db: Database, n: int, sketcher: str | None, checkpoint: str | None, seed: int = 0
-) -> list[tuple[IngestRun, str]]:
+def _draw(db: Database, n: int, sketcher: str | None, checkpoint: str | None, seed: int) -> list[tuple[IngestRun, str]]:
     """Draw rows of committed runs by seed, in the order of runs."""
     with db.session() as session:
         filters: dict[str, int] = {}

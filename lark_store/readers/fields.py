@@ -29,7 +29,7 @@ class Fields:
         A mapped column is missing.
     """
 
-    def __init__(self, row: Row, columns: Mapping[str, str], *, strip: bool = False) -> None:
+    def __init__(self, row: Row, columns: Mapping[str, str], *, strip: bool) -> None:
         self.row = row
         self.columns = columns
         self._strip = strip

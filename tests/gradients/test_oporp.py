@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lark_store.errors import InputError
 from lark_store.gradients.sketch.accumulate import GradientSketcher
+from lark_store.gradients.sketch.kernels import torch_ops
 from lark_store.gradients.sketch.kernels.cpu import CpuKernel
 from lark_store.gradients.sketch.kernels.torch_ops import PlainKernel
 from lark_store.gradients.sketch.oporp import Oporp
@@ -122,6 +123,27 @@ def test_rows_sum_to_the_sketch_of_their_table():
         sketcher.add_rows("table", index, values, rows, 1)
         sketcher.add("table", torch.stack([torch.zeros(50 * width), table.flatten()]), whole)
         torch.testing.assert_close(sketcher.finish(rows), sketcher.finish(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_the_plain_kernel_add_up(monkeypatch):
+    gradient, kernels = torch.randn(1, 7 * 256 + 5), [PlainKernel(Oporp(256, 3), CPU) for _ in range(2)]
+    results = []
+    for kernel, size in zip(kernels, (1 << 19, 256), strict=True):
+        monkeypatch.setattr(torch_ops, "_BLOCK", {"cpu": size})
+        out = kernel.new(1)
+        kernel.add(gradient, 2, out)
+        results.append(kernel.finish(out))
+    torch.testing.assert_close(*results)
+
+
+def test_parts_of_a_parameter_start_at_their_chunks():
+    placements = place([("before", (600,)), ("a", (700,))], 256)  # chunks 0 to 2, and 3 to 5
+    sketcher, gradient = GradientSketcher(Oporp(256, 1), placements, CPU), torch.randn(1, 700)
+    whole, parts = sketcher.new(), sketcher.new()
+    sketcher.add("a", gradient, whole)
+    for chunk in range(3):
+        sketcher.add("a", gradient[:, chunk * 256 : (chunk + 1) * 256], parts, chunk=chunk)
+    torch.testing.assert_close(sketcher.finish(parts), sketcher.finish(whole))
 
 
 @given(k=POWERS, seed=st.integers(0, 2**40), chunk=st.integers(0, 2**12), data=st.data())

@@ -127,6 +127,6 @@ def test_older_draft_is_read_if_the_newest_is_truncated(vectors, clock):
 
 def test_order_of_settings_does_not_matter(vectors, clock):
     draft = draft_of(vectors, identity=({"seed": 0, "limit": 5},))
-    clock.now += 60
+    clock.now += 75
     save(draft, 7)
     assert draft_of(vectors, identity=({"limit": 5, "seed": 0},)).read().n_done == 7

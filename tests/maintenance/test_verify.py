@@ -66,6 +66,7 @@ def test_sketches_of_two_checkpoints_verify(scored):
 def test_changed_rows_are_reported_by_cosine_and_norm(scored_copy):
     for sample, (change, _, _) in CHANGES.items():
         rewrite_sketch(scored_copy, sample, change)
+    rewrite_sketch(scored_copy, "q102", lambda row: {"grad_norm": row["grad_norm"] * 1.004})  # within the limit
     report = scored_copy.verify(sketches=1000, checkpoint="base")
     assert len(report) == 30
     wrong = report.filter(~report["ok"]).select("sample_id", "cosine", "norm_ratio").rows()
@@ -82,10 +83,10 @@ def test_sketch_of_a_lost_sample_is_reported(ingested):
 
 
 def test_rows_are_drawn_from_all_and_reproducibly(scored):
-    first, second = ([(run.id, sample_id) for run, sample_id in _draw(scored._db, 12, None, None)] for _ in range(2))
+    first, second = ([(run.id, sample_id) for run, sample_id in _draw(scored._db, 12, None, None, 0)] for _ in range(2))
     assert first == second
     assert len(set(first)) == 12
-    assert {run.checkpoint.name for run, _ in _draw(scored._db, 12, None, None)} == {"base", "epoch-1"}
+    assert {run.checkpoint.name for run, _ in _draw(scored._db, 12, None, None, 0)} == {"base", "epoch-1"}
     assert len({run for run, _ in first}) > 4
 
 
@@ -95,6 +96,10 @@ def test_rows_of_unfinished_runs_are_not_drawn(ingested):
     ingested.ingest(["base"], ["songs"], ["raw"], sketcher="small")
     with ingested._db.session() as session:
         session.get(IngestRun, 1).status = "running"
+        session.get(IngestRun, 2).n_sketched = 1
+    assert set(ingested.verify(sketches=100)["source"]) == {"songs"}
+    with ingested._db.session() as session:
+        session.get(IngestRun, 1).status, session.get(IngestRun, 1).n_sketched = "done", 0  # counted as empty
     assert set(ingested.verify(sketches=100)["source"]) == {"songs"}
 
 

@@ -86,6 +86,13 @@ def test_settings_at_their_limits(change):
     assert AnswerSettings.of_variant(SimpleNamespace(answers=settings.row)) == settings
 
 
+def test_a_variant_has_one_question():
+    settings = AnswerSettings.of_spec(replace(SPEC, question=None, question_column="ask"))
+    assert (settings.question, settings.question_column) == (None, "ask")
+    with pytest.raises(InputError, match="a variant has one question, not two"):
+        AnswerSettings.of_spec(replace(SPEC, question_column="ask"))
+
+
 def test_other_rules_have_no_settings():
     assert AnswerSettings.of_spec(VariantSpec()) is None
     assert AnswerSettings.of_spec(VariantSpec(labels=[])) is None

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 
 from lark_store.errors import CheckpointError
 from lark_store.modeling.chat_templates import chat_template_of
+from lark_store.modeling.rendering import Renderer, make_variant
 from lark_store.schema.catalog import Checkpoint
 
-MESSAGES = [{"role": "user", "content": "Is it?\n"}, {"role": "assistant", "content": " yes"}]
+MESSAGES = [{"role": "user", "content": "Is it, é?\n"}, {"role": "assistant", "content": " yes"}]
 TEMPLATES = {
     "simple": "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}",
     "spaced": "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n{{ bos_token }}{{ m.content }}\n    "
@@ -20,6 +21,7 @@ TEMPLATES = {
     "{%- endfor %}\n",
     "tools": "{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0] | tojson }}{{ date_string }}",
     "loop": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "prompting": "{{ messages[0].content }}{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "refusing": "{{ raise_exception('only users') }}",
 }
 
@@ -52,8 +54,25 @@ def test_it_renders_like_the_tokenizer(folder, name, form):
     path.write_text(json.dumps(config))
     light = chat_template_of(Checkpoint(name="base", path=str(folder), revision=None))
     assert render(light) == render(AutoTokenizer.from_pretrained(folder))
+    assert Renderer(make_variant("v", "chatml", "auto", 8), light).own_chat
 
 
 def test_a_checkpoint_without_files_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint folder"):
         chat_template_of(Checkpoint(name="gone", path=str(tmp_path / "gone"), revision=None))
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_a_template_that_cannot_be_read_is_an_error(folder, monkeypatch, is_text):
+    path = folder / "chat_template.jinja"
+    path.write_bytes(b"a" if is_text else b"\xff")
+    read = type(path).read_text
+
+    def refuse(self, **options):
+        if self.name == path.name and is_text:
+            raise PermissionError("not yours")
+        return read(self, **options)
+
+    monkeypatch.setattr(type(path), "read_text", refuse)
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja` can't be read: "):
+        chat_template_of(Checkpoint(name="base", path=str(folder), revision=None))

@@ -11,7 +11,7 @@ from lark_store.errors import InputError
 from lark_store.modeling.forms import FORMS, check_columns, fields_of_forms, forms_help
 from lark_store.modeling.forms.alpaca import WITH_INPUT, WITHOUT_INPUT
 from lark_store.modeling.forms.base import Form
-from lark_store.modeling.forms.rows import make_sample, make_samples, samples_of
+from lark_store.modeling.forms.rows import RowReader, make_sample, make_samples, samples_of
 from lark_store.modeling.forms.summary import Summary
 from lark_store.modeling.sample import Sample
 from lark_store.readers.base import StructRow
@@ -86,6 +86,7 @@ CASES = [
         {"prompt": [user("1"), assistant("2"), user("3")], "completion": [assistant("4")]},
         {"messages": [user("1"), assistant("2", weight=0), user("3"), assistant("4")]},
     ),
+    ("completion", {"prompt": ["a", "b"], "completion": ["c"]}, {"prompt": "a\nb", "completion": "c"}),
     ("alpaca", ALPACA, {"prompt": WITH_INPUT.format(instruction="Add {it}.", input="1 + 1"), "completion": "2"}),
     ("alpaca", ALPACA | {"input": None}, {"prompt": WITHOUT_INPUT.format(instruction="Add {it}."), "completion": "2"}),
     ("response", {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b"}),
@@ -139,6 +140,12 @@ PAIRS = [
         {"prompt": HH, "completion": " yes"},
         {"prompt": HH, "completion": " yes, sure"},
     ),
+    ({"chosen": "a b", "rejected": "a c"}, {"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": " c"}),
+    (
+        {"chosen": "a\nb", "rejected": "a\nc"},
+        {"prompt": "a\n", "completion": "b"},
+        {"prompt": "a\n", "completion": "c"},
+    ),
     ({"chosen": "yes", "rejected": "no"}, {"text": "yes"}, {"text": "no"}),
     ({"prompt": "a", "chosen": [assistant("yes")], "rejected": [assistant("no")]}, CHOSEN, REJECTED),
     ({"prompt": [user("a")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}, CHOSEN, REJECTED),
@@ -148,6 +155,24 @@ PAIRS = [
         {"chosen": [*LONG, assistant("4")], "rejected": [*LONG, assistant("5")]},
         {"messages": [*CONTEXT, assistant("4")]},
         {"messages": [*CONTEXT, assistant("5")]},
+    ),
+    (  # one side continues the other
+        {"chosen": [user("1"), assistant("2")], "rejected": [*LONG, assistant("4")]},
+        {"messages": [user("1"), assistant("2")]},
+        {"messages": [*LONG, assistant("4")]},
+    ),
+    (  # all turns that are shared are context, up to the last
+        {
+            "chosen": [user("1"), assistant("2"), assistant("3")],
+            "rejected": [user("1"), assistant("2"), assistant("4")],
+        },
+        {"messages": [user("1"), assistant("2", weight=0), assistant("3")]},
+        {"messages": [user("1"), assistant("2", weight=0), assistant("4")]},
+    ),
+    (  # both sides are whole, though they begin with an assistant's turn
+        {"prompt": "a", "chosen": [assistant("0"), user("a"), assistant("4")], "rejected": [assistant("0"), user("a")]},
+        {"messages": [assistant("0", weight=0), user("a"), assistant("4")]},
+        {"messages": [assistant("0", weight=0), user("a")]},
     ),
     (
         {"prompt": LONG, "chosen": [assistant("4")], "rejected": [assistant("5")]},
@@ -182,9 +207,24 @@ def test_ids_of_a_pair_follow_from_both_contents():
     assert form_of(row)[1][0].meta == {"pair_": "own", "pair": ids[0].partition("#")[0], "side": "chosen"}
 
 
-def test_a_prompt_outside_the_conversation_is_kept_as_metadata():
-    row = {"id": "1", "prompt": "template", "chosen": CHOSEN["messages"], "rejected": REJECTED["messages"]}
-    assert [sample.meta["prompt"] for sample in form_of(row)[1]] == ["template", "template"]
+@pytest.mark.parametrize(
+    ("prompt", "is_kept"),
+    [("template", True), ([user("a"), user("b")], True), ([user("b"), user("a")], False), ("a", False)],
+)
+def test_a_prompt_outside_the_conversation_is_kept_as_metadata(prompt, is_kept):
+    row = {"id": "1", "prompt": prompt, "chosen": CHOSEN["messages"], "rejected": [user("c"), assistant("no")]}
+    for sample in form_of(row)[1]:
+        assert sample.meta.get("prompt") == (prompt if is_kept else None)
+
+
+def test_texts_and_ids_are_exact_unless_stripped():
+    row = {"id": " 1", "text": "a\n"}
+    exact, stripped = make_sample(row, {}), make_sample(row, {}, strip=True)
+    assert (exact.sample_id, exact.text) == (" 1", "a\n")
+    assert (stripped.sample_id, stripped.text) == ("1", "a")
+    assert make_sample({"text": " "}, {}) is None
+    own = make_sample({"text": "a"}, {})
+    assert make_sample({"text": "a\n"}, {}, strip=True).sample_id == own.sample_id == own.content_sha256[:16]
 
 
 def test_pair_is_no_single_sample():
@@ -199,6 +239,12 @@ BLANK = [
     {"conversations": []},
     {"prompt": "a", "completion": " "},
     {"prompt": [user("a")], "completion": []},
+    {"prompt": [user("a")], "completion": [assistant(" ")]},
+    {"prompt": [user(" ")], "completion": [assistant("b")]},
+    {"prompt": "a", "response": " "},
+    {"prompt": "\n", "response": "b"},
+    {"question": " ", "answer": "b"},
+    {"question": "a", "answer": ""},
     {"instruction": "", "output": "b"},
     {"instruction": "a", "output": None},
     {"chosen": "a", "rejected": None},
@@ -239,8 +285,16 @@ WRONG = [
         "it is from `Bot`, an unknown role",
         "`--column role.user=Bot`",
     ),
+    ({"conversations": [{"from": "", "value": "a"}]}, "it is from ``", "; translate another with `--column role.user="),
+    ({"conversations": [{"from": "a\n", "value": "a"}]}, "it is from `a\n`", "; translate another with `--column"),
     ({"conversations": [{"from": "human", "value": 3}]}, "its `content` is a number", "in quotes"),
-    ({"prompt": "a", "completion": [assistant("b")]}, "column `prompt` is text, but the other", "both as messages"),
+    (
+        {"prompt": "a", "completion": [assistant("b")]},
+        "column `prompt` is text, but the other of `prompt` and `completion` is a list of messages",
+        "both as messages",
+    ),
+    ({"messages": [user("a") | {"at": 1j}]}, "the chat can't be written as JSON: ", "use texts, numbers"),
+    ({"messages": [user("a") | {"at": float("nan")}]}, "the chat can't be written as JSON: ", "use texts, numbers"),
     ({"chosen": "a", "rejected": [assistant("b")]}, "column `chosen` is text, but the other", "both as messages"),
     ({"body": "a"}, "a row needs `messages`, or `conversations`, or `chosen` and `rejected`", "--column text=abstract"),
 ]
@@ -276,8 +330,16 @@ def test_null_keys_of_a_json_row_are_kept():
     assert content_of(row) == row
 
 
-def test_weights_that_became_floats_are_whole_numbers():
-    assert content_of({"messages": [assistant("a", weight=1.0)]}) == {"messages": [assistant("a", weight=1)]}
+def test_null_contents_of_structs_within_a_message_are_left_out():
+    calls = [{"function": {"name": "f", "content": None}}]
+    (sample,) = make_samples(StructRow({"messages": [assistant(None, tool_calls=calls, at=None)]}), {})[1]
+    assert json.loads(sample.messages) == [assistant(None, tool_calls=[{"function": {"name": "f"}}])]
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_weights_that_became_floats_are_whole_numbers(weight):
+    (sample,) = make_samples({"messages": [assistant("ä", weight=float(weight))]}, {})[1]
+    assert sample.messages == f'[{{"role": "assistant", "content": "ä", "weight": {weight}}}]'
 
 
 # --- mapping -------------------------------------------------------------------------------------------------------
@@ -361,14 +423,14 @@ def test_summary_counts_forms_turns_and_system_prompts():
         {"text": "a"},
         {"text": "b"},
     ]
-    rows += [{"prompt": "a", "response": "b"}, ALPACA, {"text": ""}]
+    rows += [{"prompt": "a", "response": "b"}, ALPACA, ALPACA, {"text": ""}]
     for row in rows:
         summary.add(*make_samples(row, {}))
     assert summary.line() == (
         "2 chats, 1.5 turns on average, 50% with a system prompt, 1 without an assistant turn (no targets); "
-        "2 preference pairs; 2 texts; 1 prompt with a response; 1 prompt with a completion"
+        "2 preference pairs; 2 texts; 1 prompt with a response; 2 prompts with completions"
     )
-    assert summary.rows == {"messages": 2, "preference": 2, "text": 2, "response": 1, "alpaca": 1}
+    assert summary.rows == {"messages": 2, "preference": 2, "text": 2, "response": 1, "alpaca": 2}
     assert [note.partition(":")[0] for note in summary.notes()] == ["Alpaca rows get the prompt of Alpaca's trainers"]
 
 
@@ -396,3 +458,34 @@ def test_rows_are_numbered_and_pairs_yield_two_samples():
     assert numbers == [(1, True), (2, False), (3, True), (3, True)]
     with pytest.raises(InputError, match="`x`, row 2: message 1 of column `messages`: it has no `role`"):
         list(samples_of([{"text": "a"}, {"messages": [{}]}], {}, "x"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fact"),
+    [
+        ({"id": 1}, {}, "it has no id, but row 1 has one in `id`"),
+        ({}, {"id": 1}, "it has an id in `id`, but row 1 has none"),
+        ({"sample_id": 1}, {"id": 1}, "its id is in `id`, but the id of row 1 is in `sample_id`"),
+    ],
+)
+def test_rows_have_their_ids_in_one_column(first, second, fact):
+    rows = [first | {"text": "a"}, {"text": ""}, {"id": 2, "text": ""}, second | {"text": "b"}]
+    with pytest.raises(InputError) as caught:
+        list(RowReader({}).read(rows, "x"))
+    assert caught.value.fact == f"`x`, row 4: {fact}"
+
+
+def test_the_first_rows_file_is_named_if_it_is_another():
+    reader = RowReader({})
+    assert [number for number, *_ in reader.read([{"text": ""}, {"id": 1, "text": "a"}], "x")] == [1, 2]
+    for other in ("w", "y"):
+        with pytest.raises(InputError, match=f"`{other}`, row 1: it has no id, but row 2 of `x` has one in `id`"):
+            list(reader.read([{"text": "b"}], other))
+
+
+def test_metadata_nested_too_deeply_is_refused():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(InputError, match="`x`, row 1: its metadata is nested too deeply"):
+        list(samples_of([{"text": "a", "extra": deep}], {}, "x"))

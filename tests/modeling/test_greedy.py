@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.checkpoints import save_checkpoint, save_tokenizer
@@ -9,7 +11,7 @@ from helpers.models import CONFIGS, build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lark_store.modeling.encoded import UnusableSampleError
-from lark_store.modeling.greedy import end_ids, greedy_answer
+from lark_store.modeling.greedy import _end_of_turn, end_ids, greedy_answer
 
 PROMPTS = ("<|im_start|>user\nIs the kidney affected?<|im_end|>\n<|im_start|>assistant\n", "the night", "no maybe no")
 
@@ -125,6 +127,18 @@ def test_end_of_turn_is_the_templates(tmp_path, llama, template, end):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_special_tokens({"eos_token": "<|end of text|>", "additional_special_tokens": ["<|eot|>"]})
     model = llama[0]
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model.generation_config.eos_token_id, model.config.eos_token_id = None, -1
     expected = {"<|end of text|>"} | ({end} if end else set())
     assert set(tokenizer.convert_ids_to_tokens(sorted(end_ids(model, tokenizer)))) == expected
+
+
+@pytest.mark.parametrize(("number", "end"), [(5, 5), (6, None), (3, None), (None, None)])
+def test_chatmls_end_counts_if_it_is_a_special_token(number, end):
+    tokenizer = SimpleNamespace(
+        chat_template=None,
+        convert_tokens_to_ids=lambda _: number,
+        all_special_ids=[3, 5],
+        added_tokens_decoder={},
+        unk_token_id=3,
+    )
+    assert _end_of_turn(tokenizer) == end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -20,7 +22,8 @@ from lark_store.modeling import losses
 from lark_store.modeling.batching import TOKENS, batches, budget, windows
 from lark_store.modeling.encoded import UnusableSampleError
 from lark_store.modeling.losses import Batch
-from lark_store.modeling.rendering import Renderer, make_variant
+from lark_store.modeling.predicted_answers import AnswerSettings
+from lark_store.modeling.rendering import CHATML, RAW, Renderer, make_variant
 from lark_store.modeling.sample import Sample
 from lark_store.modeling.tokens import Tokens
 
@@ -43,6 +46,14 @@ def test_batches_hold_each_sample_once_within_the_budget(lengths, most, size):
     assert all(len(batch) == 1 or batch[0] * len(batch) <= most for batch in result)
     for batch, after in pairwise(result):  # none could take one more
         assert max(batch[0], 1) * (len(batch) + 1) > most, (batch, after)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [([1, 1, 1], 3, [[1, 1, 1]]), ([0, 0, 0], 2, [[0, 0], [0]]), ([2, 3, 1], 1, [[3], [2], [1]])],
+)
+def test_short_samples_fill_a_batch(lengths, most, expected):
+    assert list(batches(lengths, lambda n: n, lambda: most)) == expected
 
 
 def toy(n=5):
@@ -225,6 +236,18 @@ def test_variants_hash_covers_all_fields():
     assert make_variant("a", *results[0]).sha256 == make_variant("b", *results[0]).sha256
 
 
+def test_hash_of_a_variant_is_that_of_older_stores():
+    def sha256(*parts):
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    settings = AnswerSettings.greedy(3)
+    assert make_variant("v", "raw", "auto", 8, answers=settings).answers is None  # for another rule
+    assert make_variant("v", "raw", "auto", 8, answers=settings).sha256 == sha256("raw", RAW, "auto", 8)
+    assert make_variant("v", "chatml", "text", 9, "sum").sha256 == sha256("chatml", CHATML, "text", 9, "sum")
+    predicted = make_variant("v", "raw", "predicted-answer", 8, answers=settings)
+    assert predicted.sha256 == sha256("raw", RAW, "predicted-answer", 8, settings.row)
+
+
 class Letters:
     """A fast tokenizer of one token a letter."""
 
@@ -244,6 +267,7 @@ def letters(rule, longest, context=None, **parts):
     [
         ("text", 6, None, {"text": "abcdef"}, ("abcdef", ".xxxxx", 0)),  # just fits
         ("text", 5, None, {"text": "abcdef"}, ("abcde", ".xxxx", 1)),
+        ("text", 2, None, {"text": "abcdef"}, ("ab", ".x", 4)),
         ("text", 9, 4, {"text": "abcdef"}, ("abcd", ".xxx", 2)),  # the model's context is shorter
         ("text", 4, 9, {"text": "abcdef"}, ("abcd", ".xxx", 2)),
         ("response", 6, None, {"prompt": "abc", "response": "yz"}, ("abc\nyz", "....xx", 0)),
@@ -255,6 +279,11 @@ def letters(rule, longest, context=None, **parts):
 )
 def test_truncation_is_minimal_and_at_the_variants_end(rule, longest, context, parts, expected):
     assert letters(rule, longest, context, **parts) == expected
+
+
+def test_first_token_is_no_content():
+    rendered = Renderer(make_variant("v", "raw", "text", 9), Letters()).render(Sample("a", prompt="ab", response="yz"))
+    assert rendered.is_content == [False, True, False, True, True]  # the template's newline is none
 
 
 def test_uncuttable_sample_fails():

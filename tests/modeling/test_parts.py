@@ -149,6 +149,7 @@ def find(template, texts, rendered):
         ("{0}{1}!", ["a\n", "\n\n b"], "a\n\n c!", None),
         ("{0}x{1}", [" x", "y"], " xxy", [("0", 0, 2), ("1", 3, 4)]),
         ("{0}{1}", ["a ", "  b"], "a  b", [("0", 0, 1), ("1", 1, 4)]),
+        ("{0}|{1}{2}!", ["x", "a ", " b"], "x|a b!", [("0", 0, 1), ("1", 2, 4), ("2", 4, 5)]),
     ],
 )
 def test_places_follow_from_the_marks(template, texts, rendered, places):

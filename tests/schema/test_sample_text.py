@@ -7,6 +7,7 @@ import json
 import polars as pl
 import pytest
 
+from lark_store.modeling.sample import Sample
 from lark_store.schema.chats import (
     CONTENT,
     chat_text,
@@ -59,3 +60,17 @@ def test_hash_has_later_columns_only_if_one_is_set():
     short = sample_hash("a", "b", None)
     assert sample_hash("a", "b", None, None, None, None) == short
     assert len({short, *(sample_hash("a", "b", None, *more) for more in (("c",), (None, "c"), (None, None, "c")))}) == 4
+
+
+def test_another_answer_replaces_the_samples_own():
+    assert Sample("a", prompt="p", response="r").with_answer("n") == Sample("a", prompt="p", response="n")
+    assert Sample("a", prompt="p", completion="c").with_answer("n") == Sample("a", prompt="p", completion="n")
+    turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"), ("user", "5")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    chat = Sample("a", messages=json.dumps(messages))
+    assert chat.answer == "4"
+    assert Sample("a", messages=json.dumps(messages[:1])).answer == Sample("a", text="t").answer == ""
+    expected = [*messages[:3], messages[3] | {"content": "ä"}, messages[4]]
+    assert chat.with_answer("ä").messages == json.dumps(expected, ensure_ascii=False)
+    row = {"sample_id": "a", "text": "t", "meta": '{"n": 1}'}
+    assert Sample.of_row(row) == Sample("a", text="t", meta={"n": 1})

@@ -198,7 +198,8 @@ def choose(store: Store, parameters: Parameters, kind: str = "sketched", *, stri
     else:
         rows = rows.join(pl.DataFrame({"method": list(METHODS)}), how="cross")
     order = rows["in_order"][0].to_list()
-    everything, values, chosen, notes = rows, {}, {}, []
+    everything, values, notes = rows, {}, []
+    chosen: dict[str, Any] = {}
     for name in _FIELDS:
         values[name] = _values(rows, name, order)
         given = None if (kind, name) == ("askable", "queries") else parameters.text(name)

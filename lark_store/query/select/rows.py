@@ -128,7 +128,8 @@ def find_rows(
 
 def _rows_per_batch(vector: Any) -> int:
     """Return the number of vectors of an Arrow type to read at once."""
-    return max(ROWS_PER_BATCH, min(_MOST_ROWS, _BATCH_BYTES * 8 // (vector.list_size * vector.value_type.bit_width)))
+    n_bits = int(vector.list_size * vector.value_type.bit_width)
+    return max(ROWS_PER_BATCH, min(_MOST_ROWS, _BATCH_BYTES * 8 // n_bits))
 
 
 def _cached(db: Database, table: Any, filter_: str, groups: Sequence[Group]) -> pl.DataFrame:

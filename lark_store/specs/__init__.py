@@ -43,6 +43,7 @@ from lark_store.specs.manage import (
 )
 from lark_store.specs.option import Option, build, fields_named, option, option_of
 from lark_store.specs.plot import PlotOptions, PlotSpec, ReportOptions, ReportSpec
+from lark_store.specs.probe import ProbeOptions, ProbeSpec
 from lark_store.specs.search import (
     AttributeOptions,
     AttributeSpec,
@@ -99,6 +100,8 @@ __all__ = [
     "Option",
     "PlotOptions",
     "PlotSpec",
+    "ProbeOptions",
+    "ProbeSpec",
     "RankOptions",
     "RankSpec",
     "ReportOptions",

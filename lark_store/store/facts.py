@@ -1,0 +1,56 @@
+"""`Store`, facts: probe them at checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lark_store.specs import Compute, ProbeSpec, build
+from lark_store.store.base import Part, keywords, named
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Unpack
+
+    from lark_store.results import OnProgress, ProbeReport
+    from lark_store.specs import ProbeOptions
+
+
+class FactMethods(Part):
+    """The methods that measure what models know."""
+
+    @keywords(ProbeSpec, Compute)
+    def probe(
+        self,
+        sources: Sequence[str],
+        checkpoints: Sequence[str] | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[ProbeOptions],
+    ) -> ProbeReport:
+        """Ask every checkpoint for the answer of every fact in the sources; fills the SQL view `probes`.
+
+        A fact is a sample with an exact answer: a prompt with its response. Its greedy answer is correct if each token
+        of the answer, and then an end of answer, is the most likely one: what generation gives, in one forward pass.
+        Its log-probability is that of the answer and its end. Where the `variant` puts no end after the answer, as
+        `raw`, a completion only has to begin with it.
+
+        `samples` further answers are sampled per fact at a `temperature`, with a `seed` per fact; they are correct if
+        they match the answer, both in Unicode's form NFKD, with runs of white space as one space and none at the ends.
+
+        Without `checkpoints`: at all of them. Idempotent and resumable: kill it at any moment and run it again to
+        continue; failed samples are tried again. `dry_run` estimates the time of the greedy answers and writes nothing.
+
+        Raises
+        ------
+        NameUnknownError, InputError, CheckpointError, CheckpointChangedError, StoreBusyError
+        """
+        from lark_store.probing.run import probe
+
+        spec = build(
+            ProbeSpec,
+            options,
+            sources=tuple(named(sources, "source")),
+            checkpoints=() if checkpoints is None else tuple(named(checkpoints)),
+            compute=build(Compute, options),
+        )
+        return probe(self._writable, spec, on_progress)

@@ -1,4 +1,4 @@
-"""Commands on facts: probe them at checkpoints."""
+"""Commands on facts: probe them at checkpoints, and analyse when they are learned or lost."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
-from lark_store.cli.options import EveryCheckpointOption, StoreOptions
-from lark_store.cli.output import ProgressBar, say
+from lark_store.cli.options import EveryCheckpointOption, ReadOptions, StoreOptions
+from lark_store.cli.output import ProgressBar, emit_frames, say
 from lark_store.cli.spec_options import takes
 from lark_store.display.values import duration
-from lark_store.specs import Compute, ProbeOptions, ProbeSpec
+from lark_store.specs import Compute, ProbeOptions, ProbeSpec, SurvivalOptions, SurvivalSpec
 
 if TYPE_CHECKING:
     from lark_store.results import ProbeReport
@@ -51,6 +51,26 @@ def _say_cost(report: ProbeReport, samples: int) -> None:
         say("note: sampled answers take additional time for facts that a model half knows")
 
 
+@takes(SurvivalSpec)
+def survival(common: ReadOptions, **options: Unpack[SurvivalOptions]) -> None:
+    """Analyse when probed facts are learned or lost, and what predicts it.
+
+    Prints hazard ratios (Cox, and in discrete time), Kaplan–Meier curves and their log-rank test. Needs the extra
+    `survival`: `pip install 'lark-store[survival]'`.
+
+    Example: `lark-store survival --source facts --seen-in finetune --covariate latent --covariate phi_pt`
+
+    Example: `lark-store survival --event degradation --by seen --rule stable`
+    """
+    with common.open() as opened:
+        report = opened.survival(**options)
+    frames = {"effects": report.effects, "curves": report.curves, "tests": report.tests}
+    emit_frames(frames, common.form, wide=common.wide)
+    n_events = int(report.events["observed"].sum())
+    say(f"{len(report.events)} facts at risk from `{report.events['baseline'][0]}` on, {n_events} with the event")
+
+
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
     app.command()(probe)
+    app.command()(survival)

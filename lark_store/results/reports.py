@@ -91,6 +91,27 @@ class ProbeReport(Tabular[dict[str, Any]]):
 
 
 @dataclass(frozen=True, repr=False)
+class SurvivalReport(Tabular[dict[str, Any]]):
+    """A survival analysis of facts. Its rows are the effects.
+
+    `effects` has a row per covariate, in the columns of the SQL function `survival`. `curves` are Kaplan–Meier curves:
+    group, time, n_risk, n_events, survival (the share of facts without the event), low, high. `tests` has the log-rank
+    test of the groups: by, n_groups, chi2, p_value. `events` are the facts, in the columns of `fact_events`; `by` is
+    what the groups differ in.
+    """
+
+    effects: pl.DataFrame
+    curves: pl.DataFrame
+    tests: pl.DataFrame
+    events: pl.DataFrame
+    by: str | None
+
+    @property
+    def _rows(self) -> pl.DataFrame:
+        return self.effects
+
+
+@dataclass(frozen=True, repr=False)
 class RepairReport(Tabular[dict[str, Any]]):
     """The result of a repair: repaired findings and remaining ones. Its rows are the remaining ones.
 

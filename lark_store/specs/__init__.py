@@ -63,6 +63,7 @@ from lark_store.specs.search import (
     TraceOptions,
     TraceSpec,
 )
+from lark_store.specs.survival import EventsSpec, SurvivalOptions, SurvivalSpec
 
 __all__ = [
     "LOSSES",
@@ -77,6 +78,7 @@ __all__ = [
     "ComputeOptions",
     "EvaluateOptions",
     "EvaluateSpec",
+    "EventsSpec",
     "ExplainOptions",
     "ExplainSpec",
     "ExplainerOptions",
@@ -120,6 +122,8 @@ __all__ = [
     "SpearmanSpec",
     "StepOptions",
     "StepSpec",
+    "SurvivalOptions",
+    "SurvivalSpec",
     "TailPatchOptions",
     "TopOptions",
     "TraceOptions",

@@ -1,18 +1,18 @@
-"""`Store`, facts: probe them at checkpoints."""
+"""`Store`, facts: probe them at checkpoints, and analyse when they are learned or lost."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lark_store.specs import Compute, ProbeSpec, build
+from lark_store.specs import Compute, ProbeSpec, SurvivalSpec, build
 from lark_store.store.base import Part, keywords, named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Unpack
 
-    from lark_store.results import OnProgress, ProbeReport
-    from lark_store.specs import ProbeOptions
+    from lark_store.results import OnProgress, ProbeReport, SurvivalReport
+    from lark_store.specs import ProbeOptions, SurvivalOptions
 
 
 class FactMethods(Part):
@@ -54,3 +54,28 @@ class FactMethods(Part):
             compute=build(Compute, options),
         )
         return probe(self._writable, spec, on_progress)
+
+    @keywords(SurvivalSpec)
+    def survival(self, **options: Unpack[SurvivalOptions]) -> SurvivalReport:
+        """Analyse when probed facts are learned or lost, and what predicts it; needs the extra `survival`.
+
+        `event` is `acquisition` (facts trained on: the first correct greedy answer), `generalisation` (withheld facts),
+        `learning` (both) or `degradation` (correct at the `baseline`: the first wrong answer); with `rule="stable"` the
+        answer must be the same at the next checkpoint too. Time is epochs since the baseline. Facts are seen if their
+        content is in the source `seen_in`, or if their metadata `seen_key` is true; all others are withheld.
+
+        Curves are Kaplan–Meier's, `by` latent knowledge, `seen` or a metadata key, with a log-rank test. Hazard ratios
+        are Cox's, with Efron's ties, beside a discrete-time model (cloglog) and a test of proportional hazards
+        (Schoenfeld residuals). `covariates` are values at the baseline: `latent` (greedy wrong, a sample correct),
+        `p` and `logprob` (of the answer), `n_tokens`, `seen`, keys of the metadata, and influence on the fact as a
+        query: `phi_pt` and `best_driver` (the highest of pretraining and fine-tuning samples, from `attribute`) and
+        `self_influence`. Numbers other than 0 and 1 are in standard deviations. The SQL functions `fact_events` and
+        `survival` give the same.
+
+        Raises
+        ------
+        NameUnknownError, NothingToScoreError, InputError
+        """
+        from lark_store.query.answers.survival import survival
+
+        return survival(self._db, build(SurvivalSpec, options))

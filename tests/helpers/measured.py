@@ -84,3 +84,34 @@ def change(store, table, condition, **columns):
     schema = lance_table(store, table).schema
     lance_table(store, table).add(pa.Table.from_pylist([row | columns for row in rows], schema=schema))
     store._db.vectors.refresh_indices(lance_table(store, table))
+
+
+def add_course(store, correct, metas, *, latent=None, logprobs=None):
+    """Add facts `f0`, … with metadata, checkpoints `e0`, … at these epochs, and probes: `correct` is (facts, epochs).
+
+    `latent` says of which facts a sampled answer at `e0` was correct.
+    """
+    rows = [{"id": f"f{i}", "prompt": f"p{i}", "response": f"r{i}", **meta} for i, meta in enumerate(metas)]
+    store.source_add("facts", rows, stage="query")
+    number, n_samples = ids(store), 0 if latent is None else 10
+    with store._db.session() as session:
+        base = session.get_one(Checkpoint, number["base"])
+        columns = {"model": base.model, "path": base.path, "weights_sha256": "w", "tokenizer_sha256": "t"}
+        session.add_all(Checkpoint(name=f"e{e}", epoch=float(e), **columns) for e in range(correct.shape[1]))
+    number = ids(store)
+    for epoch in range(correct.shape[1]):
+        n = n_samples if epoch == 0 else 0
+        run = ProbeRun(
+            checkpoint_id=number[f"e{epoch}"], source_id=number["facts"], variant_id=number["chatml"],
+            decoding="sampled" if n else "greedy", temperature=1.0 if n else None, n_samples=n,
+            seed=0 if n else None, n_probed=len(rows), n_failed=0, **ENVIRONMENT,
+        )  # fmt: skip
+        with store._db.session() as session:
+            session.add(run)
+        probes = [
+            probe_row(run.id, f"e{epoch}", f"f{i}", is_correct=bool(correct[i, epoch]), n_samples=n)
+            | {"source": "facts", "n_correct": int(latent[i]) if n else None}
+            | ({} if logprobs is None else {"answer_logprob": float(logprobs[i])})
+            for i in range(len(rows))
+        ]
+        write(store, "probes", PROBES, probes)

@@ -172,7 +172,15 @@ def test_every_writing_method_is_refused():
         "plot",
         "report",
     }
-    reads |= {"checkpoint_distance", "default_sketcher", "evaluation_check", "trace", "explain", "explainer"}
+    reads |= {
+        "checkpoint_distance",
+        "default_sketcher",
+        "evaluation_check",
+        "trace",
+        "explain",
+        "explainer",
+        "survival",
+    }
     reads |= {"checkpoint_list", "source_list", "variant_list", "sketcher_list", "sample_list", "sample_show"}
     others = {"create", "open", "close", "path", "place", "db_status", "db_upgrade", "db_restore", "doctor"}
     methods = {name for name in dir(Store) if not name.startswith("_")}

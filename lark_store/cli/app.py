@@ -17,6 +17,7 @@ from lark_store.cli import (
     corrections,
     evaluate,
     explain,
+    facts,
     integrity,
     interchange,
     lifecycle,
@@ -79,6 +80,7 @@ corrections.register(app)
 compute.register(app)
 answers.register(app)
 explain.register(app)
+facts.register(app)
 sql.register(app)
 interchange.register(app)
 lifecycle.register(app)

@@ -299,6 +299,24 @@ class Renderer:
             _notes(encoded, rendered),
         )
 
+    def around_answer(self, sample: Sample) -> tuple[list[int], list[int], list[int]]:
+        """Return a sample's tokens before its (last) answer, those of the answer, and those after it; none is cut.
+
+        Raises
+        ------
+        UnusableSampleError
+            It has no answer, fails in the template, or its answer ends beyond the maximum length.
+        """
+        rendered = self._placed(sample)
+        encoded = encode(self.tokenizer, rendered.text, add_special_tokens=not self.own_chat)
+        covered = encoded.covered(chosen_answers(rendered.spans, "last"))
+        if not any(covered):
+            raise UnusableSampleError("it has no answer: a fact is a prompt with a response")
+        start, end = covered.index(True), len(covered) - covered[::-1].index(True)
+        if end >= self.max_length:
+            raise UnusableSampleError(f"its answer ends at token {end}, but the maximum length is {self.max_length}")
+        return encoded.ids[:start], encoded.ids[start:end], encoded.ids[end:]
+
     def _targets(self, rule: str, encoded: Encoded, rendered: Rendered) -> list[bool]:
         """Tell which tokens are targets, (T,)."""
         if rule in {"text", "predicted"}:

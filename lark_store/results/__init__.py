@@ -19,7 +19,7 @@ from lark_store.results.records import (
     StoreStatus,
     VariantInfo,
 )
-from lark_store.results.reports import IngestReport, PlanReport, RepairReport
+from lark_store.results.reports import IngestReport, PlanReport, ProbeReport, RepairReport, SurvivalReport
 from lark_store.results.tabular import Convertible, Tabular
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "NewText",
     "OnProgress",
     "PlanReport",
+    "ProbeReport",
     "Progress",
     "RenderedSample",
     "RepairReport",
@@ -47,6 +48,7 @@ __all__ = [
     "SnapshotInfo",
     "SourceReport",
     "StoreStatus",
+    "SurvivalReport",
     "Tabular",
     "Trace",
     "VariantInfo",

@@ -67,6 +67,51 @@ class PlanReport(Tabular[dict[str, Any]]):
 
 
 @dataclass(frozen=True, repr=False)
+class ProbeReport(Tabular[dict[str, Any]]):
+    """The result of probing facts, one row per checkpoint × source × variant; after a dry run, its estimate.
+
+    `units` has the columns checkpoint, source, variant, n_facts, n_existing (facts probed before), n_probed (by this
+    call, failed ones included; after a dry run those to probe), n_failed, n_correct (facts with a correct greedy
+    answer), n_latent (greedy wrong, but a sampled answer correct; null without sampled answers), run and seconds.
+    `failures` has checkpoint, source, variant, sample_id and reason. Its rows are the units.
+    """
+
+    units: pl.DataFrame
+    failures: pl.DataFrame
+    is_plan: bool = False
+
+    @property
+    def n_failed(self) -> int:
+        """Number of samples that could not be probed."""
+        return int(self.units["n_failed"].sum())
+
+    @property
+    def _rows(self) -> pl.DataFrame:
+        return self.units
+
+
+@dataclass(frozen=True, repr=False)
+class SurvivalReport(Tabular[dict[str, Any]]):
+    """A survival analysis of facts. Its rows are the effects.
+
+    `effects` has a row per covariate, in the columns of the SQL function `survival`. `curves` are Kaplan–Meier curves:
+    group, time, n_risk, n_events, survival (the share of facts without the event), low, high. `tests` has the log-rank
+    test of the groups: by, n_groups, chi2, p_value. `events` are the facts, in the columns of `fact_events`; `by` is
+    what the groups differ in.
+    """
+
+    effects: pl.DataFrame
+    curves: pl.DataFrame
+    tests: pl.DataFrame
+    events: pl.DataFrame
+    by: str | None
+
+    @property
+    def _rows(self) -> pl.DataFrame:
+        return self.effects
+
+
+@dataclass(frozen=True, repr=False)
 class RepairReport(Tabular[dict[str, Any]]):
     """The result of a repair: repaired findings and remaining ones. Its rows are the remaining ones.
 

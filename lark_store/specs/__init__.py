@@ -43,6 +43,7 @@ from lark_store.specs.manage import (
 )
 from lark_store.specs.option import Option, build, fields_named, option, option_of
 from lark_store.specs.plot import PlotOptions, PlotSpec, ReportOptions, ReportSpec
+from lark_store.specs.probe import ProbeOptions, ProbeSpec
 from lark_store.specs.search import (
     AttributeOptions,
     AttributeSpec,
@@ -67,6 +68,7 @@ from lark_store.specs.search import (
     TraceOptions,
     TraceSpec,
 )
+from lark_store.specs.survival import EventsSpec, SurvivalOptions, SurvivalSpec
 
 __all__ = [
     "LOSSES",
@@ -82,6 +84,7 @@ __all__ = [
     "CoverageOptions",
     "EvaluateOptions",
     "EvaluateSpec",
+    "EventsSpec",
     "ExplainOptions",
     "ExplainSpec",
     "ExplainerOptions",
@@ -107,6 +110,8 @@ __all__ = [
     "Option",
     "PlotOptions",
     "PlotSpec",
+    "ProbeOptions",
+    "ProbeSpec",
     "RankOptions",
     "RankSpec",
     "ReportOptions",
@@ -127,6 +132,8 @@ __all__ = [
     "SpearmanSpec",
     "StepOptions",
     "StepSpec",
+    "SurvivalOptions",
+    "SurvivalSpec",
     "TailPatchOptions",
     "TopOptions",
     "TraceOptions",

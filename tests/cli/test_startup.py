@@ -11,7 +11,18 @@ from importlib.metadata import version
 import pytest
 from helpers.stores import store_label
 
-HEAVY = {"torch", "transformers", "lancedb", "lance_namespace", "datasets", "numba", "alembic", "scipy", "pandas"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "lancedb",
+    "lance_namespace",
+    "datasets",
+    "numba",
+    "alembic",
+    "scipy",
+    "pandas",
+    "statsmodels",
+}
 RUN = """
 import json, sys
 from lark_store.cli.app import app

@@ -122,6 +122,7 @@ WRITES = {
     ),
     "correction_fit": lambda store: store.correction_fit("base", samples=1),
     "ingest": lambda store: store.ingest(["base"], ["finetune"], ["raw"], sketcher="small"),
+    "probe": lambda store: store.probe(["test"], ["base"]),
     "attribute": lambda store: store.attribute(["base"], queries="test", sketcher="small"),
     "sketcher_import": lambda store: store.sketcher_import(
         "k", "nowhere.npy", checkpoint="base", source="songs", variant="raw"
@@ -171,7 +172,15 @@ def test_every_writing_method_is_refused():
         "plot",
         "report",
     }
-    reads |= {"checkpoint_distance", "default_sketcher", "evaluation_check", "trace", "explain", "explainer"}
+    reads |= {
+        "checkpoint_distance",
+        "default_sketcher",
+        "evaluation_check",
+        "trace",
+        "explain",
+        "explainer",
+        "survival",
+    }
     reads |= {"checkpoint_list", "source_list", "variant_list", "sketcher_list", "sample_list", "sample_show"}
     others = {"create", "open", "close", "path", "place", "db_status", "db_upgrade", "db_restore", "doctor"}
     methods = {name for name in dir(Store) if not name.startswith("_")}

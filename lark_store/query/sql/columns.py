@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import polars as pl
 
-_POLARS = {"VARCHAR": "String", "DOUBLE": "Float64", "FLOAT": "Float32", "INTEGER": "Int32", "BIGINT": "Int64"}
+_POLARS = {
+    "VARCHAR": "String",
+    "DOUBLE": "Float64",
+    "FLOAT": "Float32",
+    "INTEGER": "Int32",
+    "BIGINT": "Int64",
+    "BOOLEAN": "Boolean",
+}
 
 
 @dataclass(frozen=True)
@@ -173,4 +180,40 @@ GROUPS = {
     **text(query_variant="name of the queries' format variant; at the last checkpoint of a sum"),
     **_BY,
     **_NOTE,
+}
+FACT_EVENTS = {
+    **text(
+        source="name of the facts' source",
+        variant="name of their format variant",
+        sample_id="id of the fact",
+        event="acquisition, generalisation or degradation",
+    ),
+    **columns("BOOLEAN", seen="whether the fact was trained on", observed="whether it happened; false: censored"),
+    **double(time="epochs from the baseline to the event, or to the end"),
+    **text(baseline="name of the checkpoint that it starts from"),
+    **columns("BOOLEAN", is_latent="baseline: greedy wrong, a sample correct"),
+    **columns("INTEGER", n_correct="baseline: sampled answers that match", n_samples="baseline: sampled answers"),
+    **double(
+        p="baseline: probability of the answer and its end",
+        answer_logprob="its logarithm, in nats",
+        p_any="baseline: chance that n samples hold the answer",
+    ),
+    **columns("INTEGER", n_tokens="tokens of the answer and its end"),
+    **text(meta="the fact's other columns, JSON"),
+}
+SURVIVAL = {
+    **text(event="the event", covariate="name of the covariate"),
+    **double(scale="its unit: 1 if it is 0 or 1, else a standard deviation"),
+    **columns("BIGINT", n="facts at risk with all covariates", n_events="facts with the event"),
+    **double(
+        hazard_ratio="Cox, per unit and given the other covariates",
+        low="lower end of its 95% interval",
+        high="upper end of its 95% interval",
+        p_value="its p-value (Wald)",
+        zph_p_value="test of proportional hazards; small: they are not",
+        discrete_hazard_ratio="the same in discrete time (cloglog)",
+        discrete_low="lower end of its 95% interval",
+        discrete_high="upper end of its 95% interval",
+        discrete_p_value="its p-value",
+    ),
 }

@@ -15,8 +15,18 @@ import pyarrow as pa
 
 from lark_store.core.names import SUM_SEPARATOR
 from lark_store.errors import InputError, LarkStoreError, NothingToScoreError
-from lark_store.query.sql.columns import FT_PT, GROUPS, METRICS, SIMILAR_TEXT, TOP, TRAJECTORY, Column
-from lark_store.specs import RankSpec, SearchSpec, build
+from lark_store.query.sql.columns import (
+    FACT_EVENTS,
+    FT_PT,
+    GROUPS,
+    METRICS,
+    SIMILAR_TEXT,
+    SURVIVAL,
+    TOP,
+    TRAJECTORY,
+    Column,
+)
+from lark_store.specs import EventsSpec, RankSpec, SearchSpec, SurvivalSpec, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +57,7 @@ _ARROW = {
     "FLOAT": pa.float32(),
     "INTEGER": pa.int32(),
     "BIGINT": pa.int64(),
+    "BOOLEAN": pa.bool_(),
 }
 
 
@@ -256,10 +267,38 @@ def _metrics(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFr
     return frames
 
 
+def _given(call: Arguments) -> Arguments:
+    """Return the arguments with a value."""
+    return {name: value for name, value in call.items() if value is not None}
+
+
+def _fact_events(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFrame | None]:
+    from lark_store.query.answers.fact_events import fact_events
+
+    stop.check()
+    return [fact_events(db, build(EventsSpec, _given(call))) for call in calls]
+
+
+def _survival(db: Database, calls: list[Arguments], stop: Stop) -> list[pl.DataFrame | None]:
+    from lark_store.query.answers.survival import survival
+
+    stop.check()
+    return [survival(db, build(SurvivalSpec, _given(call))).effects for call in calls]
+
+
 _NAME, _YES = ("VARCHAR", "NULL"), ("BOOLEAN", "false")
 _ASKED = {"queries": _NAME, "query_variant": _NAME, "sketcher": _NAME, "method": _NAME}
 _OVER = {"over_checkpoints": _NAME}  # for several checkpoints, as `base + epoch-1`
 _AT = {"query_checkpoint": _NAME}
+_FOLLOWED = {
+    "baseline": _NAME,
+    "rule": ("VARCHAR", "'first'"),
+    "source": _NAME,
+    "variant": _NAME,
+    "checkpoints": ("VARCHAR[]", "NULL"),
+    "seen_in": _NAME,
+    "seen_key": ("VARCHAR", "'seen'"),
+}
 _TOP = Function(
     "top_influence",
     "One of the k samples with the most influence on a query",
@@ -340,6 +379,26 @@ FUNCTIONS = {
             },
             METRICS,
             _metrics,
+        ),
+        Function(
+            "fact_events",
+            "A fact, and when it was learned or lost",
+            _FOLLOWED,
+            FACT_EVENTS,
+            _fact_events,
+        ),
+        Function(
+            "survival",
+            "The hazard ratio of a covariate for an event of facts",
+            {
+                "event": ("VARCHAR", "'acquisition'"),
+                "covariates": ("VARCHAR[]", "NULL"),
+                **_FOLLOWED,
+                "method": _NAME,
+                "sketcher": _NAME,
+            },
+            SURVIVAL,
+            _survival,
         ),
     )
 }

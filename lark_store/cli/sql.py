@@ -50,7 +50,7 @@ def sql(
 
     Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, corrections, samples, ingest_runs,
     score_runs, sketches (without vectors), predictions, coverage, self_influence, studies, evaluations, failures,
-    influence, source_influence. `--schema` prints their columns.
+    influence, source_influence, probe_runs, probes, eif_runs, eif, eif_pairs. `--schema` prints their columns.
 
     Example: `lark-store sql "select source, variant, avg(max) from source_influence where checkpoint = 'epoch-2' group
     by all"`

@@ -18,7 +18,8 @@ from sqlalchemy import select
 from lark_store.core.hashing import file_hash
 from lark_store.errors import CheckpointError, InputError, StoreError
 from lark_store.gradients.corrections import CORRECTIONS, DEFAULT_POWER, factors_of_kind
-from lark_store.schema.catalog import Checkpoint, Correction, IngestRun, now
+from lark_store.schema.catalog import Checkpoint, Correction, IngestRun
+from lark_store.schema.catalog_base import now
 from lark_store.schema.database import find, lock_catalog
 from lark_store.schema.factor_files import discard, factor_files, fetched, file_name, is_intact
 from lark_store.schema.faults import machine_fault_of

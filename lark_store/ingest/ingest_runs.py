@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Select, select
 
 from lark_store.ingest.distributed import Ranks
-from lark_store.schema.catalog import IngestRun, now
+from lark_store.schema.catalog import IngestRun
+from lark_store.schema.catalog_base import now
 from lark_store.schema.locks import Work
 from lark_store.schema.table_schemas import sketch_table
 from lark_store.schema.vectors import where

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 
-from lark_store.schema.catalog import IngestRun, Sketcher, now
+from lark_store.schema.catalog_base import now
 from lark_store.schema.checksums import with_checksums
 from lark_store.schema.faults import failure_reason
 from lark_store.schema.table_schemas import FAILURES, sketch_rows
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lark_store.gradients.paths.hooks import Sketch
     from lark_store.ingest.distributed import Ranks
     from lark_store.modeling.tokens import Tokens
+    from lark_store.schema.catalog import IngestRun, Sketcher
     from lark_store.schema.database import Database
 
 UNIT_KEYS = ("checkpoint", "source", "variant")

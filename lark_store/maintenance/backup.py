@@ -45,7 +45,7 @@ from lark_store.maintenance.damaged import (
 from lark_store.maintenance.snapshots import TAG
 from lark_store.results import BackupInfo, Progress
 from lark_store.schema.backends.open import location_at
-from lark_store.schema.catalog import now
+from lark_store.schema.catalog_base import now
 from lark_store.schema.factor_files import factor_files
 from lark_store.schema.faults import CHECK_HINT, FAULTS, fault_of, first_line
 from lark_store.schema.locks import maintenance

@@ -1,4 +1,4 @@
-"""Delete runs without data: superseded score runs, and ingest runs whose sketches were removed.
+"""Delete runs without data: superseded score and EIF runs, and ingest runs whose sketches were removed.
 
 They would slow down everything that reads the whole catalog (SQL, `show`, removal). A run is deleted only if no table
 row has its id and it is not the newest run, since SQLite reuses the id of a deleted newest row.
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, func, select
 
-from lark_store.schema.catalog import IngestRun, ScoreRun, now
+from lark_store.schema.catalog import EifRun, IngestRun, ScoreRun
+from lark_store.schema.catalog_base import now
 from lark_store.schema.vectors import where
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ def forget_runs(db: Database, age: dt.timedelta) -> None:
 
     Such runs never get rows again: superseded runs are not written to, and a done ingest is never resumed.
     """
-    superseded = [ScoreRun.status == "superseded"]
     emptied = [IngestRun.status == "done", IngestRun.n_sketched == 0, IngestRun.n_failed == 0]
     sketches = [*db.vectors.sketch_tables(), "failures"]
     for kind, conditions, tables in (
-        (ScoreRun, superseded, ["influence", "source_influence"]),
+        (ScoreRun, [ScoreRun.status == "superseded"], ["influence", "source_influence"]),
+        (EifRun, [EifRun.status == "superseded"], ["eif"]),
         (IngestRun, emptied, sketches),
     ):
         with db.session() as session:

@@ -11,6 +11,9 @@ killed removal can be run again to finish. Before that, in this order:
    row of the checkpoint, its files if they are in the store. Run rows are deleted only when no vector row has their id,
    since SQLite reuses the ids of deleted rows.
 
+Probes and measured influence go like sketches: rows of a removed sample, or whole runs. The rest of a run stays, since
+its rows don't depend on each other.
+
 A removed sample changes the maximum, mean and ranks of its group, and a removed query changes the count of its query
 set: the score runs of both are superseded, and the next `attribute` scores them again. The same holds for scores that
 depend on everything searched (`hybrid`, `whitened`, sums) if one of their sources or checkpoints is removed.
@@ -31,7 +34,16 @@ from lark_store.core.names import SUM_SEPARATOR
 from lark_store.core.retry import retry
 from lark_store.errors import InputError, NameUnknownError
 from lark_store.modeling.save_objects import saved_folder
-from lark_store.schema.catalog import Checkpoint, CheckpointMetric, Correction, IngestRun, ScoreRun, Source
+from lark_store.schema.catalog import (
+    Checkpoint,
+    CheckpointMetric,
+    Correction,
+    EifRun,
+    IngestRun,
+    ProbeRun,
+    ScoreRun,
+    Source,
+)
 from lark_store.schema.database import Database, find
 from lark_store.schema.factor_files import discard, drafts
 from lark_store.schema.locks import removing
@@ -137,9 +149,12 @@ def _forget(sweep: _Sweep, source: str, ids: list[str]) -> None:
         sweep.delete("sketch", table, condition)
     _delete_embeddings(sweep, condition)
     sweep.delete("failure", "failures", condition)
+    sweep.delete("probe", "probes", condition)
+    sweep.delete("measured influence", "eif", f"({condition}) OR ({where(queries=source, query_id=ids)})")
     sweep.delete_scores(runs)
     if not sweep.dry_run:
         _recount(db, source)
+        recount_measured(db, source)
 
 
 def _delete_embeddings(sweep: _Sweep, condition: str) -> None:
@@ -211,6 +226,23 @@ def _rows_of_runs(db: Database, tables: list[str], source: str) -> Counter[int]:
     return counts
 
 
+def recount_measured(db: Database, source: str | None = None) -> None:
+    """Set the counts of probe and EIF runs, or of those of one source, to their actual rows."""
+    with db.session() as session:
+        source_id = None if source is None else find(session, Source, source).id
+        probes, measured = select(ProbeRun), select(EifRun)
+        if source_id is not None:
+            probes = probes.filter_by(source_id=source_id)
+            measured = measured.where(or_(EifRun.source_id == source_id, EifRun.queries_id == source_id))
+        for run in session.scalars(probes):
+            rows = db.vectors.read("probes", ["reason"], where(probe_run=run.id))
+            run.n_failed = len(rows) - rows["reason"].null_count()
+            run.n_probed = len(rows) - run.n_failed
+        for eif in session.scalars(measured):
+            rows = db.vectors.read("eif", ["sample_id", "query_id"], where(eif_run=eif.id))
+            eif.n_samples, eif.n_queries = rows["sample_id"].n_unique(), rows["query_id"].n_unique()
+
+
 # --- sources and checkpoints ---------------------------------------------------------------------------------------
 
 
@@ -238,9 +270,12 @@ def _remove(sweep: _Sweep, kind: type[Source | Checkpoint], name: str) -> None:
                 score_run.status = "superseded"
             for ingest_run in session.scalars(select(IngestRun).where(ingests)):
                 ingest_run.status, ingest_run.n_sketched, ingest_run.n_failed = "superseded", 0, 0
+        measured = _supersede_measured(sweep, session, target)
     for table in db.vectors.sketch_tables():
         sweep.delete("sketch", table, condition)
     sweep.delete("failure", "failures", condition)
+    sweep.delete("probe", "probes", where(probe_run=measured[ProbeRun]))
+    sweep.delete("measured influence", "eif", where(eif_run=measured[EifRun]))
     sweep.delete_scores([run.id for run in score_runs])
     if isinstance(target, Source):
         _delete_embeddings(sweep, condition)
@@ -250,6 +285,27 @@ def _remove(sweep: _Sweep, kind: type[Source | Checkpoint], name: str) -> None:
             _discard_corrections(sweep, target)
         _remove_saved_model(sweep, target)
     _remove_rows(sweep, target)
+
+
+def _supersede_measured(
+    sweep: _Sweep, session: Session, target: Source | Checkpoint
+) -> dict[type[ProbeRun | EifRun], list[int]]:
+    """Supersede the probe and EIF runs of a source or checkpoint; returns their ids."""
+    ids: dict[type[ProbeRun | EifRun], list[int]] = {}
+    for kind, condition in _measured_runs_of(target).items():
+        runs: list[Any] = list(session.scalars(select(kind).where(condition)))
+        ids[kind] = [run.id for run in runs]
+        for run in runs if not sweep.dry_run else ():
+            run.status = "superseded"
+    return ids
+
+
+def _measured_runs_of(target: Source | Checkpoint) -> dict[type[ProbeRun | EifRun], ColumnElement[bool]]:
+    """Return the conditions for the probe and EIF runs of a source or checkpoint."""
+    if isinstance(target, Source):
+        measured = or_(EifRun.source_id == target.id, EifRun.queries_id == target.id)
+        return {ProbeRun: ProbeRun.source_id == target.id, EifRun: measured}
+    return {ProbeRun: ProbeRun.checkpoint_id == target.id, EifRun: EifRun.checkpoint_id == target.id}
 
 
 def _remove_saved_model(sweep: _Sweep, checkpoint: Checkpoint) -> None:
@@ -294,14 +350,17 @@ def _remove_rows(sweep: _Sweep, target: Source | Checkpoint) -> None:
     """Delete the catalog's rows in one transaction."""
     ingests, scores = _runs_of(target)
     kind: Any = type(target)
+    measured = _measured_runs_of(target)
     deletions: list[tuple[str, Any, ColumnElement[bool]]] = [
+        ("probe run", ProbeRun, measured[ProbeRun]),
+        ("EIF run", EifRun, measured[EifRun]),
         ("score run", ScoreRun, scores),
         ("ingest run", IngestRun, ingests),
         (kind.__tablename__, kind, and_(kind.id == target.id)),
     ]
     if isinstance(target, Checkpoint):
-        deletions.insert(2, ("metric", CheckpointMetric, CheckpointMetric.checkpoint_id == target.id))
-        deletions.insert(2, ("correction", Correction, Correction.checkpoint_id == target.id))
+        deletions.insert(-1, ("metric", CheckpointMetric, CheckpointMetric.checkpoint_id == target.id))
+        deletions.insert(-1, ("correction", Correction, Correction.checkpoint_id == target.id))
     with sweep.db.session() as session:
         for label, table, condition in deletions:
             n = session.scalar(select(func.count()).select_from(table).where(condition)) or 0

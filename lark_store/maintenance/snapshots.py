@@ -22,7 +22,7 @@ from lark_store.core.names import check_name
 from lark_store.errors import NameTakenError, NameUnknownError, StoreError
 from lark_store.maintenance.table_versions import manifests
 from lark_store.results import SnapshotInfo
-from lark_store.schema.catalog import now
+from lark_store.schema.catalog_base import now
 from lark_store.schema.faults import FAULTS, first_line
 from lark_store.schema.locks import maintenance
 

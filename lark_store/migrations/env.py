@@ -3,11 +3,11 @@
 from alembic import context
 
 from lark_store.schema.backends.base import VERSION_TABLE
-from lark_store.schema.catalog import Base
+from lark_store.schema.catalog import METADATA
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=Base.metadata,
+    target_metadata=METADATA,
     version_table=VERSION_TABLE,
     render_as_batch=True,
 )

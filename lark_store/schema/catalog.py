@@ -5,90 +5,19 @@ Only migrations create the tables; `tests/migrations/test_migrations.py` compare
 
 from __future__ import annotations
 
-import datetime as dt
-from typing import TYPE_CHECKING, Any
+import datetime as dt  # noqa: TC003  # SQLAlchemy reads the annotations
+from typing import Any
 
-from sqlalchemy import CheckConstraint, Column, ForeignKey, MetaData, Text, TypeDecorator, UniqueConstraint, event
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, relationship
+from sqlalchemy import CheckConstraint, ForeignKey, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from lark_store.schema.checksums import CHECKSUM, checksum
-from lark_store.schema.column_types import Big, Json, Real, UtcTime
+from lark_store.schema.catalog_base import STRICT, UNCHECKED, Base, Checked, Named, now, one_of
 from lark_store.specs import TARGET_RULES
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sqlalchemy import Connection, Table
-
-NAMING = {
-    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-    "ck": "ck_%(table_name)s_%(constraint_name)s",
-    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-    "pk": "pk_%(table_name)s",
-}
-STRICT = {"sqlite_strict": True}
-_UNCHECKED = "unchecked"  # key in `Column.info`: the row's checksum does not cover the column
 
 STAGES = ("finetune", "pretrain", "query")
 RUN_STATUSES = ("running", "done", "interrupted", "failed", "superseded")
-
-
-def one_of(column: str, values: tuple[str, ...]) -> str:
-    """Return the SQL condition for a text column to be one of `values`."""
-    return f"{column} IN ({', '.join(repr(v) for v in values)})"
-
-
-def now() -> dt.datetime:
-    """Return the current time in UTC."""
-    return dt.datetime.now(dt.UTC)
-
-
-class Base(DeclarativeBase):
-    """Base of all catalog models."""
-
-    metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map = {str: Text, float: Real, dict[str, Any]: Json, dt.datetime: UtcTime}  # noqa: RUF012
-
-
-class Checked(Base):
-    """A row with a checksum of all columns except its id; null in rows of older versions.
-
-    The checksum is set on flush, so write these rows as objects, not with `insert` or `update`.
-    """
-
-    __abstract__ = True
-
-    checksum: Mapped[int | None] = mapped_column(Big, default=None, sort_order=99)
-
-
-def row_checksum(table: Table, stored: Mapping[str, Any]) -> int:
-    """Return the checksum of a row of `table` from its stored values (JSON and times as text)."""
-    columns = (c.name for c in table.columns if c.name not in {"id", CHECKSUM} and _UNCHECKED not in c.info)
-    return checksum({"table": table.name} | {name: stored[name] for name in columns})
-
-
-def _stored(column: Column[Any], value: Any) -> Any:
-    """Return a value in its stored form."""
-    if value is None:
-        return None
-    if isinstance(column.type, TypeDecorator):
-        return column.type.process_bind_param(value, None)  # type: ignore[arg-type]
-    kind = column.type.python_type
-    return kind(value) if kind in {int, float} else value
-
-
-def _set_checksum(mapper: Mapper[Any], _connection: Connection, row: Checked) -> None:
-    table: Any = mapper.local_table
-    for column in table.columns:  # set defaults now; the database or SQLAlchemy would set them after the flush
-        default = column.default or column.server_default
-        if getattr(row, column.key) is None and default is not None:
-            setattr(row, column.key, default.arg(None) if callable(default.arg) else default.arg)
-    row.checksum = row_checksum(table, {c.name: _stored(c, getattr(row, c.key)) for c in table.columns})
-
-
-event.listen(Checked, "before_insert", _set_checksum, propagate=True)
-event.listen(Checked, "before_update", _set_checksum, propagate=True)
+DECODINGS = ("greedy", "sampled")
+EIF_MODES = ("finetune", "context")
 
 
 class StoreMeta(Checked):
@@ -104,7 +33,7 @@ class StoreMeta(Checked):
     store_uuid: Mapped[str]
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
     created_with: Mapped[str]
-    vectors: Mapped[str | None] = mapped_column(default=None, info={_UNCHECKED: "differs in a copy of the store"})
+    vectors: Mapped[str | None] = mapped_column(default=None, info={UNCHECKED: "differs in a copy of the store"})
     sketcher: Mapped[str] = mapped_column(server_default="lark")
 
 
@@ -128,16 +57,6 @@ class SnapshotCopy(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     record: Mapped[dict[str, Any]]
     catalog: Mapped[bytes]
-
-
-class Named(Checked):
-    """The common columns of named objects."""
-
-    __abstract__ = True
-
-    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
-    name: Mapped[str] = mapped_column(unique=True, sort_order=-1)
-    created_at: Mapped[dt.datetime] = mapped_column(default=now, sort_order=1)
 
 
 class Checkpoint(Named):
@@ -255,11 +174,10 @@ class Correction(Checked):
 
 
 class Run:
-    """The common columns of ingest and score runs."""
+    """The common columns of all runs."""
 
     id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
     status: Mapped[str] = mapped_column(sort_order=-1)
-    fingerprint: Mapped[str] = mapped_column(sort_order=1)
     recipe: Mapped[dict[str, Any]] = mapped_column(sort_order=1)
     versions: Mapped[dict[str, Any]] = mapped_column(sort_order=1)
     device: Mapped[str] = mapped_column(sort_order=1)
@@ -275,6 +193,7 @@ class IngestRun(Run, Checked):
     __tablename__ = "ingest_run"
     __table_args__ = (CheckConstraint(one_of("status", RUN_STATUSES), name="status"), STRICT)
 
+    fingerprint: Mapped[str]
     sketcher_id: Mapped[int] = mapped_column(ForeignKey("sketcher.id"))
     checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"), index=True)
     source_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
@@ -297,6 +216,7 @@ class ScoreRun(Run, Checked):
     __table_args__ = (CheckConstraint(one_of("status", RUN_STATUSES), name="status"), STRICT)
 
     method: Mapped[str]
+    fingerprint: Mapped[str]
     sketcher_id: Mapped[int] = mapped_column(ForeignKey("sketcher.id"))
     checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"), index=True)
     query_checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"))
@@ -315,6 +235,68 @@ class ScoreRun(Run, Checked):
     query_variant: Mapped[FormatVariant] = relationship(foreign_keys=[query_variant_id])
     source: Mapped[Source] = relationship(foreign_keys=[source_id])
     variant: Mapped[FormatVariant] = relationship(foreign_keys=[variant_id])
+
+
+class ProbeRun(Run, Checked):
+    """The probing of one source's facts in one variant at one checkpoint; its rows are in the table `probes`.
+
+    A fact is a sample with a prompt and a response. `decoding` is `greedy`, or `sampled` if `n_samples` answers per
+    fact were sampled too, at `temperature` and with `seed`.
+    """
+
+    __tablename__ = "probe_run"
+    __table_args__ = (
+        CheckConstraint(one_of("status", RUN_STATUSES), name="status"),
+        CheckConstraint(one_of("decoding", DECODINGS), name="decoding"),
+        STRICT,
+    )
+
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"), index=True)
+    source_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
+    variant_id: Mapped[int] = mapped_column(ForeignKey("format_variant.id"))
+    decoding: Mapped[str]
+    temperature: Mapped[float | None]
+    n_samples: Mapped[int] = mapped_column(default=0)
+    seed: Mapped[int | None]
+    n_probed: Mapped[int] = mapped_column(default=0)
+    n_failed: Mapped[int] = mapped_column(default=0)
+
+    checkpoint: Mapped[Checkpoint] = relationship()
+    source: Mapped[Source] = relationship()
+    variant: Mapped[FormatVariant] = relationship()
+
+
+class EifRun(Run, Checked):
+    """The measured influence of a source's samples on queries at one checkpoint; its rows are in the table `eif`.
+
+    `mode` is `finetune` (a step of training on the sample) or `context` (the sample in the prompt; no optimizer).
+    `draw` is the number of a domain's draw.
+    """
+
+    __tablename__ = "eif_run"
+    __table_args__ = (
+        CheckConstraint(one_of("status", RUN_STATUSES), name="status"),
+        CheckConstraint(one_of("mode", EIF_MODES), name="mode"),
+        STRICT,
+    )
+
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoint.id"), index=True)
+    source_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
+    variant_id: Mapped[int] = mapped_column(ForeignKey("format_variant.id"))
+    queries_id: Mapped[int] = mapped_column(ForeignKey("source.id"))
+    query_variant_id: Mapped[int] = mapped_column(ForeignKey("format_variant.id"))
+    mode: Mapped[str]
+    optimizer: Mapped[str | None]
+    learning_rate: Mapped[float | None]
+    draw: Mapped[int | None]
+    n_samples: Mapped[int] = mapped_column(default=0)
+    n_queries: Mapped[int] = mapped_column(default=0)
+
+    checkpoint: Mapped[Checkpoint] = relationship()
+    source: Mapped[Source] = relationship(foreign_keys=[source_id])
+    variant: Mapped[FormatVariant] = relationship(foreign_keys=[variant_id])
+    queries: Mapped[Source] = relationship(foreign_keys=[queries_id])
+    query_variant: Mapped[FormatVariant] = relationship(foreign_keys=[query_variant_id])
 
 
 class SearchIndex(Checked):
@@ -374,3 +356,6 @@ class EvaluationScore(Checked):
     value: Mapped[float]
 
     evaluation: Mapped[Evaluation] = relationship()
+
+
+METADATA = Base.metadata  # with all tables: `catalog_base` alone has none

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table, text
 
-from lark_store.schema.catalog import Base, row_checksum
+from lark_store.schema.catalog import METADATA
+from lark_store.schema.catalog_base import row_checksum
 from lark_store.schema.checksums import CHECKSUM
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _tables() -> Iterator[Table]:
-    return (table for table in Base.metadata.sorted_tables if CHECKSUM in table.columns)
+    return (table for table in METADATA.sorted_tables if CHECKSUM in table.columns)
 
 
 def _rows(connection: Connection, table: Table) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import TypeDecorator, inspect, text
 
-from lark_store.schema.catalog import Base, Run, SnapshotCopy, StoreMeta, WorkNote
+from lark_store.schema.catalog import METADATA, Run, SnapshotCopy, StoreMeta, WorkNote
+from lark_store.schema.catalog_base import Base
 from lark_store.schema.column_types import UnreadableValueError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class WrongValue:
 def wrong_values(connection: Connection) -> Iterator[WrongValue]:
     """Yield the invalid values of the catalog, read undecoded."""
     present = set(inspect(connection).get_table_names())
-    for table in Base.metadata.sorted_tables:
+    for table in METADATA.sorted_tables:
         if table.name in present and table.name not in _SKIPPED:
             n_rows = 0
             for row in connection.execute(text(f"SELECT * FROM {table.name}")).mappings():  # noqa: S608

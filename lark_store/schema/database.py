@@ -15,16 +15,8 @@ from lark_store.core.fork import check_owner
 from lark_store.core.names import check_name
 from lark_store.core.paths import is_folder
 from lark_store.errors import NameTakenError, NameUnknownError, StoreBusyError, StoreError
-from lark_store.schema.catalog import (
-    Checkpoint,
-    Evaluation,
-    FormatVariant,
-    Named,
-    Sketcher,
-    Source,
-    StoreMeta,
-    Study,
-)
+from lark_store.schema.catalog import Checkpoint, Evaluation, FormatVariant, Sketcher, Source, StoreMeta, Study
+from lark_store.schema.catalog_base import Named
 from lark_store.schema.column_types import UnreadableValueError
 from lark_store.schema.faults import CHECK_HINT
 from lark_store.schema.vectors import VectorStore

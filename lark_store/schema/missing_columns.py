@@ -1,4 +1,4 @@
-"""Add missing columns to the vector tables of an older store, filled where the rows allow it."""
+"""Add missing tables to an older store, and missing columns to its tables, filled where the rows allow it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ _KEYS = {
     "source_influence": ["score_run", "query_id"],
     "failures": ["ingest_run", "checkpoint", "source", "variant", "sample_id", "reason"],
 }
+_NEW_TABLES = ("probes", "eif")
 _SCORE_KEYS = ["score_run", "query_id", "source", "variant"]
 
 
 def complete(vectors: VectorStore) -> dict[str, str]:
-    """Add missing codes, `n_cut`, predicted answers, checksums and the columns of chats to each table.
+    """Add missing tables; to each other, add missing codes, `n_cut`, predicted answers, checksums and chats' columns.
 
     Unreadable tables are left unchanged and returned, with the reason.
     """
     unreadable: dict[str, str] = {}
+    vectors.create_missing(_NEW_TABLES)
     for name in vectors.table_names():
         if name.startswith((SKETCH_PREFIX, EMBEDDING_PREFIX)) or name in _NARROW_TABLES:
             try:

@@ -73,11 +73,44 @@ SOURCE_INFLUENCE = pa.schema(
         _field("checksum", pa.int64(), null=True),
     ]
 )
+PROBES = pa.schema(
+    [
+        _field("probe_run", pa.int64()),
+        _field("checkpoint", pa.string()),
+        _field("source", pa.string()),
+        _field("variant", pa.string()),
+        _field("sample_id", pa.string()),
+        _field("is_correct", pa.bool_(), null=True),
+        _field("n_correct", pa.int32(), null=True),
+        _field("n_samples", pa.int32()),
+        _field("answer_logprob", pa.float64(), null=True),
+        _field("n_tokens", pa.int32(), null=True),
+        _field("output", pa.string(), null=True),
+        _field("reason", pa.string(), null=True),
+        _field("checksum", pa.int64()),
+    ]
+)
+EIF = pa.schema(
+    [
+        _field("eif_run", pa.int64()),
+        _field("checkpoint", pa.string()),
+        _field("source", pa.string()),
+        _field("sample_id", pa.string()),
+        _field("queries", pa.string()),
+        _field("query_id", pa.string()),
+        _field("loss_before", pa.float64()),
+        _field("loss_after", pa.float64()),
+        _field("value", pa.float64()),
+        _field("checksum", pa.int64()),
+    ]
+)
 TABLES = {
     "samples": SAMPLES,
     "failures": FAILURES,
     "influence": INFLUENCE,
     "source_influence": SOURCE_INFLUENCE,
+    "probes": PROBES,
+    "eif": EIF,
 }
 # Scalar indices: bitmaps for few distinct values, B-trees for many.
 INDICES = {
@@ -85,6 +118,8 @@ INDICES = {
     "failures": {"ingest_run": "bitmap"},
     "influence": {"score_run": "bitmap"},
     "source_influence": {"score_run": "bitmap"},
+    "probes": {"probe_run": "bitmap"},
+    "eif": {"eif_run": "bitmap"},
     "sketches": {
         "checkpoint": "bitmap",
         "source": "bitmap",

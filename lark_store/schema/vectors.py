@@ -119,6 +119,12 @@ class VectorStore:
         for name, schema in TABLES.items():
             lance.write_dataset(schema.empty_table(), self._path(name), mode="create")
 
+    def create_missing(self, names: Iterable[str]) -> None:
+        """Create tables that an older store lacks, empty."""
+        for name in names:
+            if not self.has(name):
+                self.connection.create_table(name, schema=TABLES[name], exist_ok=True)
+
     def _path(self, name: str) -> str:
         return f"{self.uri}/{name}.lance"
 

@@ -395,7 +395,7 @@ class AnswerMethods(Part):
 
         Views: checkpoints, checkpoint_metrics, sources, variants, sketchers, corrections, samples, ingest_runs,
         score_runs, sketches (without vectors), predictions, coverage, self_influence, studies, evaluations, failures,
-        influence, source_influence.
+        influence, source_influence, probe_runs, probes, eif_runs, eif, eif_pairs.
 
         `parameters` are the values of `?` or `$1` (a sequence) or of `$name` (a mapping). The query fails after
         `timeout` seconds, or if its work or result needs more than `memory`. A longer result is cut to its first

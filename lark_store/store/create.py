@@ -17,7 +17,7 @@ from lark_store.core.paths import is_file, is_taken
 from lark_store.errors import NameUnknownError, StoreError, StoreExistsError
 from lark_store.schema.backends.base import VERSION_TABLE, Location
 from lark_store.schema.backends.open import location_at
-from lark_store.schema.catalog import Base, StoreMeta
+from lark_store.schema.catalog import METADATA, StoreMeta
 from lark_store.schema.vectors import VectorStore
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def vacant(location: Location, vectors: str | None) -> None:
     tables = location.catalog.tables()
     if {VERSION_TABLE, StoreMeta.__tablename__} <= tables:
         raise _taken(location, "a store")
-    clash = sorted(tables & {*Base.metadata.tables, VERSION_TABLE})
+    clash = sorted(tables & {*METADATA.tables, VERSION_TABLE})
     if clash:
         raise _taken(location, f"a table `{clash[0]}` of another program")
 

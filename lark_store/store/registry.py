@@ -291,7 +291,8 @@ class RegistryMethods(Part):
         NameInvalidError, NameTakenError
             The name belongs to another recipe.
         """
-        from lark_store.schema.catalog import Study, now
+        from lark_store.schema.catalog import Study
+        from lark_store.schema.catalog_base import now
 
         row = Study(name=name, recipe=recipe, environment=environment, hashes=hashes)
         with self._writable.session() as session:
@@ -328,7 +329,8 @@ class RegistryMethods(Part):
         """
         from sqlalchemy import delete
 
-        from lark_store.schema.catalog import Evaluation, EvaluationScore, now
+        from lark_store.schema.catalog import Evaluation, EvaluationScore
+        from lark_store.schema.catalog_base import now
 
         columns = ("method", "measure", "query_id", "trial", "value")
         row = Evaluation(name=name, kind=kind, recipe=recipe, environment=environment)

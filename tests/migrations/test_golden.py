@@ -309,3 +309,14 @@ def test_older_store_of_another_user_is_not_upgraded(old, open_to_all):
         assert "Traceback" not in err
     assert "permission denied" in err
     assert bytes_of(path) == before
+
+
+@each(OLDER)
+def test_upgraded_store_and_its_snapshots_have_the_new_tables(old):
+    Store.db_upgrade(old)
+    names = [None]
+    with Store.open(old) as store:
+        names += store.snapshot_list()["name"].to_list()
+    for name in names:
+        with Store.open(old, snapshot=name) as store:
+            assert [store.sql(f"FROM {view}").height for view in ("probes", "eif", "eif_pairs")] == [0, 0, 0]

@@ -21,7 +21,7 @@ from lark_store import Store, migrations
 from lark_store.errors import NewerSchemaError, OlderSchemaError, StoreError, StoreExistsError
 from lark_store.schema.backends.base import VERSION_TABLE
 from lark_store.schema.backends.local import APPLICATION_ID
-from lark_store.schema.catalog import Base
+from lark_store.schema.catalog import METADATA
 
 ORPHANING = MIGRATION + "    op.execute('DELETE FROM checkpoint')\n"
 
@@ -57,14 +57,14 @@ def test_migrations_build_the_schema_of_the_models(catalog):
     options = {"compare_type": True, "compare_server_default": True, "version_table": VERSION_TABLE}
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts=options)
-        differences = compare_metadata(context, Base.metadata)
+        differences = compare_metadata(context, METADATA)
     engine.dispose()
     assert differences == []
 
 
 def test_migrations_build_the_checks_and_keys_of_the_models(catalog, tmp_path):
     engine = create_engine(f"sqlite:///{tmp_path / 'models.sqlite'}")
-    Base.metadata.create_all(engine)
+    METADATA.create_all(engine)
     engine.dispose()
 
     def definitions(file):
@@ -80,7 +80,7 @@ def test_migrations_build_the_checks_and_keys_of_the_models(catalog, tmp_path):
 def test_every_table_of_the_catalog_is_strict(catalog):
     tables = execute_sql(catalog, "SELECT name, strict FROM pragma_table_list WHERE schema = 'main' AND type = 'table'")
     strict = {name for name, is_strict in tables if is_strict}
-    assert strict == set(Base.metadata.tables)
+    assert strict == set(METADATA.tables)
 
 
 def test_the_revisions_are_one_line_without_branches():

@@ -25,6 +25,7 @@ _CHECKED = (
     *("ingest_run", "score_run", "search_index", "study", "evaluation", "evaluation_score"),
 )
 BACK = {
+    "0011": ["DROP TABLE probe_run", "DROP TABLE eif_run"],
     "0010": ["ALTER TABLE format_variant DROP COLUMN answers"],
     "0009": ["ALTER TABLE format_variant DROP COLUMN loss", "ALTER TABLE checkpoint DROP COLUMN parts"],
     "0008": [

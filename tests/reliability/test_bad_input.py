@@ -485,9 +485,9 @@ def test_a_clock_that_goes_back_changes_no_answer(tmp_path, checkpoints, texts, 
         for module in ("schema.catalog", "ingest.writer", "ingest.ingest_runs", "query.answers.score_runs"):
             monkeypatch.setattr(f"lark_store.{module}.now", lambda times=times: next(times))
         for column in ("checkpoint", "source", "format_variant", "sketcher"):
-            from lark_store.schema.catalog import Base
+            from lark_store.schema.catalog import METADATA
 
-            default = Base.metadata.tables[column].c.created_at.default
+            default = METADATA.tables[column].c.created_at.default
             monkeypatch.setattr(default, "arg", lambda _context, times=times: next(times))
         with Store.create(tmp_path / name) as store:
             fill_store(store, {}, texts)

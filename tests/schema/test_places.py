@@ -24,7 +24,7 @@ from lark_store import Store
 from lark_store.errors import NotAStoreError, OlderSchemaError, StoreBusyError, StoreError, StoreExistsError
 from lark_store.schema.backends.base import VERSION_TABLE
 from lark_store.schema.backends.open import location_at
-from lark_store.schema.catalog import Base
+from lark_store.schema.catalog import METADATA
 from lark_store.schema.faults import fault_of
 from lark_store.schema.locks import maintenance, working
 
@@ -71,7 +71,7 @@ def test_migrations_build_the_schema_of_the_models(cluster_store):
     options = {"compare_type": True, "compare_server_default": True, "version_table": VERSION_TABLE}
     with cluster_store._db.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts=options)
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, METADATA) == []
 
 
 @pytest.mark.parametrize("kind", ["postgres and s3", "postgres and a folder", "sqlite and s3", "sqlite and a folder"])
@@ -121,7 +121,7 @@ def test_program_works_without_printing_passwords(server, tmp_path):
         with pytest.raises(StoreError, match="has no folder"):
             _ = store.path
         with store._db.location.catalog.open() as connection:
-            for table in Base.metadata.tables:
+            for table in METADATA.tables:
                 assert "hunter2" not in str(connection.exec_driver_sql(f"SELECT * FROM {table}").all())
 
 

@@ -19,7 +19,8 @@ from lark_store.ingest import correction_store, fit_corrections, ingest_runs
 from lark_store.query.answers import attribute
 from lark_store.query.scoring import ann_index, search
 from lark_store.query.sql import connection
-from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, SearchIndex, Sketcher, Source, now
+from lark_store.schema.catalog import Checkpoint, FormatVariant, IngestRun, SearchIndex, Sketcher, Source
+from lark_store.schema.catalog_base import now
 from lark_store.specs import EvaluateSpec
 
 

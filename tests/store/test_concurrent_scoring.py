@@ -14,7 +14,8 @@ from helpers.texts import write_jsonl
 from sqlalchemy import select
 
 from lark_store import Store
-from lark_store.schema.catalog import IngestRun, ScoreRun, now
+from lark_store.schema.catalog import IngestRun, ScoreRun
+from lark_store.schema.catalog_base import now
 
 HOW = {"queries": "test", "sources": ["songs"], "sketcher": "small", "hits": 5}
 GROUP = "source = 'songs' and variant = 'raw' and checkpoint = 'base' and method = 'cosine'"

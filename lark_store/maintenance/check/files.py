@@ -71,7 +71,7 @@ def _recreation(table: str) -> Repair | None:
     def run(db: Database) -> None:
         db.vectors.connection.create_table(table, schema=TABLES[table], exist_ok=True)
 
-    return Repair("create it empty; `attribute` and `ingest` fill it", run)
+    return Repair("create it empty; the command that filled it fills it again", run)
 
 
 def _check_files(store: FrozenStore, needed: _NeededVersions) -> Iterator[Finding]:

@@ -14,7 +14,17 @@ import numpy as np
 import polars as pl
 from sqlalchemy import select
 
-from lark_store.schema.catalog import Checkpoint, Correction, FormatVariant, IngestRun, ScoreRun, Sketcher, Source
+from lark_store.schema.catalog import (
+    Checkpoint,
+    Correction,
+    EifRun,
+    FormatVariant,
+    IngestRun,
+    ProbeRun,
+    ScoreRun,
+    Sketcher,
+    Source,
+)
 from lark_store.schema.faults import FAULTS, first_line
 from lark_store.schema.table_schemas import SKETCH_PREFIX, projection
 from lark_store.schema.vectors import VectorStore, where
@@ -29,6 +39,8 @@ if TYPE_CHECKING:
     from lark_store.schema.locks import Pause
 
 _ROWS_PER_BATCH = 8192
+AnyRun = IngestRun | ScoreRun | ProbeRun | EifRun
+_RUN_LABELS: dict[type[AnyRun], str] = {IngestRun: "ingest", ScoreRun: "score", ProbeRun: "probe", EifRun: "EIF"}
 _HASHES_PER_PASS = 1 << 25  # 256 MiB of key hashes; more keys take more passes
 
 
@@ -51,6 +63,8 @@ class FrozenStore:
     ingest_runs: dict[int, IngestRun]
     score_runs: dict[int, ScoreRun]
     corrections: list[Correction]
+    probe_runs: dict[int, ProbeRun]
+    eif_runs: dict[int, EifRun]
     deep: bool = False
     samples: NDArray[np.uint64] | None = None
     counts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -61,7 +75,7 @@ class FrozenStore:
         """Whether no process was at work."""
         return not self.pause.works
 
-    def names_of(self, run: IngestRun | ScoreRun) -> dict[str, str]:
+    def names_of(self, run: AnyRun) -> dict[str, str]:
         """Return the names in the rows of a run."""
         return {
             "checkpoint": self.names[Checkpoint].get(run.checkpoint_id, "?"),
@@ -69,12 +83,11 @@ class FrozenStore:
             "variant": self.names[FormatVariant].get(run.variant_id, "?"),
         }
 
-    def label(self, run: IngestRun | ScoreRun) -> str:
+    def label(self, run: AnyRun) -> str:
         """Return a short description of a run."""
-        kind = "ingest" if isinstance(run, IngestRun) else "score"
-        return f"{kind} run {run.id}: {' · '.join(self.names_of(run).values())}"
+        return f"{_RUN_LABELS[type(run)]} run {run.id}: {' · '.join(self.names_of(run).values())}"
 
-    def is_at_work(self, run: IngestRun) -> bool:
+    def is_at_work(self, run: AnyRun) -> bool:
         """Tell whether a process may be writing to a run."""
         return run.status == "running" and self.pause.touches(**self.names_of(run))
 
@@ -87,13 +100,13 @@ def freeze(db: Database, pause: Pause, *, deep: bool = False) -> FrozenStore:
     """Return the store's current state; the caller holds the gate."""
     versions: dict[str, int] = {}
     broken: dict[str, str] = {}
+    kinds: list[Any] = [Checkpoint, Source, FormatVariant, Sketcher, Correction, *_RUN_LABELS]
     with db.engine.connect():  # the first connection sets the journal mode, impossible once the catalog is locked
         pass
     with db.location.catalog.frozen():
         with db.session() as session:
             rows: dict[type, list[Any]] = {
-                kind: list(session.scalars(select(kind).order_by(kind.id)))
-                for kind in (Checkpoint, Source, FormatVariant, Sketcher, IngestRun, ScoreRun, Correction)
+                kind: list(session.scalars(select(kind).order_by(kind.id))) for kind in kinds
             }
             for row in rows[Correction]:
                 _ = row.checkpoint  # load it while the session is open
@@ -113,6 +126,8 @@ def freeze(db: Database, pause: Pause, *, deep: bool = False) -> FrozenStore:
         ingest_runs={row.id: row for row in rows[IngestRun]},
         score_runs={row.id: row for row in rows[ScoreRun]},
         corrections=rows[Correction],
+        probe_runs={row.id: row for row in rows[ProbeRun]},
+        eif_runs={row.id: row for row in rows[EifRun]},
         deep=deep,
     )
 

@@ -120,7 +120,8 @@ def check_embeddings(store: FrozenStore) -> Iterator[Finding]:
             yield Finding("error", "unreadable", table, 1, f"{first_line(error)}; restore it from a backup")
 
 
-def _rows_per_run(store: FrozenStore, table: str, column: str) -> dict[int, int]:
+def rows_per_run(store: FrozenStore, table: str, column: str) -> dict[int, int]:
+    """Return the number of a table's rows per run id."""
     counts: dict[int, int] = defaultdict(int)
     for frame in stream(store.vectors, table, [column]):
         for run, n in frame.group_by(column).len().rows():
@@ -128,7 +129,9 @@ def _rows_per_run(store: FrozenStore, table: str, column: str) -> dict[int, int]
     return counts
 
 
-def _row_deletion(table: str, column: str, run: int) -> Repair:
+def row_deletion(table: str, column: str, run: int) -> Repair:
+    """Return a repair that deletes the rows of a run."""
+
     def delete(db: Database) -> None:
         retry(lambda: db.vectors.table(table).delete(run_filter(column, [run])), f"rows of `{table}` can't be deleted")
 
@@ -139,13 +142,13 @@ def check_failures(store: FrozenStore) -> Iterator[Finding]:
     """Yield failures without a run."""
     try:
         yield from check_checksums(store, "failures", "reasons of failures", "delete the rows")
-        counts = _rows_per_run(store, "failures", "ingest_run")
+        counts = rows_per_run(store, "failures", "ingest_run")
     except FAULTS as error:
         yield Finding("error", "unreadable", "failures", 1, first_line(error))
         return
     for run, n in counts.items():
         if run not in store.ingest_runs:
-            repair = _row_deletion("failures", "ingest_run", run)
+            repair = row_deletion("failures", "ingest_run", run)
             location = f"failures of ingest run {run}"
             yield Finding("warning", "orphan rows", location, n, "the run does not exist", repair)
 
@@ -156,7 +159,7 @@ def check_failures(store: FrozenStore) -> Iterator[Finding]:
 def check_scores(store: FrozenStore) -> Iterator[Finding]:
     """Yield score runs that contradict their rows, and rows of runs that are never read."""
     try:
-        counts = {table: _rows_per_run(store, table, "score_run") for table in _SCORE_TABLES}
+        counts = {table: rows_per_run(store, table, "score_run") for table in _SCORE_TABLES}
         yield from _unread_rows(store, counts)
         done = [run for run in store.score_runs.values() if run.status == "done"]
         n_missing = 0
@@ -203,7 +206,7 @@ def _unread_rows(store: FrozenStore, counts: dict[str, dict[int, int]]) -> Itera
     for table, per_run in counts.items():
         for run_id, n in sorted(per_run.items()):
             run, location = store.score_runs.get(run_id), f"{table} of score run {run_id}"
-            repair = _row_deletion(table, "score_run", run_id)
+            repair = row_deletion(table, "score_run", run_id)
             if run is None:
                 detail = "their score run does not exist; a new run may get its id"
                 yield Finding("error", "orphan rows", location, n, detail, repair)

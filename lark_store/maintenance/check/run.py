@@ -16,6 +16,7 @@ from lark_store.maintenance.check.files import check_checkpoints, check_files, c
 from lark_store.maintenance.check.findings import Finding
 from lark_store.maintenance.check.frozen_store import FrozenStore, freeze
 from lark_store.maintenance.check.indices import check_indices
+from lark_store.maintenance.check.measured import check_eif, check_probes
 from lark_store.maintenance.check.rows import check_embeddings, check_failures, check_samples, check_scores
 from lark_store.maintenance.check.sketches import check_ingest_runs, check_sketches
 from lark_store.results import Progress
@@ -90,6 +91,8 @@ CHECKS = (
     Check("embeddings", check_embeddings),
     Check("failures", check_failures, frozenset({"failures"})),
     Check("scores", check_scores, frozenset({"influence", "source_influence"})),
+    Check("probes", check_probes, frozenset({"probes"})),
+    Check("measured influence", check_eif, frozenset({"eif"})),
     Check("indices", check_indices),
 )
 

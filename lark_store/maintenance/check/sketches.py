@@ -16,7 +16,8 @@ from lark_store.maintenance.check.checksums import CHANGED, MISSING, checked_row
 from lark_store.maintenance.check.findings import Finding, Repair, name_list
 from lark_store.maintenance.check.frozen_store import FrozenStore, duplicates, hashes, stream
 from lark_store.maintenance.delete_rows import deletion
-from lark_store.schema.catalog import IngestRun, now
+from lark_store.schema.catalog import IngestRun
+from lark_store.schema.catalog_base import now
 from lark_store.schema.checksums import CHECKSUM
 from lark_store.schema.faults import FAULTS, first_line
 from lark_store.schema.sign_codes import codes_of

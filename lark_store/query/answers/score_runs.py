@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 
 from lark_store.core.retry import retry
-from lark_store.schema.catalog import IngestRun, ScoreRun, now
+from lark_store.schema.catalog import IngestRun, ScoreRun
+from lark_store.schema.catalog_base import now
 from lark_store.schema.database import lock_catalog
 from lark_store.schema.locks import n_scoring
 from lark_store.schema.score_inputs import has_rows, has_valid_inputs, inputs, query_groups, scored_groups

@@ -18,7 +18,8 @@ from lark_store.query.select.hints import for_sketches
 from lark_store.query.select.resolve import Group, committed_groups
 from lark_store.query.select.rows import Rows, find_rows
 from lark_store.results import Progress
-from lark_store.schema.catalog import IngestRun, SearchIndex, Sketcher, now
+from lark_store.schema.catalog import IngestRun, SearchIndex, Sketcher
+from lark_store.schema.catalog_base import now
 from lark_store.schema.database import find, lock_catalog
 from lark_store.schema.table_schemas import sketch_table
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 import pyarrow as pa
-from sqlalchemy import inspect, select
+from sqlalchemy import inspect, literal, select, union_all
 
 from lark_store.core.arrow import skip_pandas
 from lark_store.errors import QueryError, StoreBusyError
@@ -16,14 +16,15 @@ from lark_store.query.sql.relations import relations
 from lark_store.query.sql.sandbox import sandbox
 from lark_store.query.sql.views import VIEWS
 from lark_store.schema.catalog import (
-    Base,
     Checkpoint,
     CheckpointMetric,
     Correction,
+    EifRun,
     Evaluation,
     EvaluationScore,
     FormatVariant,
     IngestRun,
+    ProbeRun,
     ScoreRun,
     Sketcher,
     Source,
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
     import duckdb
     from sqlalchemy.orm import Session
 
+    from lark_store.schema.catalog_base import Base
     from lark_store.schema.database import Database
 
     Parameters = Sequence[Any] | Mapping[str, Any]
 
 _SNAPSHOT_ATTEMPTS = 10
 _ROWS_PER_BATCH = 8192
-_TABLES = ("samples", "failures", "influence", "source_influence")
 _CATALOG: dict[str, type[Base]] = {
     "_checkpoint": Checkpoint,
     "_metric": CheckpointMetric,
@@ -56,6 +57,8 @@ _CATALOG: dict[str, type[Base]] = {
     "_meta": StoreMeta,
     "_ingest_run": IngestRun,
     "_score_run": ScoreRun,
+    "_probe_run": ProbeRun,
+    "_eif_run": EifRun,
     "_study": Study,
     "_evaluation": Evaluation,
     "_evaluation_score": EvaluationScore,
@@ -149,25 +152,31 @@ def _register_sketches(db: Database, connection: duckdb.DuckDBPyConnection) -> N
 def _register(db: Database, connection: duckdb.DuckDBPyConnection, names: frozenset[str] | None) -> None:
     """Register catalog and tables as of one moment; retries if a run was committed or superseded meanwhile."""
     catalog = {name: kind for name, kind in _CATALOG.items() if names is None or name in names}
-    tables = [name for name in _TABLES if names is None or f"_{name}" in names]
+    tables = [name for name in TABLES if names is None or f"_{name}" in names]
     for _ in range(_SNAPSHOT_ATTEMPTS):
         with db.session() as session:
             before = _statuses(session)
             for name, kind in catalog.items():
                 connection.register(name, _arrow(session, kind))
         for name in tables:
-            connection.register(f"_{name}", whole_rows(db.vectors.table(name).to_lance(), TABLES[name].names))
+            connection.register(f"_{name}", _rows(db, name))
         with db.session() as session:
             if _statuses(session) == before:
                 return
-    raise StoreBusyError(
-        "other processes keep committing score runs while the views are created", "run the query again"
-    )
+    raise StoreBusyError("other processes keep committing runs while the views are created", "run the query again")
 
 
-def _statuses(session: Session) -> list[tuple[int, str]]:
-    rows = session.execute(select(ScoreRun.id, ScoreRun.status).order_by(ScoreRun.id))
-    return [(run, status) for run, status in rows]
+def _rows(db: Database, name: str) -> Any:
+    """Return a table's rows for DuckDB; none if the store is a snapshot that is older than the table."""
+    if db.is_snapshot and not db.vectors.has(name):
+        return TABLES[name].empty_table()
+    return whole_rows(db.vectors.table(name).to_lance(), TABLES[name].names)
+
+
+def _statuses(session: Session) -> list[tuple[str, int, str]]:
+    kinds = (ScoreRun, ProbeRun, EifRun)
+    states = (select(literal(kind.__tablename__), kind.id, kind.status) for kind in kinds)
+    return sorted((kind, run, status) for kind, run, status in session.execute(union_all(*states)))
 
 
 def fetch(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from lark_store.errors import NameUnknownError
 from lark_store.query.sql.functions import FUNCTIONS
-from lark_store.query.sql.views import VIEWS, View
+from lark_store.query.sql.view_columns import View
+from lark_store.query.sql.views import VIEWS
 
 if TYPE_CHECKING:
     import polars as pl

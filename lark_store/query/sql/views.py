@@ -2,60 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from lark_store.core.names import IMPORTED
 from lark_store.core.text import joined
 from lark_store.gradients.corrections import CORRECTIONS, users_by_kind
-from lark_store.query.sql.columns import Column, columns, double, text
-
-_TIME = "TIMESTAMP WITH TIME ZONE"
-
-
-@dataclass(frozen=True)
-class View:
-    """A view: the meaning of a row, its columns in order, and its SELECT."""
-
-    meaning: str
-    columns: dict[str, Column]
-    sql: str
-
-
-def _whole(**meanings: str) -> dict[str, Column]:
-    return columns("BIGINT", **meanings)
-
-
-def _float(**meanings: str) -> dict[str, Column]:
-    return columns("FLOAT", **meanings)
-
-
-_ADDED = columns(_TIME, created_at="when it was added, UTC")
-_STATUS = text(status="running, done, interrupted, failed or superseded")
-_SKETCHER = text(sketcher="name of the sketcher")
-_CHECKPOINT = text(checkpoint="name of the checkpoint of the samples' gradients")
-_GROUP = text(source="name of the samples' source", variant="name of the samples' format variant")
-_SAMPLE = text(sample_id="id of the sample within its source")
-_INGEST_RUN = _whole(ingest_run="number of the ingest run")
-_SCORE_RUN = _whole(score_run="number of the score run")
-_METHOD = text(method="as in `--method`, such as cosine; for sums cosine-sum …")
-_OVER = text(over_checkpoints="summed checkpoints, as base + epoch-1; else null")
-_QUERIES = text(queries="name of the queries' source")
-_QUERY = _QUERIES | text(query_id="id of the query, a sample of that source")
-_QUERY_SIDE = text(
-    query_checkpoint="name of the checkpoint of the queries' gradients",
-    query_variant="name of the queries' format variant",
-)
-_HOW_SCORED = _METHOD | _OVER | _SKETCHER | _QUERY_SIDE | _SCORE_RUN
-_RUN = (
-    text(
-        device="device of the run",
-        fingerprint="sha256 of sketcher and layout; comparable if equal",
-        recipe="settings, JSON",
-        versions="versions of the software, JSON",
-    )
-    | _whole(lance_version="version of the Lance table with its rows")
-    | columns(_TIME, started_at="when it started, UTC", finished_at="when it ended, UTC")
-    | text(error="error that ended it, if it failed")
+from lark_store.query.sql.columns import columns, double, text
+from lark_store.query.sql.measured_views import MEASURED_VIEWS
+from lark_store.query.sql.view_columns import (
+    ADDED,
+    CHECKPOINT,
+    GROUP,
+    HOW_SCORED,
+    INGEST_RUN,
+    METHOD,
+    OVER,
+    QUERIES,
+    QUERY,
+    QUERY_SIDE,
+    RUN,
+    SAMPLE,
+    SCORE_RUN,
+    SKETCHER,
+    STATUS,
+    TIME,
+    View,
+    single,
+    whole,
 )
 
 VIEWS = {
@@ -70,10 +41,10 @@ VIEWS = {
             tokenizer_sha256="sha256 of the tokenizer",
         )
         | double(epoch="epochs of training so far")
-        | _whole(step="optimizer steps so far")
+        | whole(step="optimizer steps so far")
         | double(learning_rate="learning rate at that point")
         | text(parts="where its config and tokenizer are, if not in path, JSON")
-        | _ADDED,
+        | ADDED,
         "SELECT * EXCLUDE (id) FROM _checkpoint",
     ),
     "checkpoint_metrics": View(
@@ -92,7 +63,7 @@ VIEWS = {
             licence="its licence",
             columns="mapping of columns to parts of a sample, JSON",
         )
-        | _ADDED,
+        | ADDED,
         "SELECT * EXCLUDE (id, is_stripped) FROM _source",
     ),
     "variants": View(
@@ -103,16 +74,16 @@ VIEWS = {
             template_text="the template itself, Jinja",
             targets="target rule: response, assistant+end, text, auto, …",
         )
-        | _whole(max_length="maximum length of a text, in tokens")
+        | whole(max_length="maximum length of a text, in tokens")
         | text(sha256="sha256 of its settings")
-        | _ADDED
+        | ADDED
         | text(loss="mean or sum over the targets", answers="settings of predicted-answer, JSON; else null"),
         "SELECT * EXCLUDE (id, loss, answers), coalesce(loss, 'mean') AS loss, answers FROM _variant",
     ),
     "sketchers": View(
         "A way of sketching gradients",
         text(name="name of the sketcher")
-        | _whole(k="bins of a sketch", seed="seed of the map", map_version="version of the map's codes")
+        | whole(k="bins of a sketch", seed="seed of the map", map_version="version of the map's codes")
         | text(
             dtype="type of the stored bins: float16 or float32",
             parameters="pattern of the sketched parameters' names; null: all",
@@ -121,9 +92,9 @@ VIEWS = {
             positions="all, or content: the template is masked",
         )
         | double(damping="added to second moments or curvature, times their mean")
-        | _whole(min_ndim="minimum dimensions of a parameter; null: any")
+        | whole(min_ndim="minimum dimensions of a parameter; null: any")
         | double(power="exponent of the inverse curvature: 0.5 or 1")
-        | _ADDED
+        | ADDED
         | columns("BOOLEAN", is_default="whether it is the default sketcher"),
         "SELECT * EXCLUDE (id), name = (SELECT sketcher FROM _meta) AS is_default FROM _sketcher",
     ),
@@ -135,11 +106,11 @@ VIEWS = {
             origin="gradients or optimizer",
             sha256="sha256 of their file",
         )
-        | _whole(n_bytes="size of their file")
+        | whole(n_bytes="size of their file")
         | text(sources="names of the samples' sources")
-        | _whole(n_samples="number of samples they were fitted to")
+        | whole(n_samples="number of samples they were fitted to")
         | text(samples_sha256="sha256 of the samples' ids and contents", recipe="settings, JSON")
-        | columns(_TIME, created_at="when they were fitted, UTC"),
+        | columns(TIME, created_at="when they were fitted, UTC"),
         """
         SELECT c.name AS checkpoint, x.kind, x.origin, x.sha256, x.n_bytes, x.sources, x.n_samples, x.samples_sha256,
                x.recipe, x.created_at
@@ -148,7 +119,7 @@ VIEWS = {
     "samples": View(
         "A sample; samples of stage-query sources are queries",
         text(source="name of the source")
-        | _SAMPLE
+        | SAMPLE
         | text(
             prompt="prompt, if the sample has one",
             response="response to the prompt",
@@ -166,18 +137,18 @@ VIEWS = {
     ),
     "ingest_runs": View(
         "The sketching of one source in one variant at one checkpoint",
-        _INGEST_RUN
-        | _STATUS
-        | _SKETCHER
-        | _CHECKPOINT
-        | _GROUP
-        | _whole(
+        INGEST_RUN
+        | STATUS
+        | SKETCHER
+        | CHECKPOINT
+        | GROUP
+        | whole(
             n_existing="samples already sketched before",
             n_sketched="samples sketched by this run",
             n_failed="failed samples; see the view failures for reasons",
         )
         | double(seconds="duration, in seconds")
-        | _RUN,
+        | RUN,
         """
         SELECT r.id AS ingest_run, r.status, k.name AS sketcher, c.name AS checkpoint, s.name AS source,
                v.name AS variant, r.n_existing, r.n_sketched, r.n_failed, r.seconds, r.device, r.fingerprint,
@@ -187,18 +158,18 @@ VIEWS = {
     ),
     "score_runs": View(
         "The scoring of one source in one variant for some queries",
-        _SCORE_RUN
-        | _STATUS
-        | _METHOD
-        | _OVER
-        | _SKETCHER
-        | _CHECKPOINT
-        | text(query_checkpoint=_QUERY_SIDE["query_checkpoint"].meaning)
-        | _QUERIES
-        | text(query_variant=_QUERY_SIDE["query_variant"].meaning)
-        | _GROUP
-        | _whole(n_queries="number of queries", n_samples="number of samples scored")
-        | _RUN,
+        SCORE_RUN
+        | STATUS
+        | METHOD
+        | OVER
+        | SKETCHER
+        | CHECKPOINT
+        | text(query_checkpoint=QUERY_SIDE["query_checkpoint"].meaning)
+        | QUERIES
+        | text(query_variant=QUERY_SIDE["query_variant"].meaning)
+        | GROUP
+        | whole(n_queries="number of queries", n_samples="number of samples scored")
+        | RUN,
         """
         SELECT r.id AS score_run, r.status, r.method, r.over_checkpoints, k.name AS sketcher, c.name AS checkpoint,
                qc.name AS query_checkpoint, q.name AS queries, qv.name AS query_variant, s.name AS source,
@@ -211,14 +182,14 @@ VIEWS = {
     ),
     "sketches": View(
         "A sample's sketch at a checkpoint, without its vector",
-        _SKETCHER
+        SKETCHER
         | text(row_key="checkpoint/source/variant/sample_id, a sketcher's key")
-        | _CHECKPOINT
-        | _GROUP
-        | _SAMPLE
-        | _INGEST_RUN
+        | CHECKPOINT
+        | GROUP
+        | SAMPLE
+        | INGEST_RUN
         | columns("INTEGER", n_tokens="number of tokens in the text", n_loss_tokens="number of target tokens")
-        | _float(
+        | single(
             loss="mean loss, in nats per target token",
             grad_norm="norm of the sketch, an estimate of the gradient's norm",
         )
@@ -229,10 +200,10 @@ VIEWS = {
     ),
     "predictions": View(
         "An answer that a checkpoint predicted for a sample",
-        _SKETCHER
-        | _CHECKPOINT
-        | _GROUP
-        | _SAMPLE
+        SKETCHER
+        | CHECKPOINT
+        | GROUP
+        | SAMPLE
         | text(answer="the answer")
         | double(log_probability="log-probability, summed over its tokens, in nats")
         | columns("INTEGER", n_tokens="number of its tokens"),
@@ -245,10 +216,10 @@ VIEWS = {
     ),
     "coverage": View(
         "How much of a source is sketched",
-        _SKETCHER
-        | _CHECKPOINT
-        | _GROUP
-        | _whole(
+        SKETCHER
+        | CHECKPOINT
+        | GROUP
+        | whole(
             n_samples="samples in the source now",
             n_sketched="samples with a sketch",
             n_truncated="truncated samples among these; null: not all counted",
@@ -280,10 +251,10 @@ VIEWS = {
     ),
     "self_influence": View(
         "A sample's influence on itself at a checkpoint",
-        _SKETCHER
-        | _CHECKPOINT
-        | _GROUP
-        | _SAMPLE
+        SKETCHER
+        | CHECKPOINT
+        | GROUP
+        | SAMPLE
         | double(
             self_influence="grad_norm², an unbiased estimate of the squared norm",
             learning_rate="learning rate of the checkpoint",
@@ -303,8 +274,8 @@ VIEWS = {
             environment="versions, device and machine, JSON",
             hashes="sha256 of its inputs, checkpoints and tables, JSON",
         )
-        | columns(_TIME, finished_at="when its tables were created, UTC")
-        | _ADDED,
+        | columns(TIME, finished_at="when its tables were created, UTC")
+        | ADDED,
         "SELECT name, recipe, environment, hashes, finished_at, created_at FROM _study",
     ),
     "evaluations": View(
@@ -316,10 +287,10 @@ VIEWS = {
             measure="measured quantity",
             query_id="id of the query; null: over all",
         )
-        | _whole(trial="number of the trial; null: there is one")
+        | whole(trial="number of the trial; null: there is one")
         | double(value="measured value")
         | text(recipe="settings, JSON", environment="versions and device, JSON")
-        | columns(_TIME, finished_at="when it was done, UTC"),
+        | columns(TIME, finished_at="when it was done, UTC"),
         """
         SELECT e.name AS evaluation, e.kind, x.method, x.measure, x.query_id, x.trial, x.value, e.recipe,
                e.environment, e.finished_at
@@ -327,18 +298,18 @@ VIEWS = {
     ),
     "failures": View(
         "A failed attempt to sketch a sample",
-        _INGEST_RUN | _CHECKPOINT | _GROUP | _SAMPLE | text(reason="reason of the failure"),
+        INGEST_RUN | CHECKPOINT | GROUP | SAMPLE | text(reason="reason of the failure"),
         "SELECT ingest_run, checkpoint, source, variant, sample_id, reason FROM _failures",
     ),
     "influence": View(
         "A sample's influence on a query: the top 100 of each group",
-        _CHECKPOINT
-        | _QUERY
-        | _GROUP
+        CHECKPOINT
+        | QUERY
+        | GROUP
         | columns("INTEGER", rank="rank among the group's samples, from 1")
-        | _float(score="> 0: training on the sample lowers the query's loss")
-        | _SAMPLE
-        | _HOW_SCORED,
+        | single(score="> 0: training on the sample lowers the query's loss")
+        | SAMPLE
+        | HOW_SCORED,
         """
         SELECT i.checkpoint, r.queries, i.query_id, i.source, i.variant, i.rank, i.score, i.sample_id,
                r.method, r.over_checkpoints, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
@@ -346,17 +317,18 @@ VIEWS = {
     ),
     "source_influence": View(
         "The influence of a source, in one variant, on a query",
-        _CHECKPOINT
-        | _QUERY
-        | _GROUP
-        | _float(max="Φ(D, q), the highest influence of a sample")
+        CHECKPOINT
+        | QUERY
+        | GROUP
+        | single(max="Φ(D, q), the highest influence of a sample")
         | text(argmax="id of the sample with the highest influence")
-        | _float(mean="mean influence of the samples", std="population standard deviation")
-        | _whole(n="number of samples in the group")
-        | _HOW_SCORED,
+        | single(mean="mean influence of the samples", std="population standard deviation")
+        | whole(n="number of samples in the group")
+        | HOW_SCORED,
         """
         SELECT i.checkpoint, r.queries, i.query_id, i.source, i.variant, i.max, i.argmax, i.mean, i.std, i.n,
                r.method, r.over_checkpoints, r.sketcher, r.query_checkpoint, r.query_variant, i.score_run
         FROM _source_influence i JOIN score_runs r USING (score_run) WHERE r.status = 'done'""",
     ),
+    **MEASURED_VIEWS,
 }

@@ -9,7 +9,7 @@ from sqlalchemy import URL, Connection, NullPool, create_engine, insert, select,
 
 from lark_store.schema.backends.base import VERSION_TABLE
 from lark_store.schema.backends.local import APPLICATION_ID
-from lark_store.schema.catalog import Base, SnapshotCopy, WorkNote
+from lark_store.schema.catalog import METADATA, SnapshotCopy, WorkNote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ def make_file(path: Path, schema: str) -> Iterator[Connection]:
     path.unlink(missing_ok=True)
     engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool)
     with engine.begin() as connection:
-        Base.metadata.create_all(connection)
+        METADATA.create_all(connection)
         connection.exec_driver_sql(
             f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) NOT NULL, "
             f"CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num))"
@@ -44,7 +44,7 @@ def read_file(path: Path) -> Connection:
 
 def copy_rows(source: Connection, target: Connection) -> None:
     """Copy all rows about the store. Both catalogs need the newest schema; the target must be empty."""
-    for table in Base.metadata.sorted_tables:
+    for table in METADATA.sorted_tables:
         if table.name in _LOCAL:
             continue
         rows = [dict(row) for row in source.execute(select(table)).mappings()]

@@ -171,7 +171,7 @@ class CatalogServer:
         with self.transaction() as connection:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{max(1, int(timeout * 1000))}ms'")
             try:
-                connection.exec_driver_sql("LOCK TABLE ingest_run, score_run IN SHARE MODE")
+                connection.exec_driver_sql("LOCK TABLE ingest_run, score_run, probe_run, eif_run IN SHARE MODE")
             except DBAPIError as error:
                 raise StoreBusyError(
                     f"the catalog has been locked by a writer for more than {timeout} s", "run the command again"

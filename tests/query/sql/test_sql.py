@@ -31,6 +31,9 @@ SKETCH = ["row_key", "sample_id", "ingest_run", "n_tokens", "n_loss_tokens", "lo
 SELF = ["self_influence", "learning_rate", "tracin"]
 CORRECTED = ["correction", "positions", "damping", "min_ndim", "power"]
 FITTED = ["samples_sha256", "recipe", "created_at"]
+MEASURED = ["status", "checkpoint", "source", "variant", "device", "recipe", "versions", "lance_version"]
+MEASURED += ["started_at", "finished_at", "error"]
+EIF = ["eif_run", "checkpoint", "source", "mode", "optimizer", "learning_rate", "draw"]
 EVALUATED = ["evaluation", "kind", "method", "measure", "query_id"]
 COLUMNS = {
     "checkpoints": [*NAMED, *CHECKPOINT, "parts"],
@@ -80,6 +83,17 @@ COLUMNS = {
     "self_influence": ["sketcher", "checkpoint", "source", "variant", "sample_id", *SELF],
     "influence": [*SCORED, "rank", "score", "sample_id"],
     "source_influence": [*SCORED, "max", "argmax", "mean", "std", "n"],
+    "probe_runs": [*MEASURED, "probe_run", "decoding", "temperature", "n_samples", "seed", "n_probed", "n_failed"],
+    "probes": [
+        *("probe_run", "checkpoint", "source", "variant", "sample_id", "is_correct", "n_correct", "n_samples"),
+        *("answer_logprob", "p_any", "is_latent", "n_tokens", "output", "reason"),
+    ],
+    "eif_runs": [*MEASURED, *EIF[:1], *EIF[3:], "queries", "query_variant", "n_samples", "n_queries"],
+    "eif": [
+        *EIF,
+        *("variant", "sample_id", "queries", "query_variant", "query_id", "loss_before", "loss_after", "value"),
+    ],
+    "eif_pairs": [*EIF, "a", "b", "a_on_b", "b_on_a"],
 }
 # The scored store holds: 2 checkpoints × (6 fine-tuning samples + 4 queries + 2 variants of 5 + 5 samples).
 SIZES = {"checkpoints": 2, "sources": 4, "variants": 2, "sketchers": 3, "samples": 20, "sketches": 60}
@@ -91,6 +105,7 @@ SIZES |= {
     "predictions": 0,
     "score_runs": 10,
 }
+SIZES |= dict.fromkeys(("probe_runs", "probes", "eif_runs", "eif", "eif_pairs"), 0)
 SIZES |= {"coverage": 12, "studies": 0, "evaluations": 0, "corrections": 0}
 SIZES |= {"influence": 2 * 4 * (6 + 20), "source_influence": 2 * 4 * 5}
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lark_store import errors
     from lark_store.callback import LarkStoreCallback
     from lark_store.errors import LarkStoreError
+    from lark_store.gradients.measured_influence import measure_influence
     from lark_store.results import (
         ExplainedToken,
         Explanation,
@@ -51,6 +52,7 @@ _MODULES = {
     "SourceReport": "lark_store.results",
     "Store": "lark_store.store",
     "Trace": "lark_store.results",
+    "measure_influence": "lark_store.gradients.measured_influence",
 }
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "Trace",
     "__version__",
     "errors",
+    "measure_influence",
 ]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lark_store import errors
     from lark_store.callback import LarkStoreCallback
+    from lark_store.domains import make_domain
     from lark_store.errors import LarkStoreError
     from lark_store.gradients.measured_influence import measure_influence
     from lark_store.results import (
@@ -52,6 +53,7 @@ _MODULES = {
     "SourceReport": "lark_store.results",
     "Store": "lark_store.store",
     "Trace": "lark_store.results",
+    "make_domain": "lark_store.domains",
     "measure_influence": "lark_store.gradients.measured_influence",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "Trace",
     "__version__",
     "errors",
+    "make_domain",
     "measure_influence",
 ]
 

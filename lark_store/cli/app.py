@@ -15,6 +15,7 @@ from lark_store.cli import (
     answers,
     compute,
     corrections,
+    domains,
     evaluate,
     explain,
     integrity,
@@ -87,6 +88,7 @@ presentation.register(app)
 integrity.register(app)
 study.register(app)
 evaluate.register(app)
+domains.register(app)
 ui.register(app)
 mcp.register(app)
 

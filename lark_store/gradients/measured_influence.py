@@ -100,7 +100,7 @@ class SingleSampleTrainer(Generic[S]):
         optimizer = self._optimizer()
         for _ in range(self._steps):
             optimizer.zero_grad(set_to_none=True)
-            self._loss(self._module, [sample]).sum().backward()  # type: ignore[no-untyped-call]
+            self._loss(self._module, [sample]).sum().backward()
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

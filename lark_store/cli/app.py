@@ -16,6 +16,7 @@ from lark_store.cli import (
     compute,
     corrections,
     domains,
+    eif,
     evaluate,
     explain,
     integrity,
@@ -89,6 +90,7 @@ integrity.register(app)
 study.register(app)
 evaluate.register(app)
 domains.register(app)
+eif.register(app)
 ui.register(app)
 mcp.register(app)
 

@@ -95,12 +95,12 @@ class SingleSampleTrainer(Generic[S]):
             for layer in training:
                 layer.training = True
 
-    @torch.enable_grad()  # type: ignore[untyped-decorator]
+    @torch.enable_grad()
     def _train(self, sample: S) -> None:
         optimizer = self._optimizer()
         for _ in range(self._steps):
             optimizer.zero_grad(set_to_none=True)
-            self._loss(self._module, [sample]).sum().backward()
+            self._loss(self._module, [sample]).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -20,7 +20,6 @@ from scipy import stats
 
 from lark_store import Store, evaluate
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError, StoreBusyError
-from lark_store.evaluate import rank_stats
 from lark_store.evaluate.baselines import BASELINES, BaselineContext
 from lark_store.evaluate.dataset import gather, load
 from lark_store.evaluate.evaluation import tabulated
@@ -28,10 +27,11 @@ from lark_store.evaluate.kinds.facts import draw_pools, rank_metrics, same_answe
 from lark_store.evaluate.kinds.lds import members
 from lark_store.evaluate.optimizer_step import Stepper, gradient, second_moments
 from lark_store.evaluate.progress_log import journal
-from lark_store.evaluate.rank_stats import auc
 from lark_store.evaluate.retrain import Start
 from lark_store.evaluate.scorers import Scorer
 from lark_store.modeling.losses import losses
+from lark_store.stats import ranks
+from lark_store.stats.ranks import auc
 
 
 def perfect(losses_MQ, member_MN):
@@ -446,7 +446,7 @@ def test_rank_correlation_equals_scipy():
     rng = np.random.default_rng(0)
     left, right = rng.integers(0, 6, size=(4, 30)), rng.normal(size=(4, 30))
     expected = [stats.spearmanr(a, b).statistic for a, b in zip(left, right, strict=True)]
-    assert rank_stats.spearman(left, right) == pytest.approx(expected)
+    assert ranks.spearman(left, right) == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("without_charts")

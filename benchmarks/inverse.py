@@ -29,9 +29,10 @@ from lark_store import Store, evaluate
 from lark_store.evaluate.baselines.full_gradients import parameters_of
 from lark_store.evaluate.baselines.gauss_newton import GaussNewton
 from lark_store.evaluate.dataset import gather, load
-from lark_store.evaluate.retrain import Start, losses, train
+from lark_store.evaluate.retrain import Start, train
 from lark_store.gradients.sketch.layout import placements_of
 from lark_store.ingest.correction_store import corrector_for
+from lark_store.modeling.losses import losses
 from lark_store.schema.catalog import Checkpoint, Sketcher
 from lark_store.schema.database import find
 from lark_store.specs import TrainingSpec

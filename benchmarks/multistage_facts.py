@@ -26,7 +26,8 @@ from inverse import small_model
 
 from lark_store import Store
 from lark_store.evaluate.dataset import gather, load
-from lark_store.evaluate.retrain import Start, losses, train
+from lark_store.evaluate.retrain import Start, train
+from lark_store.modeling.losses import losses
 from lark_store.specs import TrainingSpec
 
 FIRST, SECOND = "pretrained", "tuned"

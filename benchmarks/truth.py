@@ -27,11 +27,11 @@ from facts import read, statements
 from lark_store import Store, evaluate
 from lark_store.core.device import pick_device
 from lark_store.evaluate.dataset import load
-from lark_store.evaluate.retrain import Start, losses, train
+from lark_store.evaluate.retrain import Start, train
 from lark_store.gradients.sketch.layout import placements_of
 from lark_store.ingest.correction_store import corrector_for
 from lark_store.modeling.loading import load_model, load_tokenizer
-from lark_store.modeling.losses import Batch, sample_losses
+from lark_store.modeling.losses import Batch, losses, sample_losses
 from lark_store.modeling.rendering import Renderer, make_variant
 from lark_store.modeling.sample import Sample
 from lark_store.schema.catalog import Checkpoint, Sketcher

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lark_store import errors
     from lark_store.callback import LarkStoreCallback
+    from lark_store.domains import make_domain
     from lark_store.errors import LarkStoreError
+    from lark_store.gradients.measured_influence import measure_influence
     from lark_store.results import (
         ExplainedToken,
         Explanation,
@@ -51,6 +53,8 @@ _MODULES = {
     "SourceReport": "lark_store.results",
     "Store": "lark_store.store",
     "Trace": "lark_store.results",
+    "make_domain": "lark_store.domains",
+    "measure_influence": "lark_store.gradients.measured_influence",
 }
 
 __all__ = [
@@ -72,6 +76,8 @@ __all__ = [
     "Trace",
     "__version__",
     "errors",
+    "make_domain",
+    "measure_influence",
 ]
 
 

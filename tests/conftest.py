@@ -24,6 +24,7 @@ pytest_plugins = [
     "helpers.explorer",
     "helpers.facts",
     "helpers.migrations",
+    "helpers.statements",
     "helpers.users",
 ]
 pytest.register_assert_rewrite("lark_store.testing")

@@ -15,6 +15,8 @@ from lark_store.cli import (
     answers,
     compute,
     corrections,
+    domains,
+    eif,
     evaluate,
     explain,
     facts,
@@ -89,6 +91,8 @@ presentation.register(app)
 integrity.register(app)
 study.register(app)
 evaluate.register(app)
+domains.register(app)
+eif.register(app)
 ui.register(app)
 mcp.register(app)
 

@@ -6,7 +6,7 @@
     dataset              queries and samples of the store, models of its checkpoints
     evaluation           shared by all: tables with intervals, rows, files
     retrain              repeated training from one start; optimizer_step: one step; progress_log: finished pieces
-    rank_stats, charts   rank correlation and AUC; the charts
+    charts               the charts
 
 >>> from lark_store import Store, evaluate
 >>> with Store.open("lark.store") as store:  # doctest: +SKIP

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lark_store.errors import InputError
-from lark_store.evaluate.retrain import Start, losses
-from lark_store.modeling.losses import Batch, sample_losses
+from lark_store.evaluate.retrain import Start
+from lark_store.modeling.losses import Batch, losses, sample_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,7 +1,4 @@
-"""Training runs for ground truths: repeatedly from one start, on the sketched loss.
-
-Shape letters: Q queries.
-"""
+"""Training runs for ground truths: repeatedly from one start, on the sketched loss."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lark_store.gradients.measured_influence import SavedTensors
 from lark_store.gradients.paths.hooks import choose_parameters
-from lark_store.modeling.batching import batches, budget
 from lark_store.modeling.losses import Batch, sample_losses
 
 if TYPE_CHECKING:
@@ -28,13 +25,7 @@ class Start:
         self.model = model
         model.requires_grad_(False)
         self.chosen = choose_parameters(model, None, None)
-        self._saved = [p.detach().clone() for _, p in self.chosen]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Restore the parameters."""
-        for (_, p), saved in zip(self.chosen, self._saved, strict=True):
-            p.copy_(saved)
+        self.restore = SavedTensors(p for _, p in self.chosen).restore
 
 
 def train(start: Start, samples: Sequence[Tokens], recipe: TrainingSpec, seed: list[int]) -> None:
@@ -57,15 +48,3 @@ def train(start: Start, samples: Sequence[Tokens], recipe: TrainingSpec, seed: l
             optimizer.zero_grad(set_to_none=True)
     start.model.eval()
     start.model.requires_grad_(False)
-
-
-@torch.no_grad()
-def losses(model: Any, samples: Sequence[Tokens]) -> torch.Tensor:
-    """Return each sample's mean loss in nats per target token, (Q,) float64 on the CPU; no dropout."""
-    size = budget(None, model.device.type, None)
-    loss_Q = torch.zeros(len(samples), dtype=torch.float64)
-    numbered = batches(list(enumerate(samples)), lambda pair: len(pair[1].input_ids), lambda: size)
-    for batch in numbered:
-        values = sample_losses(model, Batch([sample for _, sample in batch], model.device))
-        loss_Q[[i for i, _ in batch]] = values.double().cpu()
-    return loss_Q

@@ -1,6 +1,7 @@
 """Losses of rendered samples: padding, labels, and logits only where needed.
 
-Shape letters: B samples of the batch, T tokens of the longest, N targets of all samples, H the model's width, V the
+Shape letters: B samples of the batch, T tokens of the longest, N targets of all samples, S samples of
+several batches, H the model's width, V the
 vocabulary.
 """
 
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+
+from lark_store.modeling.batching import batches, budget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,6 +118,21 @@ def sample_losses(model: Any, batch: Batch) -> torch.Tensor:
     losses_N, _ = target_losses(model, batch)
     parts = torch.split(losses_N, batch.n_targets)
     return torch.stack([p.sum() if s.is_summed else p.mean() for p, s in zip(parts, batch.samples, strict=True)])
+
+
+@torch.no_grad()
+def losses(model: Any, samples: Sequence[Tokens], batch_tokens: int | None = None) -> torch.Tensor:
+    """Return each sample's loss in nats, as `sample_losses`, (S,) float64 on the CPU; without gradients.
+
+    Samples of similar length are batched, at most `batch_tokens` tokens with padding (default: the device's).
+    """
+    size = budget(batch_tokens, model.device.type, None)
+    loss_S = torch.zeros(len(samples), dtype=torch.float64)
+    numbered = batches(list(enumerate(samples)), lambda pair: len(pair[1].input_ids), lambda: size)
+    for batch in numbered:
+        values = sample_losses(model, Batch([sample for _, sample in batch], model.device))
+        loss_S[[i for i, _ in batch]] = values.double().cpu()
+    return loss_S
 
 
 def target_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

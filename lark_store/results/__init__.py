@@ -19,7 +19,7 @@ from lark_store.results.records import (
     StoreStatus,
     VariantInfo,
 )
-from lark_store.results.reports import IngestReport, PlanReport, ProbeReport, RepairReport, SurvivalReport
+from lark_store.results.reports import EifReport, IngestReport, PlanReport, ProbeReport, RepairReport, SurvivalReport
 from lark_store.results.tabular import Convertible, Tabular
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Chosen",
     "Convertible",
     "CorrectionInfo",
+    "EifReport",
     "ExplainedToken",
     "Explanation",
     "Hit",

@@ -112,6 +112,30 @@ class SurvivalReport(Tabular[dict[str, Any]]):
 
 
 @dataclass(frozen=True, repr=False)
+class EifReport(Tabular[dict[str, Any]]):
+    """The result of a measurement of influence, or its plan; a row per learning rate, and per draw of a domain.
+
+    `runs` has the columns eif_run (null in a plan of a new run), checkpoint, source, queries, mode, optimizer,
+    learning_rate, draw, n_samples, n_queries, n_existing (pairs of both measured before), n_measured (pairs measured
+    now, or to measure), forward and backward (passes of one sample or query each) and seconds.
+
+    `sweep` has, for each learning rate, rank_agreement (Spearman's correlation with the next rate's matrix, over all
+    pairs, averaged over draws), signal (root mean square of the influence), noise (of the rounding of losses),
+    signal_over_noise, is_plateau and is_chosen; empty without a sweep. `failures` has source, sample_id and reason of
+    samples and queries left out. Its rows are the runs.
+    """
+
+    runs: pl.DataFrame
+    sweep: pl.DataFrame
+    failures: pl.DataFrame
+    notes: list[str]
+
+    @property
+    def _rows(self) -> pl.DataFrame:
+        return self.runs
+
+
+@dataclass(frozen=True, repr=False)
 class RepairReport(Tabular[dict[str, Any]]):
     """The result of a repair: repaired findings and remaining ones. Its rows are the remaining ones.
 

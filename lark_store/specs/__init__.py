@@ -6,6 +6,7 @@ beside it has the same names and types, as the keywords of a method.
 """
 
 from lark_store.specs.compute import Compute, ComputeOptions
+from lark_store.specs.eif import EifOptions, EifReportOptions, EifReportSpec, EifSpec
 from lark_store.specs.evaluate import (
     EvaluateOptions,
     EvaluateSpec,
@@ -82,6 +83,10 @@ __all__ = [
     "Compute",
     "ComputeOptions",
     "CoverageOptions",
+    "EifOptions",
+    "EifReportOptions",
+    "EifReportSpec",
+    "EifSpec",
     "EvaluateOptions",
     "EvaluateSpec",
     "EventsSpec",

@@ -13,6 +13,7 @@ from lark_store.store.answers import AnswerMethods
 from lark_store.store.base import location_of
 from lark_store.store.compute import ComputeMethods
 from lark_store.store.create import make
+from lark_store.store.eif import EifMethods
 from lark_store.store.facts import FactMethods
 from lark_store.store.integrity import IntegrityMethods
 from lark_store.store.interchange import InterchangeMethods
@@ -30,6 +31,7 @@ class Store(
     RegistryMethods,
     SampleMethods,
     ComputeMethods,
+    EifMethods,
     AnswerMethods,
     FactMethods,
     PresentationMethods,

@@ -403,7 +403,7 @@ def test_commands_and_store_methods_correspond():
         if not name.startswith(("study_", "evaluate_"))
     }
     other = {"open", "close", "study_keep", "evaluation_check", "evaluation_keep"}
-    assert twins - {"ui", "mcp"} == methods - other - {
+    assert twins - {"ui", "mcp", "domain_make"} == methods - other - {
         "checkpoint_add_run",
         "explainer",
     }  # of `checkpoint add` and `explain`, too

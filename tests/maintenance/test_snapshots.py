@@ -123,6 +123,7 @@ WRITES = {
     "correction_fit": lambda store: store.correction_fit("base", samples=1),
     "ingest": lambda store: store.ingest(["base"], ["finetune"], ["raw"], sketcher="small"),
     "probe": lambda store: store.probe(["test"], ["base"]),
+    "eif": lambda store: store.eif("base", "finetune", queries="test", max_samples=1),
     "attribute": lambda store: store.attribute(["base"], queries="test", sketcher="small"),
     "sketcher_import": lambda store: store.sketcher_import(
         "k", "nowhere.npy", checkpoint="base", source="songs", variant="raw"

@@ -27,10 +27,10 @@ from lark_store.evaluate.dataset import gather
 from lark_store.evaluate.evaluation import Task
 from lark_store.evaluate.optimizer_step import Stepper, second_moments
 from lark_store.evaluate.progress_log import digest, journal
-from lark_store.evaluate.rank_stats import spearman
-from lark_store.evaluate.retrain import losses
+from lark_store.modeling.losses import losses
 from lark_store.results import Progress
 from lark_store.specs import EvaluateSpec, RankSpec, StepSpec, build
+from lark_store.stats.ranks import spearman
 from lark_store.store.base import clear, keywords
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import numpy as np
 
 from lark_store.errors import InputError
 from lark_store.evaluate.evaluation import Task
-from lark_store.evaluate.rank_stats import auc
 from lark_store.specs import EvaluateSpec, FormatSpec, build
+from lark_store.stats.ranks import auc
 from lark_store.store.base import clear, keywords
 
 if TYPE_CHECKING:

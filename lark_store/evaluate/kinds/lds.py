@@ -27,10 +27,11 @@ import numpy as np
 from lark_store.errors import InputError
 from lark_store.evaluate.evaluation import Task
 from lark_store.evaluate.progress_log import digest, journal
-from lark_store.evaluate.rank_stats import spearman
-from lark_store.evaluate.retrain import Start, losses, train
+from lark_store.evaluate.retrain import Start, train
+from lark_store.modeling.losses import losses
 from lark_store.results import Progress
 from lark_store.specs import EvaluateSpec, LdsSpec, TrainingSpec, build
+from lark_store.stats.ranks import spearman
 from lark_store.store.base import clear, keywords
 
 if TYPE_CHECKING:

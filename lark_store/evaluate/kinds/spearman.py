@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lark_store.errors import InputError
-from lark_store.evaluate import rank_stats
 from lark_store.evaluate.evaluation import Task
 from lark_store.evaluate.scorers import name_of, timed
 from lark_store.specs import EvaluateSpec, SpearmanSpec, build
+from lark_store.stats import ranks
 from lark_store.store.base import clear, keywords
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def spearman(
     for trial, material in enumerate(trials):
         number = trial if n_trials > 1 else None
         for method, of_trials in results.items():
-            rho_Q = rank_stats.spearman(of_trials[trial].matrix, truth[trial].matrix)
+            rho_Q = ranks.spearman(of_trials[trial].matrix, truth[trial].matrix)
             task.add(method, "spearman", rho_Q, number, material)
     _add_seconds(task, results | {name_of(reference): truth})
     return task.finish(has_spread=n_trials > 1)

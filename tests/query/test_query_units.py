@@ -19,10 +19,11 @@ from lark_store.core.device import device_name, pick_device
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.gradients.corrections import DEFAULT_POWER
 from lark_store.modeling.rendering import DEFAULT_MAX_LENGTH
-from lark_store.query.answers.attribute import _append, _coded
+from lark_store.query.answers import attribute
+from lark_store.query.answers.attribute import _append, _coded, _extra_recipe, _row, _Scorer, still_current
 from lark_store.query.answers.ft_pt import _compared, _no_pair
 from lark_store.query.answers.recheck import _figures, _original
-from lark_store.query.answers.score_runs import Job
+from lark_store.query.answers.score_runs import Job, ReplacedError
 from lark_store.query.methods import Method
 from lark_store.query.scoring import ann, geometry, products
 from lark_store.query.scoring.geometry import n_fitted
@@ -70,6 +71,15 @@ def test_tally_keeps_the_best_in_any_input_order(seed, sizes, hits, resumed):
         assert (result.max_Q[q], result.argmax[q]) == (-best[0][0], best[0][1])
         if len([1 for score, _ in ordered if score == ordered[0][0]]) <= hits:
             assert result.argmax[q] == ordered[0][1]
+
+
+@pytest.mark.parametrize("hits", [1, 2, 5, 20])
+def test_tally_keeps_the_best_of_distinct_scores(hits):
+    scores, tally = np.random.default_rng(hits).permutation(3000).astype(np.float32)[None], Tally(1, hits)
+    for codes in np.split(np.arange(3000), 3):
+        tally.take(codes, scores[:, codes])
+    assert tally.result().top_scores.tolist() == [list(range(2999, 2999 - hits, -1))]
+    assert tally.result().top_codes.tolist() == np.argsort(-scores)[:, :hits].tolist()
 
 
 class Stream:
@@ -249,6 +259,66 @@ def test_run_is_extended_only_by_added_sketches():
     assert extended.new_group.runs == (1, 2, 3)
     extended.before = before
     assert extended.new_group.runs == (3,)
+
+
+def test_run_is_extended_unless_its_rows_were_gone(monkeypatch):
+    monkeypatch.setattr(attribute, "find_run", lambda _db, job: setattr(job, "before", SimpleNamespace(id=7)))
+    monkeypatch.setattr(attribute, "drop_empty", lambda *_: None)
+    monkeypatch.setattr(_Scorer, "_score", lambda *_: None)
+    scorer, question = _Scorer(None, SimpleNamespace(memory=0), None), job(1).question
+
+    def extended(*, from_nothing):
+        (settled,) = scorer._settled(question, 5, frozenset(), from_nothing=from_nothing)
+        return settled.before is not None
+
+    assert extended(from_nothing=False)
+    assert not extended(from_nothing=True)
+    scorer.unusable.add(8)
+    assert extended(from_nothing=False)
+    scorer.unusable.add(7)
+    assert not extended(from_nothing=False)
+
+
+def test_recipe_names_what_a_method_reads_besides(monkeypatch):
+    monkeypatch.setattr(attribute, "corpus_sha256", lambda _: "x")
+    monkeypatch.setattr(attribute, "Search", lambda *_: SimpleNamespace(rows=range(10)))
+
+    def inputs(method, n_terms=1):
+        return _extra_recipe(None, Question([Term(None, [], weight=1.0)] * n_terms, Method.of(method)), 32 * 9 * 2)
+
+    assert (inputs("cosine"), inputs("bm25"), inputs("hybrid")) == ({}, {"corpus": "x"}, {"corpus": "x"})
+    assert inputs("centred") == {"searched": 10}
+    assert inputs("whitened") == {"searched": 10, "fitted": 4}
+    assert inputs("whitened-sum", 2) == {"searched": 10, "fitted": 3}  # each has half the memory
+
+
+@pytest.mark.parametrize("corpus", ["a", "z"])
+def test_scores_by_an_index_of_other_samples_are_not_kept(monkeypatch, corpus):
+    monkeypatch.setattr(attribute, "query_ids", lambda *_: [])
+    monkeypatch.setattr(attribute, "Search", lambda *_, **__: SimpleNamespace(lexical=True))
+    monkeypatch.setattr(attribute, "corpus_sha256", lambda _: corpus)
+    one = job(1, method="bm25", corpus="m")
+    with pytest.raises(ReplacedError):
+        attribute._write(None, one.question, [one], SimpleNamespace(device="cpu", memory=0), None)
+
+
+@pytest.mark.parametrize(("n", "scored", "status"), [(0, {1}, "empty"), (1, {1}, "scored"), (1, {2}, "current")])
+def test_report_has_a_row_for_each_group(n, scored, status):
+    one = job(1)
+    one.run = SimpleNamespace(id=1, method="cosine", n_queries=3, n_samples=n)
+    assert _row(one, scored) == ("c", "q", "a", "raw", "cosine", 3, n, status, 1, "s · cosine")
+
+
+def test_run_is_current_while_its_recipe_is():
+    groups = [group("a", "raw", runs=(1,)), group("b", "raw", runs=(2,)), group("b", "chatml", runs=(3,))]
+    question = Question([Term(group("q", "raw", runs=(9,)), groups, weight=1.0)], Method())
+    recipe = {"hits": 5, "ingest_runs": [2], "query_ingest_runs": [9]}
+    run = SimpleNamespace(source_id="b", variant_id="raw", recipe=recipe)
+    assert still_current(None, question, run)
+    run.recipe = recipe | {"ingest_runs": [1]}
+    assert not still_current(None, question, run)
+    run.recipe, run.source_id = recipe, "c"
+    assert not still_current(None, question, run)
 
 
 def test_at_least_one_hit_is_kept():

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from lark_store.schema.database import Database
 
 
-def similar_text(
-    db: Database, query: str | None, *, text: str | None, k: int, sources: Sequence[str]
-) -> pl.DataFrame:
+def similar_text(db: Database, query: str | None, *, text: str | None, k: int, sources: Sequence[str]) -> pl.DataFrame:
     """Rank samples by BM25 against a query's text, or any text; see `Store.similar_text`."""
     if (query is None) == (text is None):
         fact = "no query is given" if query is None else "a query id and a text can't be combined"

@@ -315,8 +315,8 @@ def _influence_rows(keys: dict[str, Any], ids: list[str], names: pa.Array, score
     n_queries, hits = scores.top_scores.shape
     columns = keys | {
         "query_id": pa.array(ids).take(pa.array(np.repeat(np.arange(n_queries), hits))),
-        "sample_id": names.take(pa.array(scores.top_codes.reshape(-1))),
-        "score": scores.top_scores.reshape(-1),
+        "sample_id": names.take(pa.array(scores.top_codes.ravel())),
+        "score": scores.top_scores.ravel(),
         "rank": np.tile(np.arange(1, hits + 1, dtype=np.int32), n_queries),
     }
     return _table(columns, INFLUENCE, n_queries * hits)

@@ -70,7 +70,7 @@ class Tally:
     def _add(self, scores_QB: NDArray[np.float64]) -> None:
         """Merge means and deviations (Chan, Golub & LeVeque 1983); sums of squares would lose small deviations."""
         n, new = self.n, scores_QB.shape[1]
-        if new == 0:
+        if not new:
             return
         mean = scores_QB.mean(axis=1)
         apart = mean - self._mean
@@ -80,7 +80,7 @@ class Tally:
 
     def result(self) -> GroupScores | None:
         """Return the results; None without samples."""
-        if self.n == 0:
+        if not self.n:
             return None
         order = np.lexsort((self._codes, -self._scores), axis=1)
         scores, codes = np.take_along_axis(self._scores, order, 1), np.take_along_axis(self._codes, order, 1)

@@ -196,6 +196,6 @@ def z_scores(scores: ArrayLike) -> Floats:
         return s_QN.copy()
     centred = s_QN - s_QN.mean(axis=1, keepdims=True)
     spread = centred.std(axis=1, keepdims=True)
-    flat = np.ptp(s_QN, axis=1, keepdims=True) == 0
-    z_QN: Floats = np.divide(centred, spread, out=np.zeros_like(centred), where=~flat & (spread > 0))
+    varies = np.ptp(s_QN, axis=1, keepdims=True) != 0
+    z_QN: Floats = np.divide(centred, spread, out=np.zeros_like(centred), where=varies)
     return z_QN

@@ -25,7 +25,7 @@ from scipy import stats
 
 from lark_store import Store
 from lark_store.errors import InputError, LarkStoreError, NameUnknownError, NothingToScoreError
-from lark_store.results import NewText
+from lark_store.results import NewText, Progress
 from lark_store.stats.running_top_k import Tally
 from lark_store.stats.significance import sign_null_p
 
@@ -92,7 +92,13 @@ def test_methods_equal_their_definitions(scored, method, opponents):
 @pytest.mark.parametrize("method", METHODS)
 def test_attribute_and_metrics_of_each_method(scored_copy, method):
     checkpoint = ["base", "epoch-1"] if method == "tracin" else ["base"]
-    scored_copy.attribute(checkpoint, queries="test", sketcher="small", method=method)
+    seen = []
+    scored_copy.attribute(
+        checkpoint, queries="test", sketcher="small", method=method, hits=99, memory=9_000, on_progress=seen.append
+    )
+    assert seen[-1] == Progress(f"{checkpoint[-1]}: scoring test by {method}", 104, 104)  # 4 queries × 26 samples
+    assert len({step.done for step in seen}) == len(seen) > 1
+    assert seen == sorted(seen, key=lambda step: step.done)
     rows = scored_copy.sql("from influence where method = ? and checkpoint = ?", [method, checkpoint[-1]])
     phi = {}
     for query in ("q100", "q101", "q102", "q103"):

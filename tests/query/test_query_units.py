@@ -16,20 +16,16 @@ from hypothesis import strategies as st
 from scipy.special import ndtr
 
 from lark_store.core.device import device_name, pick_device
-from lark_store.errors import InputError, NothingToScoreError
+from lark_store.errors import InputError
 from lark_store.gradients.corrections import DEFAULT_POWER
 from lark_store.modeling.rendering import DEFAULT_MAX_LENGTH
-from lark_store.query.answers.attribute import _append, _coded
-from lark_store.query.answers.ft_pt import _compared, _no_pair
-from lark_store.query.answers.recheck import _figures, _original
-from lark_store.query.answers.score_runs import Job
 from lark_store.query.methods import Method
 from lark_store.query.scoring import ann, geometry, products
 from lark_store.query.scoring.geometry import n_fitted
 from lark_store.query.scoring.products import Queries, matrix
 from lark_store.query.scoring.search import DEFAULT_MEMORY, Search, _common
 from lark_store.query.select.coverage import _blocks, _note, _scored, _selection, _sum
-from lark_store.query.select.resolve import Group, Question, Term, _comparable, _query_groups, resolved_method
+from lark_store.query.select.resolve import Question, Term, resolved_method
 from lark_store.query.select.rows import Rows
 from lark_store.query.select.score_filter import ScoreFilter
 from lark_store.schema.sign_codes import code_bins, code_bytes, codes_of
@@ -70,6 +66,15 @@ def test_tally_keeps_the_best_in_any_input_order(seed, sizes, hits, resumed):
         assert (result.max_Q[q], result.argmax[q]) == (-best[0][0], best[0][1])
         if len([1 for score, _ in ordered if score == ordered[0][0]]) <= hits:
             assert result.argmax[q] == ordered[0][1]
+
+
+@pytest.mark.parametrize("hits", [1, 2, 5, 20])
+def test_tally_keeps_the_best_of_distinct_scores(hits):
+    scores, tally = np.random.default_rng(hits).permutation(3000).astype(np.float32)[None], Tally(1, hits)
+    for codes in np.split(np.arange(3000), 3):
+        tally.take(codes, scores[:, codes])
+    assert tally.result().top_scores.tolist() == [list(range(2999, 2999 - hits, -1))]
+    assert tally.result().top_codes.tolist() == np.argsort(-scores)[:, :hits].tolist()
 
 
 class Stream:
@@ -192,71 +197,7 @@ def test_default_method_follows_the_checkpoints(spec, method):
     assert resolved_method(SearchSpec(sketcher="s", **spec)).name == method
 
 
-# --- groups and score runs --------------------------------------------------------------------------------------------
-
-
-def group(source, variant, *, stage="pretrain", runs=(1,), fingerprint="f", checkpoint="c"):
-    """A group of sketches, by its names."""
-    named = {"checkpoint": checkpoint, "source": source, "variant": variant}
-    results = {kind: SimpleNamespace(id=name, name=name, stage=stage, domain=None) for kind, name in named.items()}
-    return Group(SimpleNamespace(id=1, name="s"), fingerprint, runs=runs, **results)
-
-
-def asked_as(groups, queries=None, variant=None):
-    return [(g.source.name, g.variant.name) for g in _query_groups(groups, queries, variant)]
-
-
-def test_query_variant_defaults_to_chatml():
-    raw, chat, odd = (group("test", name, stage="query") for name in ("raw", "chatml", "odd"))
-    other, rest = group("more", "raw", stage="query"), group("songs", "raw")
-    assert asked_as([rest, raw]) == [("test", "raw")]
-    assert asked_as([raw, chat, other]) == [("test", "chatml"), ("more", "raw")]
-    assert asked_as([raw, chat, other], "more") == [("more", "raw")]
-    assert asked_as([raw, chat, other], None, "raw") == [("test", "raw"), ("more", "raw")]
-    assert asked_as([raw, chat, other], None, "chatml") == [("test", "chatml")]
-    assert asked_as([rest]) == []
-    with pytest.raises(InputError, match="the queries are sketched as `raw`, `odd`"):
-        asked_as([raw, odd])
-
-
-def test_only_sketches_of_one_map_are_compared():
-    queries, same, other = group("q", "raw"), group("a", "raw"), group("b", "raw", fingerprint="g", checkpoint="d")
-    assert _comparable(queries, [other, same]) == [same]
-    with pytest.raises(NothingToScoreError, match="the sketches at `d` can't be compared with the queries' at `c`"):
-        _comparable(queries, [other])
-
-
-def test_group_filter_names_every_key():
-    assert group("a_b", "raw", runs=(3, 4)).filter == (
-        "checkpoint = 'c' AND source = 'a_b' AND variant = 'raw' AND ingest_run IN (3, 4)"
-    )
-
-
-def job(*runs, hits=5, method="cosine", **besides):
-    terms = [Term(group("q", "raw", stage="query", runs=(9,)), [group("a", "raw", runs=runs)])]
-    return Job(Question(terms, Method.of(method)), terms[0].groups[0], hits, besides)
-
-
-def test_run_is_extended_only_by_added_sketches():
-    before = SimpleNamespace(recipe=job(1, 2).recipe)
-    assert before.recipe == {"hits": 5, "ingest_runs": [1, 2], "query_ingest_runs": [9]}
-    assert job(1, 2, 3).extends(before)
-    assert not job(1, 2).extends(before)  # nothing was added
-    assert not job(1).extends(before)  # something went
-    assert not job(1, 3).extends(before)
-    assert not job(1, 2, 3, hits=6).extends(before)
-    assert not job(1, 2, 3, corpus="x").extends(before)
-    assert not job(1, 2, 3, method="whitened").extends(SimpleNamespace(recipe=job(1, 2, method="whitened").recipe))
-    extended = job(1, 2, 3)
-    assert extended.new_group.runs == (1, 2, 3)
-    extended.before = before
-    assert extended.new_group.runs == (3,)
-
-
-def test_at_least_one_hit_is_kept():
-    assert AttributeSpec(checkpoints=["base"], hits=1).hits == 1
-    with pytest.raises(InputError, match="must be at least 1, not 0"):
-        AttributeSpec(checkpoints=["base"], hits=0)
+# --- rows and estimates --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_terms", [1, 2, 3, 4])
@@ -300,74 +241,10 @@ def test_zero_mean_has_no_share():
     assert [(row["low"], row["high"] > 0) for row in evaluate([means, share])] == [(0, False), (0, True)]
 
 
-def test_empty_group_does_not_block_others():
-    written = {}
-    db = SimpleNamespace(
-        vectors=SimpleNamespace(table=str, append=lambda name, rows: written.update({name: rows}) or 7)
-    )
-    jobs = [job(1), job(2), job(3)]
-    for number, item in enumerate(jobs):
-        item.run = SimpleNamespace(id=number, n_queries=0, n_samples=0, lance_version=None)
-    tallies = [Tally(2, 5) for _ in jobs]
-    for tally in tallies[1:]:
-        tally.take(np.array([1, 0]), np.float32([[0.5, 0.25], [0.25, 0.5]]))
-    _append(db, jobs, [np.array(["a", "b"], dtype=object)] * 3, ["q0", "q1"], tallies)
-    assert [(item.run.n_queries, item.run.n_samples, item.run.lance_version) for item in jobs] == [
-        (0, 0, None),
-        (2, 2, 7),
-        (2, 2, 7),
-    ]
-    best = pl.from_arrow(written["source_influence"])
-    assert best.select("score_run", "query_id", "argmax", "max", "n").rows() == [
-        (run, *row, 0.5, 2) for run in (1, 2) for row in (("q0", "b"), ("q1", "a"))
-    ]
-    hits = pl.from_arrow(written["influence"]).filter(score_run=1)
-    assert hits.select("query_id", "rank", "sample_id", "score").rows() == [
-        ("q0", 1, "b", 0.5),
-        ("q0", 2, "a", 0.25),
-        ("q1", 1, "a", 0.5),
-        ("q1", 2, "b", 0.25),
-    ]
-
-
-def test_rows_of_a_group_without_a_job_are_in_none():
-    groups = [group("a", "raw"), group("b", "raw"), group("b", "chatml")]
-    jobs = [SimpleNamespace(group=groups[number], before=None) for number in (2, 0)]
-    frame = pl.DataFrame({"group": [0, 1, 2, 0, 1], "sample_id": ["z", "b", "c", "a", "d"]})
-    coded = _coded(None, SimpleNamespace(rows=SimpleNamespace(frame=frame)), groups, jobs)
-    assert [number if number >= 0 else None for number in coded.job_N] == [1, None, 0, 1, None]
-    assert [names.tolist() for names in coded.names] == [["c"], ["a", "z"]]
-    assert coded.code_N[[0, 2, 3]].tolist() == [1, 0, 0]
-
-
 def test_two_queries_give_large_p_values():
     p_values = permutation_p(np.array([[1.0, 1.0, 0.0], [2.0, -1.0, 0.0]]))
     assert p_values.tolist() == [0.5, 1.0, 1.0]  # of 4 assignments of signs one is as high, and doubled for two sides
     assert permutation_p(np.ones((1, 2))).tolist() == [1.0, 1.0]
-
-
-def test_groups_of_two_stages_are_compared_query_by_query():
-    stages = ("finetune", "query", "pretrain", "finetune", "pretrain")
-    groups = [group(f"s{number}", "raw", stage=stage) for number, stage in enumerate(stages)]
-    question = Question([Term(group("q", "raw", checkpoint="d"), groups, weight=1.0)], Method())
-    inf = -np.inf
-    phi = [("q0", np.float32([0.5, 9, 0.25, 0.25, 0.25])), ("q1", np.float32([-1, 9, 0, inf, -0.5]))]
-    rows = _compared(question, [*phi, ("q2", np.float32([1, 9, inf, 2, inf]))])
-    left, right = [("s0", "raw", "s2", "raw"), ("s0", "raw", "s4", "raw")], [("s3", "raw", "s2", "raw")]
-    expected = [
-        ("c", "q", "q0", *left[0], 0.5, 0.25, 2.0, "finetune"),
-        ("c", "q", "q0", *left[1], 0.5, 0.25, 2.0, "finetune"),
-        ("c", "q", "q0", *right[0], 0.25, 0.25, 1.0, "tie"),
-        ("c", "q", "q0", "s3", "raw", "s4", "raw", 0.25, 0.25, 1.0, "tie"),
-        ("c", "q", "q1", *left[0], -1.0, 0.0, None, "pretrain"),
-        ("c", "q", "q1", *left[1], -1.0, -0.5, None, "pretrain"),
-    ]
-    assert rows == [(*row, "d", "s · cosine") for row in expected]
-    spec = SearchSpec(checkpoints=["a", "b", "c"])
-    for questions in ([], [question]):  # no queries at all checkpoints; all samples of one stage failed
-        error = _no_pair(None, spec, questions)
-        assert error.fact == "there are no fine-tuning and pretraining sketches to compare at `c`"
-        assert error.hint == "see the reasons in the SQL view `failures`"
 
 
 def test_differences_over_few_queries_are_tested_exactly_and_others_together():
@@ -473,41 +350,3 @@ def test_scored_group_has_its_run_over_the_fewest_samples():
     assert {key[-1]: found.n_samples for key, found in _scored(runs, "cosine").items()} == {1: 3, 2: 9}
     for name in ("fingerprint", "sketcher_id", "checkpoint_id", "source_id"):
         assert len(_scored([run(5), run(3, **{name: 7})], "cosine")) == 2
-
-
-def test_rows_added_since_a_run_are_not_rechecked():
-    def asked(*runs, query_runs=(9,)):
-        groups = [group("a", "chatml", runs=(1, 2)), group("a", "raw", runs=runs)]
-        return Question([Term(group("q", "raw", runs=query_runs), groups, weight=1.0)], Method())
-
-    run = SimpleNamespace(recipe={"ingest_runs": [1, 2], "query_ingest_runs": [9]}, variant_id="raw")
-    for question in (asked(1, 2), asked(1, 2, 3), asked(1, 2, query_runs=(8, 9))):
-        limited = _original(question, run)
-        assert [(g.variant.name, g.runs) for g in limited.groups] == [("raw", (1, 2))]
-        assert limited.queries.runs == (9,)
-    for question in (asked(1, 3), asked(2), asked(1, 2, query_runs=(8,))):
-        assert _original(question, run) is None  # they were replaced
-
-
-def test_recomputed_figures_stand_beside_the_stored_ones():
-    hits = pl.DataFrame({"sample_id": ["b", "gone", "a"], "score": [0.5, 0.25, 0.125], "rank": [1, 4, 0]})
-    sums = pl.DataFrame({"max": [0.5], "mean": [0.1], "std": [0.2]})
-    scores = np.float32([-0.25, 0.5, 0.25])
-    figures = list(_figures(np.array(["a", "b", "c"]), scores, hits=hits, sums=sums))
-    nan = pytest.approx(float("nan"), nan_ok=True)
-    assert figures == [
-        ("rank 1", 0.5, 0.5),  # of the sample, and of the rank
-        ("rank 1", 0.5, 0.5),
-        ("rank 4", 0.25, nan),
-        ("rank 4", 0.25, nan),  # there are three
-        ("rank 0", 0.125, -0.25),
-        ("rank 0", 0.125, nan),
-        ("max", 0.5, 0.5),
-        ("mean", 0.1, pytest.approx(1 / 6)),
-        ("std", 0.2, pytest.approx(np.std([-0.25, 0.5, 0.25]))),
-    ]
-    last = pl.DataFrame({"sample_id": ["a"], "score": [0.0], "rank": [3]})
-    assert [figure[2] for figure in _figures(np.array(["a", "b", "c"]), scores, hits=last, sums=sums)][:2] == [
-        -0.25,
-        -0.25,
-    ]

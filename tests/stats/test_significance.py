@@ -224,6 +224,10 @@ def test_sketch_noise_matches_random_vectors():
     assert np.std(results) == pytest.approx(sketch_noise(rho, 100), rel=0.12)
 
 
+def test_sketches_of_one_direction_have_no_noise():
+    assert sketch_noise([1.0, -1.001, 0.5, 0.0], 4).tolist() == [0.0, 0.0, 0.375, 0.5]
+
+
 def test_z_scores_of_constant_rows_are_zero():
     scores = np.array([[1.0, 2.0, 3.0], [0.1, 0.1, 0.1], [1e30, 1e30, 1e30]])
     result = z_scores(scores)

@@ -290,6 +290,9 @@ def test_without_samples_there_are_no_words_to_search(tmp_path):
 
 def test_one_hit_for_each_query_is_enough(scored_copy):
     best = scored_copy.sql("select query_id, source, variant, argmax from source_influence where checkpoint = 'base'")
+    with pytest.raises(LookupError, match="no checkpoint `nowhere`"):
+        scored_copy.attribute(["base", "nowhere"], queries="test", sketcher="small", hits=1)
+    assert scored_copy.sql("select max(score_run) from score_runs").item() == 10  # nothing is scored before
     scored_copy.attribute(["base"], queries="test", sketcher="small", hits=1)
     rows = scored_copy.sql("select query_id, source, variant, sample_id, rank from influence where checkpoint = 'base'")
     assert set(rows["rank"]) == {1}

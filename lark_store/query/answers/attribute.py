@@ -202,7 +202,7 @@ def _write(db: Database, question: Question, jobs: list[Job], compute: Compute, 
     searched = [job.new_group for job in jobs] if question.method.is_adding else question.groups
     terms = [*question.terms[:-1], replace(question.terms[-1], groups=searched)]
     search = Search(db, replace(question, terms=terms), device=compute.device, memory=compute.memory)
-    if question.method.engine and search.lexical and corpus_sha256(db) != jobs[0].extra_recipe["corpus"]:
+    if question.method.engine and search.lexical and {corpus_sha256(db)} != {j.extra_recipe["corpus"] for j in jobs}:
         raise ReplacedError  # the open index may cover other samples
     label = f"{question.terms[-1].checkpoint.name}: scoring {source} by {question.method.name}"
     coded = _coded(db, search, searched, jobs)
@@ -217,10 +217,10 @@ def _write(db: Database, question: Question, jobs: list[Job], compute: Compute, 
 
         tallies = [_tally(db, job, names, block.ids) for job, names in zip(jobs, coded.names, strict=True)]
         for numbers, scores_QB in search.stream(block):
-            for job in np.unique(coded.job_N[numbers]):
-                if job >= 0:
-                    in_job = coded.job_N[numbers] == job
-                    tallies[job].take(coded.code_N[numbers[in_job]], scores_QB[:, in_job])
+            for number, tally in enumerate(tallies):
+                in_job = coded.job_N[numbers] == number
+                if in_job.any():
+                    tally.take(coded.code_N[numbers[in_job]], scores_QB[:, in_job])
             scored(len(numbers))
         _append(db, jobs, coded.names, block.ids, tallies)
 
@@ -238,7 +238,7 @@ def _coded(db: Database, search: Search, searched: list[Group], jobs: list[Job])
     of_group = {(job.group.source.id, job.group.variant.id): number for number, job in enumerate(jobs)}
     job_of = np.array([of_group.get((group.source.id, group.variant.id), -1) for group in searched])
     job_N, ids_N = job_of[search.rows.frame["group"].to_numpy()], search.rows.frame["sample_id"].to_numpy()
-    code_N, names = np.full(len(ids_N), -1), []
+    code_N, names = np.empty(len(ids_N), np.int64), []
     for number, job in enumerate(jobs):
         job_rows = np.flatnonzero(job_N == number)
         earlier = [] if job.before is None else _hits(db, job.before)["sample_id"].unique().to_list()
@@ -315,8 +315,8 @@ def _influence_rows(keys: dict[str, Any], ids: list[str], names: pa.Array, score
     n_queries, hits = scores.top_scores.shape
     columns = keys | {
         "query_id": pa.array(ids).take(pa.array(np.repeat(np.arange(n_queries), hits))),
-        "sample_id": names.take(pa.array(scores.top_codes.reshape(-1))),
-        "score": scores.top_scores.reshape(-1),
+        "sample_id": names.take(pa.array(scores.top_codes.ravel())),
+        "score": scores.top_scores.ravel(),
         "rank": np.tile(np.arange(1, hits + 1, dtype=np.int32), n_queries),
     }
     return _table(columns, INFLUENCE, n_queries * hits)

@@ -47,7 +47,7 @@ _CAST = "cast it, as in `x::VARCHAR`"
 VECTOR = "the unit sketch times the square root of k: divide by it, or scale to norm 1, for cosines"
 
 
-def export(db: Database, view_or_query: str, path: Path, *, overwrite: bool = False) -> int:
+def export(db: Database, view_or_query: str, path: Path, *, overwrite: bool) -> int:
     """Write the rows of a view or of a SELECT; see `Store.export`."""
     _check(path, overwrite=overwrite)
 

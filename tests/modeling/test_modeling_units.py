@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lark_store.core.hashing import content_hash
 from lark_store.errors import InputError
+from lark_store.gradients.corrections.fisher import drawn_labels
 from lark_store.gradients.paths import hooks
 from lark_store.gradients.paths.hooks import check_tokens, choose_parameters, failure, finish, is_device_lost
 from lark_store.modeling import losses
@@ -78,6 +79,17 @@ def test_parameters_are_chosen_by_name_and_dimensions():
     assert none.value.hint == "its parameters include `table.weight`, `norm.weight`, `norm.bias`, `head.weight`"
     with pytest.raises(InputError, match="matches none of the model's 4 parameters"):
         names(None, None, 3)
+
+
+def test_some_parameters_are_named_if_none_matches():
+    with pytest.raises(InputError) as none:
+        choose_parameters(torch.nn.Linear(2, 2), "nothing", None)
+    assert none.value.hint == "its parameters include `weight`, `bias`"
+
+
+def test_labels_are_drawn_from_each_targets_own_distribution():
+    logits = torch.tensor([[99.0, 0.0, 0.0], [0.0, 0.0, 99.0]])
+    assert all(drawn_labels(logits, seed).tolist() == [0, 2] for seed in range(20))
 
 
 def test_tokens_within_the_vocabulary_are_known():

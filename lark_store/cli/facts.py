@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
@@ -52,7 +53,13 @@ def _say_cost(report: ProbeReport, samples: int) -> None:
 
 
 @takes(SurvivalSpec)
-def survival(common: ReadOptions, **options: Unpack[SurvivalOptions]) -> None:
+def survival(
+    common: ReadOptions,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Draw figures into it.")
+    ] = None,
+    **options: Unpack[SurvivalOptions],
+) -> None:
     """Analyse when probed facts are learned or lost, and what predicts it.
 
     Prints hazard ratios (Cox, and in discrete time), Kaplan–Meier curves and their log-rank test. Needs the extra
@@ -63,11 +70,13 @@ def survival(common: ReadOptions, **options: Unpack[SurvivalOptions]) -> None:
     Example: `lark-store survival --event degradation --by seen --rule stable`
     """
     with common.open() as opened:
-        report = opened.survival(**options)
+        report = opened.survival(output=output, **options)
     frames = {"effects": report.effects, "curves": report.curves, "tests": report.tests}
     emit_frames(frames, common.form, wide=common.wide)
     n_events = int(report.events["observed"].sum())
     say(f"{len(report.events)} facts at risk from `{report.events['baseline'][0]}` on, {n_events} with the event")
+    if output is not None:
+        say(f"wrote the figures to `{output}`")
 
 
 def register(app: typer.Typer) -> None:

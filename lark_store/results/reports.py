@@ -96,13 +96,15 @@ class SurvivalReport(Tabular[dict[str, Any]]):
 
     `effects` has a row per covariate, in the columns of the SQL function `survival`. `curves` are Kaplan–Meier curves:
     group, time, n_risk, n_events, survival (the share of facts without the event), low, high. `tests` has the log-rank
-    test of the groups: by, n_groups, chi2, p_value. `events` are the facts, in the columns of `fact_events`; `by` is
-    what the groups differ in.
+    test of the groups: by, n_groups, chi2, p_value. `recall` is the share of correct facts at each checkpoint, seen and
+    withheld. `events` are the facts at risk, in the columns of `fact_events`, with their group; `by` is what the groups
+    differ in.
     """
 
     effects: pl.DataFrame
     curves: pl.DataFrame
     tests: pl.DataFrame
+    recall: pl.DataFrame
     events: pl.DataFrame
     by: str | None
 

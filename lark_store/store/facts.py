@@ -9,6 +9,7 @@ from lark_store.store.base import Part, keywords, named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from typing import Unpack
 
     from lark_store.results import OnProgress, ProbeReport, SurvivalReport
@@ -56,7 +57,7 @@ class FactMethods(Part):
         return probe(self._writable, spec, on_progress)
 
     @keywords(SurvivalSpec)
-    def survival(self, **options: Unpack[SurvivalOptions]) -> SurvivalReport:
+    def survival(self, *, output: str | Path | None = None, **options: Unpack[SurvivalOptions]) -> SurvivalReport:
         """Analyse when probed facts are learned or lost, and what predicts it; needs the extra `survival`.
 
         `event` is `acquisition` (facts trained on: the first correct greedy answer), `generalisation` (withheld facts),
@@ -70,12 +71,19 @@ class FactMethods(Part):
         `p` and `logprob` (of the answer), `n_tokens`, `seen`, keys of the metadata, and influence on the fact as a
         query: `phi_pt` and `best_driver` (the highest of pretraining and fine-tuning samples, from `attribute`) and
         `self_influence`. Numbers other than 0 and 1 are in standard deviations. The SQL functions `fact_events` and
-        `survival` give the same.
+        `survival` give the same. With `output`, a folder, it draws `curves.svg` with numbers at risk,
+        `hazards.svg`, and `recall.svg`, the share of correct facts at each epoch.
 
         Raises
         ------
         NameUnknownError, NothingToScoreError, InputError
         """
-        from lark_store.query.answers.survival import survival
+        from pathlib import Path
 
-        return survival(self._db, build(SurvivalSpec, options))
+        from lark_store.query.answers.survival import draw, survival
+
+        spec = build(SurvivalSpec, options)
+        report = survival(self._db, spec)
+        if output is not None:
+            draw(report, spec.event, Path(output))
+        return report

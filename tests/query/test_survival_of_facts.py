@@ -180,6 +180,21 @@ def test_influence_of_the_store_is_a_covariate(scored_copy):
     assert values.to_list() == pytest.approx(own["self_influence"].to_list())
 
 
+def test_figures_show_curves_hazards_and_recall(store, tmp_path):
+    rng = np.random.default_rng(0)
+    latent, correct = planted(rng, 60, np.log(2.6))
+    add_course(store, correct, [{"seen": i < 40, "size": i} for i in range(60)], latent=latent)
+    report = store.survival(event="learning", covariates=["latent", "size"], output=tmp_path / "figures")
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "figures").iterdir()}
+    assert set(texts) == {"curves", "hazards", "recall"}
+    assert all(text in texts["curves"] for text in ("at risk", "not latent", "log-rank test by latent", ">30<"))
+    assert all(text in texts["hazards"] for text in ("discrete time", "size", "hazard ratio of learning"))
+    assert all(text in texts["recall"] for text in ("greedy recall", "withheld"))
+    last = report.recall.filter(epoch=12).select("group", "n", "n_correct").rows()
+    assert last == [("seen", 40, correct[:40, 12].sum()), ("withheld", 20, correct[40:, 12].sum())]
+    assert (report.recall["low"] <= report.recall["recall"]).all()
+
+
 def test_command_prints_effects_curves_and_tests(followed):
     arguments = ["survival", "--store", str(followed.path), "--event", "learning", "-x", "size", "--format", "json"]
     result = CliRunner().invoke(app, arguments)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lark_store.specs import EventsSpec
 
 RULES = ("first", "stable")
+_Z = 1.959963984540054  # of a 95% interval
 EVENTS = ("acquisition", "generalisation", "degradation")
 _PROBES = """
 SELECT p.checkpoint, c.epoch, p.source, p.variant, p.sample_id, p.is_correct, p.n_correct, p.n_samples,
@@ -55,27 +56,38 @@ def fact_events(db: Database, spec: EventsSpec) -> pl.DataFrame:
     NothingToScoreError
         No facts were probed at the baseline and a later checkpoint.
     """
+    return followed(db, spec)[0]
+
+
+def followed(db: Database, spec: EventsSpec) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the events of `fact_events`, and the recall at each checkpoint.
+
+    The latter has the columns checkpoint, epoch, group (seen or withheld), n, n_correct, recall, low and high, its 95%
+    interval (Wilson).
+    """
     if spec.rule not in RULES:
         raise InputError(f"there is no rule `{spec.rule}`", f"`--rule` is {joined(coded(RULES), 'or')}")
     probes = _probes(db, spec)
     epochs = _course(probes, spec)
     probes = probes.filter(pl.col("checkpoint").is_in(list(epochs)))
+    base = probes.filter(checkpoint=next(iter(epochs)))
+    seen = _seen(db, base, spec)
+    return _events(probes, epochs, seen, spec.rule), _recall(probes, seen)
+
+
+def _events(probes: pl.DataFrame, epochs: dict[str, float], seen: dict[str, bool], rule: str) -> pl.DataFrame:
     start, *later = epochs
     base = probes.filter(checkpoint=start)
     answers: dict[str, dict[str, bool]] = {}
     for checkpoint, sample_id, is_correct in probes.select("checkpoint", "sample_id", "is_correct").iter_rows():
         answers.setdefault(sample_id, {})[checkpoint] = is_correct
-    seen = _seen(db, base, spec)
     rows = []
     for row in base.iter_rows(named=True):
-        at = [
-            (epochs[name] - epochs[start], answers[row["sample_id"]][name])
-            for name in later
-            if name in answers[row["sample_id"]]
-        ]
+        own = answers[row["sample_id"]]
+        at = [(epochs[name] - epochs[start], own[name]) for name in later if name in own]
         if at:
             known, is_seen = row["is_correct"], seen[row["sample_id"]]
-            time, observed = _first(at, not known, spec.rule)
+            time, observed = _first(at, not known, rule)
             event = "degradation" if known else "acquisition" if is_seen else "generalisation"
             rows.append(row | {"event": event, "seen": is_seen, "time": time, "observed": observed, "baseline": start})
     if not rows:
@@ -84,6 +96,20 @@ def fact_events(db: Database, spec: EventsSpec) -> pl.DataFrame:
         )
     frame = pl.DataFrame(rows, infer_schema_length=None).with_columns(p=pl.col("answer_logprob").exp())
     return frame.select(list(FACT_EVENTS)).cast(frame_schema(FACT_EVENTS))
+
+
+def _recall(probes: pl.DataFrame, seen: dict[str, bool]) -> pl.DataFrame:
+    z2, k, n = _Z**2, pl.col("n_correct"), pl.col("n")
+    centre, spread = (k + z2 / 2) / (n + z2), _Z / (n + z2) * (k * (n - k) / n + z2 / 4).sqrt()
+    marks = pl.col("sample_id").replace_strict(seen, default=None, return_dtype=pl.Boolean)
+    known = probes.with_columns(group=pl.when(marks).then(pl.lit("seen")).when(~marks).then(pl.lit("withheld")))
+    return (
+        known.drop_nulls("group")
+        .group_by("checkpoint", "epoch", "group", maintain_order=True)
+        .agg(n=pl.len().cast(pl.Int64), n_correct=pl.col("is_correct").sum().cast(pl.Int64))
+        .with_columns(recall=k / n, low=(centre - spread).clip(0, 1), high=(centre + spread).clip(0, 1))
+        .sort("epoch", "group")
+    )
 
 
 def _probes(db: Database, spec: EventsSpec) -> pl.DataFrame:

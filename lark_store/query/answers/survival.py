@@ -10,18 +10,20 @@ import polars as pl
 
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError, NothingToScoreError
-from lark_store.query.answers.fact_events import EVENTS, ask_sql, fact_events
+from lark_store.query.answers.fact_events import EVENTS, ask_sql, followed
 from lark_store.query.sql.columns import SURVIVAL, frame_schema
 from lark_store.results import SurvivalReport
 from lark_store.stats.survival import check_installed, cox, discrete_hazard, kaplan_meier, log_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from lark_store.schema.database import Database
     from lark_store.specs import SurvivalSpec
 
 LEARNING = "learning"
+_TIMES = 8  # of numbers at risk
 _OF_SCORES = ("phi_pt", "best_driver", "self_influence")
 _OF_PROBES = {"latent": "is_latent", "p": "p", "logprob": "answer_logprob", "n_tokens": "n_tokens", "seen": "seen"}
 _SCORES = """
@@ -53,13 +55,48 @@ _CURVES = {
 def survival(db: Database, spec: SurvivalSpec) -> SurvivalReport:
     """Analyse the times to an event; see `Store.survival`."""
     check_installed()
-    events = chosen_events(fact_events(db, spec), spec.event)
+    events, recall = followed(db, spec)
+    events = chosen_events(events, spec.event)
     names = list(dict.fromkeys(spec.covariates)) or (["latent"] if events["is_latent"].null_count() == 0 else [])
     values = {name: covariate(db, events, name, spec) for name in names}
     by = spec.by or ("latent" if events["is_latent"].null_count() == 0 else None)
     groups = _groups(db, events, by, spec)
     curves, tests = _curves(events, groups, by)
-    return SurvivalReport(_effects(events, values, spec.event), curves, tests, events, by)
+    return SurvivalReport(
+        _effects(events, values, spec.event), curves, tests, recall, events.with_columns(group=pl.Series(groups)), by
+    )
+
+
+def draw(report: SurvivalReport, event: str, folder: Path) -> list[Path]:
+    """Write the figures of a report as SVG files; see `Store.survival`."""
+    from lark_store.charts.files import save
+    from lark_store.charts.survival import hazard_ratios, recall, survival_curves
+
+    start, n = report.events["baseline"][0], len(report.events)
+    about = f"{n} facts at risk from {start} on"
+    p = report.tests["p_value"].item()
+    test = [] if p is None else [f"log-rank test by {report.by}: p = {p:.3g}"]
+    figures = {
+        "curves": survival_curves(report.curves, _at_risk(report), event, about, *test),
+        "recall": recall(report.recall, "correct greedy answers; bands are 95% intervals"),
+    }
+    if report.effects["hazard_ratio"].drop_nulls().len():
+        scale = "per unit of 0 or 1, or per standard deviation; whiskers are 95% intervals"
+        figures["hazards"] = hazard_ratios(report.effects, event, about, scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [path for name, figure in figures.items() for path in save(figure, folder, name, ["svg"])]
+
+
+def _at_risk(report: SurvivalReport) -> pl.DataFrame:
+    """Return the number of facts at risk in each group, at a few times."""
+    times = report.curves["time"].unique().sort()
+    times = times.gather_every(max(1, -(-len(times) // _TIMES)))
+    rows = [
+        (group, time, report.events.filter(pl.col("group") == group, pl.col("time") >= time).height)
+        for group in report.curves["group"].unique(maintain_order=True)
+        for time in times
+    ]
+    return pl.DataFrame(rows, schema={"group": pl.String, "time": pl.Float64, "n": pl.Int64}, orient="row")
 
 
 def chosen_events(events: pl.DataFrame, event: str) -> pl.DataFrame:

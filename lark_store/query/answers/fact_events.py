@@ -107,7 +107,11 @@ def _recall(probes: pl.DataFrame, seen: dict[str, bool]) -> pl.DataFrame:
         known.drop_nulls("group")
         .group_by("checkpoint", "epoch", "group", maintain_order=True)
         .agg(n=pl.len().cast(pl.Int64), n_correct=pl.col("is_correct").sum().cast(pl.Int64))
-        .with_columns(recall=k / n, low=(centre - spread).clip(0, 1), high=(centre + spread).clip(0, 1))
+        .with_columns(recall=k / n)
+        .with_columns(  # at 0 and 1 an end is the share itself, but for rounding
+            low=pl.min_horizontal((centre - spread).clip(0, 1), "recall"),
+            high=pl.max_horizontal((centre + spread).clip(0, 1), "recall"),
+        )
         .sort("epoch", "group")
     )
 

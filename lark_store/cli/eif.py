@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
-from lark_store.cli.options import CheckpointOption, StoreOptions
+from lark_store.cli.options import CheckpointOption, ReadOptions, StoreOptions
 from lark_store.cli.output import ProgressBar, emit_frames, say
 from lark_store.cli.spec_options import takes
-from lark_store.specs import Compute, EifOptions, EifSpec
+from lark_store.specs import Compute, EifOptions, EifReportOptions, EifReportSpec, EifSpec
 
 if TYPE_CHECKING:
     from lark_store.results import EifReport
@@ -61,6 +61,21 @@ def _say(report: EifReport, *, is_plan: bool) -> None:
     say(f"the plateau is {plateau[0]:g} to {plateau[-1]:g}; chosen: `--learning-rate {best:g}`")
 
 
+@takes(EifReportSpec)
+def eif_report(common: ReadOptions, checkpoint: CheckpointOption, **options: Unpack[EifReportOptions]) -> None:
+    """Say what measured influence in synthetic domains shows: contrasts over draws, fine-tuning beside context.
+
+    Above 0, a contrast holds: the statement helps itself over others, the conclusion gains more than its reversal.
+    `relative` is in units of the influence's mean size, and `share` the draws in which it holds.
+
+    Example: `lark-store eif-report -c base -s transitivity --learning-rate 1e-3`
+    """
+    with common.open() as opened:
+        frame = opened.eif_report(checkpoint, **options)
+    common.emit(frame, by="desideratum")
+
+
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
     app.command()(eif)
+    app.command("eif-report")(eif_report)

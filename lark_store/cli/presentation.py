@@ -26,7 +26,8 @@ def plot(
 ) -> None:
     """Draw a plot of the store's answers into a file.
 
-    `hits`, `histogram` and `dominance` need a checkpoint. An option that the plot does not use is refused.
+    `hits`, `histogram`, `dominance`, `eif` and `eif-sweep` need a checkpoint. An option that the plot does not use is
+    refused.
 
     Example: `lark-store plot hits 21645374 --checkpoint epoch-2 -o hits.svg`
 

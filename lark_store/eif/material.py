@@ -116,13 +116,17 @@ class Texts:
         """The hash of the template."""
         return self._renderer.sha256
 
-    def choose(self, n: int | None, seed: int) -> list[str]:
-        """Return the ids of `n` samples drawn at random (None: all), in order; more begin with the same ones."""
+    def draw(self, n: int | None, seed: int) -> list[str]:
+        """Return the ids of `n` samples drawn at random (None: all), in order: those that evaluations draw."""
         ids = list(self._samples)
         if n is None or n >= len(ids):
             return ids
-        order = np.random.default_rng(seed).permutation(len(ids))[:n]
-        return [ids[i] for i in sorted(order)]
+        drawn = np.random.default_rng(seed).choice(len(ids), n, replace=False)
+        return [ids[i] for i in sorted(drawn)]
+
+    def first(self, n: int | None) -> list[str]:
+        """Return the first `n` ids (None: all)."""
+        return list(self._samples)[:n]
 
     def draw_of(self, sample_id: str) -> int | None:
         """Return the number of a statement's draw; None: it has none."""
@@ -196,8 +200,8 @@ def gather(db: Database, spec: EifSpec, rows: Rows, loaded: Loaded) -> Material:
     queries = Texts(db, rows.queries, rows.query_variant, loaded)
     failures: dict[tuple[str, str], str] = {}
     chosen = [
-        _usable(texts, texts.choose(n, spec.seed), failures)
-        for texts, n in ((samples, spec.max_samples), (queries, spec.max_queries))
+        _usable(samples, samples.draw(spec.max_samples, spec.seed), failures),
+        _usable(queries, queries.first(spec.max_queries), failures),
     ]
     for texts, ids in zip((samples, queries), chosen, strict=True):
         if not ids:

@@ -14,7 +14,7 @@ from lark_store.core.device import device_name, pick_device
 from lark_store.eif.material import Loaded, Material, find_rows, gather
 from lark_store.eif.meter import ContextMeter, TrainingMeter, check_fits, rounding_noise
 from lark_store.eif.runs import NOISE, Job, RunWriter, Todo, todo
-from lark_store.eif.sweep import SCHEMA, compare_rates
+from lark_store.eif.sweep import read_sweep
 from lark_store.errors import InputError
 from lark_store.gradients.measured_influence import check_finite
 from lark_store.modeling.auto_models import check_attention
@@ -22,6 +22,7 @@ from lark_store.modeling.loading import check_precision
 from lark_store.results import EifReport, Progress
 from lark_store.schema.database import check_unchanged
 from lark_store.schema.locks import working
+from lark_store.stats.sweep import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,7 +134,7 @@ class _Measurement:
                     raise
                 notes.append(f"learning rate {rate:g} is left out: {error.fact}")
         rates = {rate: jobs for rate, jobs in self._jobs.items() if rate is not None}
-        sweep = pl.DataFrame(schema=SCHEMA) if self.spec.sweep is None else compare_rates(self.db, rates)
+        sweep = pl.DataFrame(schema=SCHEMA) if self.spec.sweep is None else read_sweep(self.db, rates)
         return self._report(report, sweep, notes)
 
     def _at_rate(self, rate: float | None, jobs: list[Job]) -> Iterator[dict[str, Any]]:

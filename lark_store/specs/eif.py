@@ -30,9 +30,9 @@ class EifSpec:
     query_variant: str | None = option(
         None, metavar="NAME", help="The queries' format variant (default: the samples')."
     )
-    max_samples: int | None = option(None, help="Use only N samples, drawn at random.")
-    max_queries: int | None = option(None, help="Use only N queries, drawn at random.")
-    seed: int = option(0, help="Seed of the draws.")
+    max_samples: int | None = option(None, help="Use only N samples, drawn at random as in `evaluate`.")
+    max_queries: int | None = option(None, help="Use only the first N queries.")
+    seed: int = option(0, help="Seed of the draw of samples.")
     by_draw: bool = option(
         False, help="Measure each draw of a domain alone: samples and queries with one `draw` in their metadata."
     )

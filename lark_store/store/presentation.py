@@ -61,12 +61,15 @@ class PresentationMethods(Part):
         - `hits`: the `k` samples with the highest and the `k` with the lowest influence on a query; whiskers are one
           standard deviation of sketch noise;
         - `heatmap`: the influence of groups (`by`, `how`) at each checkpoint, over all queries or the given ones;
-        - `histogram`: the scores of all samples for a query, with its `k` highest marked.
+        - `histogram`: the scores of all samples for a query, with its `k` highest marked;
+        - `eif`: the measured influence of one of the `sources` on its queries, fine-tuning beside context: a domain's
+          statements by role, averaged over draws;
+        - `eif-sweep`: the learning rates of measured influence: rank agreement, and signal over rounding error.
 
-        `hits`, `histogram` and `dominance` need a checkpoint; the others show all by default, without those that lack
-        sketches of queries or samples, which a note names. A group's value is the `max` (`how`) of its samples' scores,
-        the source influence Φ, unless said otherwise. The other arguments are those of `top` and `groups`; one that the
-        kind does not use is refused. With `output` it returns the path.
+        `hits`, `histogram`, `dominance`, `eif` and `eif-sweep` need a checkpoint; the others show all by default,
+        without those that lack sketches of queries or samples, which a note names. A group's value is the `max` (`how`)
+        of its samples' scores, the source influence Φ, unless said otherwise. The other arguments are those of `top`
+        and `groups`; one that the kind does not use is refused. With `output` it returns the path.
 
         Raises
         ------

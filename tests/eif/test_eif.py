@@ -16,7 +16,7 @@ from lark_store import Store
 from lark_store.errors import InputError, NameUnknownError
 from lark_store.stats.sweep import chosen, plateau
 
-FIVE = {"max_samples": 5, "max_queries": 5, "variant": "text", "queries": "squares"}
+FIVE = {"variant": "text", "queries": "five"}
 
 
 def matrix(store, **conditions):
@@ -34,7 +34,7 @@ def rows_of(store):
 
 
 def test_five_statements_equal_a_plain_script(statements, checkpoints):
-    report = statements.eif("base", "squares", learning_rate=1e-2, **FIVE)
+    report = statements.eif("base", "five", learning_rate=1e-2, **FIVE)
     influence, samples, queries = matrix(statements)
     assert samples == queries
     assert len(samples) == 5
@@ -52,7 +52,7 @@ def test_five_statements_equal_a_plain_script(statements, checkpoints):
 
 
 def test_statements_in_context_equal_a_plain_script(statements, checkpoints):
-    report = statements.eif("base", "squares", in_context=True, **FIVE)
+    report = statements.eif("base", "five", in_context=True, **FIVE)
     influence, samples, queries = matrix(statements, mode="context")
     plain = PlainModel(checkpoints["base"])
     expected = [[plain.in_context(STATEMENTS[z], STATEMENTS[x]) for x in queries] for z in samples]
@@ -70,11 +70,11 @@ def test_measuring_again_adds_only_what_is_missing(statements):
     assert len(stored) == 12
     again = statements.eif("base", "squares", max_samples=3, **options).runs
     assert again.select("eif_run", "n_existing", "n_measured").row(0) == (first["eif_run"][0], 12, 0)
-    more = statements.eif("base", "squares", max_samples=5, **options).runs
-    assert more.select("eif_run", "n_samples", "n_existing", "n_measured").row(0) == (first["eif_run"][0], 5, 12, 8)
+    more = statements.eif("base", "squares", **options).runs
+    assert more.select("eif_run", "n_samples", "n_existing", "n_measured").row(0) == (first["eif_run"][0], 18, 12, 60)
     assert stored < set(rows_of(statements))
     fewer = statements.eif("base", "squares", max_samples=2, **options).runs
-    assert fewer.select("n_samples", "n_measured").row(0) == (5, 0)
+    assert fewer.select("n_samples", "n_measured").row(0) == (18, 0)
     other = statements.eif("base", "squares", max_samples=2, steps=2, **options).runs
     assert other["eif_run"][0] != first["eif_run"][0]
 
@@ -120,7 +120,7 @@ def test_each_draw_is_a_matrix_of_its_own(statements):
 
 
 def test_a_sweep_names_the_plateau(statements):
-    report = statements.eif("base", "squares", sweep="1e-4:1e-2", **FIVE)
+    report = statements.eif("base", "five", sweep="1e-4:1e-2", **FIVE)
     assert report.runs["learning_rate"].to_list() == pytest.approx([1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2], rel=1e-5)
     sweep = report.sweep
     assert (sweep["signal_over_noise"].diff().drop_nulls() > 0).all()
@@ -131,14 +131,14 @@ def test_a_sweep_names_the_plateau(statements):
     assert sweep["rank_agreement"][1] == pytest.approx(spearmanr(one, other).statistic)
     assert sweep["signal"][1] == pytest.approx(np.sqrt(np.mean(one**2)))
     assert sweep.filter("is_chosen")["is_plateau"].to_list() == [True]
-    again = statements.eif("base", "squares", sweep="1e-4:1e-2", **FIVE)
+    again = statements.eif("base", "five", sweep="1e-4:1e-2", **FIVE)
     assert again.runs["n_measured"].sum() == 0
     assert again.sweep.equals(sweep)
 
 
 def test_a_sweep_leaves_out_rates_that_diverge(statements):
     few = FIVE | {"max_samples": 2, "max_queries": 2}
-    report = statements.eif("base", "squares", sweep="1e20:1e22", **few)
+    report = statements.eif("base", "five", sweep="1e20:1e22", **few)
     left_out = report.sweep.filter(pl.col("signal").is_null())["learning_rate"].to_list()
     assert left_out
     for note, rate in zip(report.notes, left_out, strict=True):
@@ -146,7 +146,7 @@ def test_a_sweep_leaves_out_rates_that_diverge(statements):
     statuses = statements.sql("select status, count(*) from eif_runs group by all").rows()
     assert dict(statuses)["failed"] == len(left_out)
     with pytest.raises(InputError, match="is not finite"):
-        statements.eif("base", "squares", learning_rate=left_out[0], **few)
+        statements.eif("base", "five", learning_rate=left_out[0], **few)
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_the_plateau_is_the_longest_stable_range(agreement, signal, expected):
 )
 def test_impossible_measurements_are_refused(statements, options, fact):
     with pytest.raises(InputError) as caught:
-        statements.eif("base", "squares", **FIVE | options)
+        statements.eif("base", "five", **FIVE | options)
     assert fact in caught.value.fact
     assert statements.sql("from eif_runs").is_empty()
 
 
 def test_names_are_checked(statements):
-    for names in (("none", "squares"), ("base", "none")):
+    for names in (("none", "five"), ("base", "none")):
         with pytest.raises(NameUnknownError):
             statements.eif(*names, **FIVE)
 
@@ -208,7 +208,7 @@ def test_a_pair_longer_than_the_context_is_refused(statements):
 def test_samples_that_cannot_be_rendered_are_left_out(statements):
     rows = [{"id": "a", "text": "A song."}, {"id": "b", "text": "a"}]
     statements.source_add("odd", rows, stage="query")
-    report = statements.eif("base", "squares", **FIVE | {"queries": "odd", "max_samples": 1})
+    report = statements.eif("base", "five", **FIVE | {"queries": "odd", "max_samples": 1})
     assert report.failures.select("source", "sample_id").rows() == [("odd", "b")]
     assert report.runs.select("n_samples", "n_queries").row(0) == (1, 1)
 

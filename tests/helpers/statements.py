@@ -19,10 +19,11 @@ N_ROLES = len(DOMAINS["squares"].statements)
 
 @pytest.fixture
 def statements(tmp_path, checkpoints):
-    """A store with one checkpoint, the source `squares` and the variant `text`."""
+    """A store with one checkpoint, the sources `squares` and `five` (five statements of it), and the variant `text`."""
     with Store.create(tmp_path / "statements.store") as store:
         store.checkpoint_add("base", checkpoints["base"])
         store.source_add("squares", make_domain("squares", draws=2), stage="finetune")
+        store.source_add("five", make_domain("squares", draws=1)[:5], stage="finetune")
         store.variant_add("text", template="raw", targets="text")
         yield store
 

@@ -166,6 +166,7 @@ def test_every_writing_method_is_refused():
         "coverage",
         "trajectory",
         "similar_text",
+        "eif_report",
         "self_influence",
         "export",
         "scores",

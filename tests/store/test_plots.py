@@ -13,7 +13,9 @@ from helpers.stores import read_sketches
 from helpers.texts import write_jsonl
 from helpers.topics import topic_store
 
-from lark_store import Store
+from lark_store import Store, make_domain
+from lark_store.charts.numbers import rate_text
+from lark_store.domains import DOMAINS
 from lark_store.errors import InputError, NameUnknownError, NothingToScoreError
 from lark_store.query.plots import PLOTS
 
@@ -26,12 +28,20 @@ ASKS = {
     "hits": {"query": "q100", **AT},
     "heatmap": {"by": "topic", **SMALL},
     "histogram": {"query": "q100", **AT},
+    "eif": {"checkpoint": "base", "sources": ["squares"]},
+    "eif-sweep": {"checkpoint": "base"},
 }
 
 
 @pytest.fixture(scope="module")
 def path(scored_path, tmp_path_factory):
-    return topic_store(scored_path, tmp_path_factory.mktemp("plots"))
+    path = topic_store(scored_path, tmp_path_factory.mktemp("plots"))
+    with Store.open(path) as store:
+        store.source_add("squares", make_domain("squares", draws=2), stage="pretrain")
+        store.variant_add("text", template="raw", targets="text")
+        for options in ({"sweep": "1e-3:1e-2"}, {"in_context": True}):
+            store.eif("base", "squares", queries="squares", variant="text", by_draw=True, **options)
+    return path
 
 
 @pytest.fixture
@@ -286,6 +296,11 @@ FAULTS = [
     (("trajectory", "q100"), {**SMALL, "measure": "size"}, InputError, "shows no `size`"),
     (("trajectory", "q100"), {"sketcher": "lark"}, NothingToScoreError, "no `lark` sketches"),
     (("heatmap",), {**SMALL, "by": "subject"}, InputError, "the key `subject`"),
+    (("eif",), {}, InputError, "no checkpoint is given"),
+    (("eif",), {"checkpoint": "epoch-1"}, NothingToScoreError, "no influence of `squares` is measured at `epoch-1`"),
+    (("eif",), {"checkpoint": "base", "sources": ["songs"]}, NothingToScoreError, "no influence of `songs`"),
+    (("eif-sweep",), {"checkpoint": ["base", "epoch-1"]}, InputError, "one source and one checkpoint"),
+    (("eif",), {"checkpoint": "base", "k": 3}, InputError, "`eif` does not use `k`"),
     (("heatmap",), {**SMALL, "how": "median"}, InputError, "groups have no `median`"),
 ]
 
@@ -297,6 +312,28 @@ def test_faults(store, arguments, options, error, message, tmp_path, monkeypatch
         store.plot(*arguments, **options)
     assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+def test_matrices_of_measured_influence_are_means_over_draws(store):
+    chart = store.plot("eif", checkpoint="base")
+    drawn = rows(chart, "panel", "sample", "query")
+    roles = list(DOMAINS["squares"].statements)
+    assert len(drawn) == 2 * len(roles) ** 2
+    compared = store.eif("base", "squares", queries="squares", variant="text", by_draw=True, sweep="1e-3:1e-2").sweep
+    (rate,) = compared.filter("is_chosen")["learning_rate"]
+    assert {row["panel"] for row in drawn} == {f"sgd, learning rate {rate_text(rate)}", "in context"}
+    value = """select avg(value) from eif where mode = ? and coalesce(learning_rate, ?) = ?
+               and sample_id like ? and query_id like ?"""
+    for mode, panel in (("finetune", drawn[0]["panel"]), ("context", "in context")):
+        names = ["squares-_-both_in_two", "squares-_-square_is_b"]
+        (cell,) = [
+            row["value"] for row in drawn
+            if (row["panel"], row["sample"], row["query"]) == (panel, "both_in_two", "square_is_b")
+        ]  # fmt: skip
+        assert cell == pytest.approx(store.sql(value, [mode, rate, rate, *names]).item(), rel=1e-4)
+    swept = rows(store.plot("eif-sweep", checkpoint="base"), "learning_rate", "signal_over_noise")
+    ratios = {row["learning_rate"]: row["signal_over_noise"] for row in swept}
+    assert list(ratios.values()) == pytest.approx(compared["signal_over_noise"].to_list(), rel=1e-4)
 
 
 def test_nothing_is_scored_in_a_new_store(tmp_path):

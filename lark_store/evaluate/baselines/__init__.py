@@ -3,7 +3,7 @@
 A baseline is a function of a `Material` and a `BaselineContext`; it returns a matrix (Q, N), higher = more helpful. To
 add one, write it with its check in a module of its own and list it in `BASELINES`.
 
-    lexical, representations, dot_products, cka, trak, arnoldi, exact_inverse, controls     the baselines, by family
+    lexical, representations, dot_products, cka, trak, arnoldi, exact_inverse, measured, controls     the baselines
 
     base             the interface
     checks           shared by the checks of a baseline's name before any computation
@@ -25,6 +25,7 @@ from lark_store.evaluate.baselines.controls import check_length, check_random, l
 from lark_store.evaluate.baselines.dot_products import check_ekfac_full, check_gdp, ekfac_full, gdp
 from lark_store.evaluate.baselines.exact_inverse import cg, check_cg, check_lissa, lissa
 from lark_store.evaluate.baselines.lexical import bm25, bm25_okapi, bm25plus, check_lexical
+from lark_store.evaluate.baselines.measured import eif
 from lark_store.evaluate.baselines.representations import check_encoder, check_repsim, encoder, repsim
 from lark_store.evaluate.baselines.trak import check_trak, trak
 
@@ -43,6 +44,7 @@ BASELINES: dict[str, Baseline] = {
     "arnoldi": Baseline("the leading eigenvectors of the curvature", arnoldi, check_arnoldi, is_slow=True),
     "cg": Baseline("the inverse curvature, by conjugate gradient", cg, check_cg, is_slow=True),
     "lissa": Baseline("the inverse curvature, by LiSSA", lissa, check_lissa, is_slow=True),
+    "eif": Baseline("measured influence, stored by `eif`", eif, eif),
     "random": Baseline("random numbers: a negative control", random, check_random),
     "length": Baseline("the sample's length: a negative control", length, check_length),
     "same": Baseline("an equal metadata value: a negative control", same, same_values),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError
 from lark_store.query.plots.base import Asked, Plot
+from lark_store.query.plots.of_eif import EifMatrices, EifSweep
 from lark_store.query.plots.of_groups import Heatmap, Trajectory
 from lark_store.query.plots.of_queries import Dominance, Histogram, HitsPlot, Influence
 from lark_store.specs import GroupsSpec, PlotSpec, RankSpec, build, fields_named
@@ -24,7 +25,17 @@ if TYPE_CHECKING:
     from lark_store.schema.database import Database
 
 PLOTS: dict[str, Plot] = {
-    plot.name: plot for plot in (Trajectory(), Dominance(), Influence(), HitsPlot(), Heatmap(), Histogram())
+    plot.name: plot
+    for plot in (
+        Trajectory(),
+        Dominance(),
+        Influence(),
+        HitsPlot(),
+        Heatmap(),
+        Histogram(),
+        EifMatrices(),
+        EifSweep(),
+    )
 }
 _LOG = logging.getLogger(__name__)
 

@@ -252,14 +252,14 @@ def test_errors_use_the_callers_spelling(scored):
     assert caught.value.command_line == "no checkpoint is given\n\nhint: add `--checkpoint NAME`"
 
 
-CLI_ONLY = {"study", "evaluate"}  # options without a method of `Store`
+CLI_ONLY = {"domain", "study", "evaluate"}  # options without a method of `Store`
 OTHERS = {"--attribute_tokens", "--aggregation none"}  # bergson's own options
 
 
 def quoted_commands():
     """Yield command-line text in backticks from all string constants of the packages."""
     root = Path(lark_store.__file__).parent
-    for room in ("store", "schema", "query", "ingest", "migrations", "upkeep"):
+    for room in ("store", "schema", "query", "ingest", "eif", "probing", "migrations", "maintenance"):
         for path in (root / room).rglob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             docs = {ast.get_docstring(node, clean=False) for node in ast.walk(tree)

@@ -43,7 +43,12 @@ def survival_curves(curves: pl.DataFrame, at_risk: pl.DataFrame, event: str, *su
         .mark_text(fontSize=12)
         .encode(
             x=alt.X("time:Q", title=None, scale=alt.Scale(domain=[0, last]), axis=None),
-            y=alt.Y("group:N", title="at risk", sort=groups, axis=alt.Axis(ticks=False, domain=False, grid=False)),
+            y=alt.Y(
+                "group:N",
+                title="at risk",
+                sort=groups,
+                axis=alt.Axis(ticks=False, domain=False, grid=False, labelPadding=16),
+            ),
             text="n:Q",
             color=colour,
         )

@@ -128,7 +128,8 @@ def find_rows(
 
 def _rows_per_batch(vector: Any) -> int:
     """Return the number of vectors of an Arrow type to read at once."""
-    return max(ROWS_PER_BATCH, min(_MOST_ROWS, _BATCH_BYTES * 8 // (vector.list_size * vector.value_type.bit_width)))
+    n_bytes = int(vector.list_size) * int(vector.value_type.bit_width) // 8
+    return max(ROWS_PER_BATCH, min(_MOST_ROWS, _BATCH_BYTES // n_bytes))
 
 
 def _cached(db: Database, table: Any, filter_: str, groups: Sequence[Group]) -> pl.DataFrame:

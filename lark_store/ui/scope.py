@@ -212,7 +212,8 @@ def choose(store: Store, parameters: Parameters, kind: str = "sketched", *, stri
             what = name.replace("_", " ")
             notes.append(f"The {what} {given} does not go with the other choices; this is {chosen[name]}.")
         rows = rows.filter(pl.col(name) == chosen[name])
-    scope = Scope(**chosen)
+    sketcher, queries, query_variant, method, checkpoint = (chosen[name] for name in _FIELDS)
+    scope = Scope(sketcher, queries, query_variant, method, checkpoint)
     if kind == "askable":
         return Choices(across(scope, parameters, order, ()), values, notes, order, ())
     sketched = set(rows["query_checkpoints"][0])

@@ -69,7 +69,7 @@ from lark_store.specs.search import (
     TraceOptions,
     TraceSpec,
 )
-from lark_store.specs.survival import EventsSpec, SurvivalOptions, SurvivalSpec
+from lark_store.specs.survival import EventsOptions, EventsSpec, SurvivalOptions, SurvivalSpec
 
 __all__ = [
     "LOSSES",
@@ -89,6 +89,7 @@ __all__ = [
     "EifSpec",
     "EvaluateOptions",
     "EvaluateSpec",
+    "EventsOptions",
     "EventsSpec",
     "ExplainOptions",
     "ExplainSpec",

@@ -49,12 +49,14 @@ class SurvivalSpec(EventsSpec):
         help="`latent`, `p`, `logprob`, `n_tokens`, `seen`, `phi_pt`, `best_driver`, `self_influence` or a metadata "
         "key; repeatable (default: `latent`).",
     )
-    method: str | None = option(None, metavar="NAME", help="The method of stored scores, if there are several.")
+    method: str | None = option(
+        None, flags="--method -m", metavar="NAME", help="The method of stored scores, if there are several."
+    )
     sketcher: str | None = option(None, metavar="NAME", help="The sketcher of stored scores, if there are several.")
 
 
-class SurvivalOptions(TypedDict, total=False):
-    """The keywords of `Store.survival`."""
+class EventsOptions(TypedDict, total=False):
+    """`EventsSpec` as keywords."""
 
     source: str | None
     variant: str | None
@@ -63,6 +65,11 @@ class SurvivalOptions(TypedDict, total=False):
     rule: str
     seen_in: str | None
     seen_key: str
+
+
+class SurvivalOptions(EventsOptions, total=False):
+    """The keywords of `Store.survival`."""
+
     event: str
     by: str | None
     covariates: Sequence[str]

@@ -81,6 +81,19 @@ def client(stranger):
     return stranger
 
 
+def client_of(path):
+    """Return a client of a store's explorer, and the store."""
+    from starlette.testclient import TestClient
+
+    from lark_store.ui.app import application
+    from lark_store.ui.explorer import Explorer
+    from lark_store.ui.jobs import Jobs
+
+    store = Store.open(path)
+    app = application(Explorer(store, Jobs(str(path), None)), hosts={"a:1"}, token="t" * 20, cookie="c")
+    return TestClient(app, base_url="http://a:1", cookies={"c": "t" * 20}), store
+
+
 class Page(HTMLParser):
     """A page's elements, its links, and its text."""
 

@@ -10,10 +10,9 @@ from html import unescape
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
-from helpers.explorer import Page
+from helpers.explorer import Page, client_of
 from helpers.program import lark
 from starlette.datastructures import QueryParams
-from test_pages import client_of
 
 from lark_store import Store
 from lark_store.errors import InputError

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
-from helpers.explorer import HOSTILE, ODD_ID, Page
+from helpers.explorer import HOSTILE, ODD_ID, Page, client_of
 from helpers.program import lark
 from helpers.texts import qa_rows, write_jsonl
 
@@ -311,17 +311,6 @@ def odd_path(explored_path, tmp_path):
         store.checkpoint_add("epoch-2", checkpoint, epoch=2)
         store.ingest(["epoch-2"], ["test"], ["chatml"], sketcher="small")
     return root
-
-
-def client_of(path):
-    """Return a client of a store's explorer, and the store."""
-    from starlette.testclient import TestClient
-
-    from lark_store.ui.app import application
-
-    store = Store.open(path)
-    app = application(Explorer(store, Jobs(str(path), None)), hosts={"a:1"}, token="t" * 20, cookie="c")
-    return TestClient(app, base_url="http://a:1", cookies={"c": "t" * 20}), store
 
 
 @pytest.mark.folder

@@ -125,7 +125,7 @@ def test_seconds_are_split_into_preparing_and_scoring_for_one_query(monkeypatch)
     ("options", "message"),
     [
         ({"trials": 0, "max_queries": 2}, "the number of trials must be at least 1, not 0"),
-        ({"trials": 2}, "all trials would be alike\n\nhint: give `--max-queries`"),
+        ({"trials": 2}, "all trials would be alike\n\nhint: give `max_queries`"),
         ({"trials": 2, "max_samples": 2}, "2 samples have no rank correlation"),
     ],
 )

@@ -259,7 +259,7 @@ OTHERS = {"--attribute_tokens", "--aggregation none"}  # bergson's own options
 def quoted_commands():
     """Yield command-line text in backticks from all string constants of the packages."""
     root = Path(lark_store.__file__).parent
-    for room in ("store", "schema", "query", "ingest", "migrations", "upkeep"):
+    for room in ("store", "schema", "query", "ingest", "eif", "migrations", "upkeep"):
         for path in (root / room).rglob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             docs = {ast.get_docstring(node, clean=False) for node in ast.walk(tree)

@@ -68,7 +68,7 @@ def eif_report(common: ReadOptions, checkpoint: CheckpointOption, **options: Unp
     Above 0, a contrast holds: the statement helps itself over others, the conclusion gains more than its reversal.
     `relative` is in units of the influence's mean size, and `share` the draws in which it holds.
 
-    Example: `lark-store eif-report -c base -s transitivity --learning-rate 1e-3`
+    Example: `lark-store eif-report -c base -s transitivity --learning-rate 1e-4`
     """
     with common.open() as opened:
         frame = opened.eif_report(checkpoint, **options)

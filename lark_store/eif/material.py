@@ -232,7 +232,7 @@ def _by_draw(samples: Texts, queries: Texts, sample_ids: list[str], query_ids: l
             if draw is None:
                 raise InputError(
                     f"`{sample_id}` of `{texts.source}` has no `draw` in its metadata",
-                    "make statements with `lark-store domain make`, or leave `--by-draw` out",
+                    "use statements of `domain make`, or leave `--by-draw` out",
                 )
             part = parts.setdefault(draw, Part(draw, [], []))
             (part.samples if texts is samples else part.queries).append(sample_id)

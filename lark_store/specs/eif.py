@@ -38,7 +38,7 @@ class EifSpec:
     )
     in_context: bool = option(False, help="Put the sample before the query instead of training on it.")
     optimizer: str = option("sgd", help="`sgd` or `adamw` (without weight decay), with a new state for each sample.")
-    learning_rate: float = option(1e-3, help="The learning rate.")
+    learning_rate: float = option(1e-4, help="The learning rate; `--sweep` finds one.")
     steps: int = option(1, help="Steps on each sample.")
     sweep: str | None = option(
         None, metavar="LOW:HIGH", help="Measure at learning rates from LOW to HIGH, two per decade; name the plateau."

@@ -75,7 +75,7 @@ def report(db: Database, checkpoint: str, spec: EifReportSpec) -> pl.DataFrame:
     if rows.is_empty():
         raise NothingToScoreError(
             f"no influence of a domain is measured at `{checkpoint}`",
-            "add one made by `lark-store domain make` as a source, and measure it with `lark-store eif --by-draw`",
+            "add statements of `domain make` as a source, and measure them with `lark-store eif --by-draw`",
         )
     answers: dict[tuple[Any, ...], dict[str, dict[int, tuple[float, float, bool]]]] = {}
     for key, of_draw in rows.group_by(*SETTING, "draw", maintain_order=True):

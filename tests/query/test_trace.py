@@ -127,7 +127,7 @@ def test_errors_name_the_argument(opened, options, error, message):
 def test_empty_answer_is_an_error(opened, monkeypatch):
     monkeypatch.setattr("lark_store.modeling.answers.greedy_answer", lambda *_: [])
     with pytest.raises(InputError, match="the model's answer is empty"):
-        opened.trace(QUESTION, checkpoint="base", **SMALL)
+        opened.trace("Is nothing said?", checkpoint="base", **SMALL)
 
 
 def test_command_prints_the_answer_and_the_hits(scored_path, traced):

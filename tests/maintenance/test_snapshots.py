@@ -338,7 +338,7 @@ def test_the_commands_of_snapshots(scored_copy):
     store = scored_copy.path
     result = lark("snapshot create paper", store=store)
     assert (result.code, result.out) == (0, "")
-    assert result.err.startswith("snapshot `paper`: 5 tables, ")
+    assert result.err.startswith("snapshot `paper`: 7 tables, ")
     lines = {
         "sql": "sql 'select count(*) as n from sketches' -f json",
         "top": "top q100 -c base --sketcher small -k 50 -f json",

@@ -85,7 +85,7 @@ def test_store_moves_with_its_snapshots(backup, place, tmp_path, kind):
         store.source_add("more", write_jsonl(tmp_path / "m.jsonl", text_rows(3, "more")), stage="pretrain")
         assert store.ingest(["base"], ["more"], ["raw"], sketcher="small").units["n_sketched"].item() == 3
         store.sample_remove("more", ["more-1"])
-        assert store.db_optimize(keep_versions_days=0)["table"][0] == "failures"
+        assert store.db_optimize(keep_versions_days=0)["table"][0] == "eif"
         assert store.db_check().is_empty()
         again = store.db_backup(tmp_path / "again").path
         expected = answers(store)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lark_store.store import Store
     from lark_store.ui.scope import Choices, Scope
+    from lark_store.ui.tables import Table
 
 _MOST = 50
 _OF_SAMPLES = [
@@ -43,6 +44,10 @@ _KEYS = """
 SELECT DISTINCT unnest(json_keys(meta)) AS name FROM (SELECT meta FROM samples WHERE meta IS NOT NULL LIMIT 1000)
 ORDER BY name"""
 _SAMPLE = "SELECT * FROM samples WHERE source = ? AND sample_id = ?"
+_MEASURED = """
+SELECT source, sample_id, variant, value, mode, optimizer, learning_rate FROM eif
+WHERE checkpoint = ? AND queries = ? AND query_id = ? AND query_variant = ?
+ORDER BY abs(value) DESC, source, sample_id, eif_run LIMIT ?"""
 _LOSSES = """
 SELECT c.name AS checkpoint, c.epoch, x.loss, p.answer AS predicted_answer
 FROM checkpoints c
@@ -78,6 +83,7 @@ def show(request: Request) -> HTMLResponse:
         query_id=query_id,
         parts=parts,
         losses=table(_losses(explorer.store, choices, query_id)),
+        measured=_measured(explorer.store, scope, query_id, 2 * k),
         k=k,
         where=where or "",
         columns=_columns(explorer.store),
@@ -149,6 +155,14 @@ def _losses(store: Store, choices: Choices, query_id: str) -> pl.DataFrame:
     keys = {"sketcher": scope.sketcher, "queries": scope.queries, "query_variant": scope.query_variant}
     frame = store.sql(_LOSSES, keys | {"query": query_id, "checkpoints": choices.checkpoints})
     return frame.drop("predicted_answer") if frame["predicted_answer"].count() == 0 else frame
+
+
+def _measured(store: Store, scope: Scope, query_id: str, n: int) -> Table | None:
+    """Return the samples with the largest measured influence on the query, if any was measured there."""
+    names = [scope.checkpoint, scope.queries, query_id, scope.query_variant]
+    frame = store.sql(_MEASURED, [*names, n])
+    links = {"sample_id": lambda row: scope.sample_url(row["source"], row["sample_id"])}
+    return None if frame.is_empty() else table(frame, links)
 
 
 def metadata_keys(store: Store) -> list[str]:

@@ -57,6 +57,8 @@ def test_columns_that_may_be_null():
         "failures": ["checksum"],
         "influence": [],
         "source_influence": ["checksum"],
+        "probes": ["is_correct", "n_correct", "answer_logprob", "n_tokens", "output", "reason"],
+        "eif": [],
         "sketches": ["n_cut", "answer", "answer_tokens", "checksum"],
         "embeddings": ["checksum"],
     }

@@ -227,5 +227,5 @@ def test_query_removed_during_a_search_is_an_error(scored_copy, monkeypatch, met
 def test_sql_refuses_to_mix_runs_of_two_moments(scored_copy, monkeypatch):
     ticks = iter(range(1000))
     monkeypatch.setattr(connection, "_statuses", lambda _: [(next(ticks), "done")])
-    with pytest.raises(StoreBusyError, match="other processes keep committing score runs"):
+    with pytest.raises(StoreBusyError, match="other processes keep committing runs while"):
         scored_copy.sql("select 1")

@@ -352,7 +352,7 @@ def test_the_commands_of_snapshots(scored_copy):
         assert lark(f"{line} --snapshot paper", store=store) == before[name]
         assert lark(line, store=store) != before[name]
     [row] = lark("snapshot list -f json", store=store).rows
-    assert (row["name"], row["tables"]) == ("paper", 5)
+    assert (row["name"], row["tables"]) == ("paper", 7)
     removed = lark("snapshot remove paper", store=store)
     assert (removed.code, removed.err) == (0, "removed snapshot `paper`\n")
     assert lark("snapshot list -f json", store=store).rows == []

@@ -75,6 +75,9 @@ def survival(
     emit_frames(frames, common.form, wide=common.wide)
     n_events = int(report.events["observed"].sum())
     say(f"{len(report.events)} facts at risk from `{report.events['baseline'][0]}` on, {n_events} with the event")
+    n_left_out = len(report.events) - max(report.effects["n"], default=len(report.events))
+    if n_left_out:
+        say(f"note: {n_left_out} facts lack a covariate; `effects` leaves them out")
     if output is not None:
         say(f"wrote the figures to `{output}`")
 

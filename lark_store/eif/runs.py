@@ -114,7 +114,7 @@ class RunWriter:
     def _begin(self, device: str) -> EifRun:
         with self._db.session() as session:
             if self._work.run is None:
-                run = EifRun(**self._job.ids, recipe=self._job.recipe, versions=versions(), device=device, status="")
+                run = EifRun(**self._job.ids, recipe=self._job.recipe, versions=versions(), device=device)
                 session.add(run)
             else:
                 run = session.get_one(EifRun, self._work.run.id)

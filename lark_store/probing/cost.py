@@ -45,11 +45,8 @@ def seconds(db: Database, spec: ProbeSpec, unit: Unit, folder: ModelFolder, devi
     for number, batch in enumerate(islice(found, _BATCHES + 1)):
         started = time.perf_counter()
         force(model, batch)
-        if number:  # the first one warms up
-            elapsed += time.perf_counter() - started
-            n_facts += len(batch)
-        else:
-            first = time.perf_counter() - started, len(batch)
-    if not n_facts:
-        elapsed, n_facts = first
-    return elapsed / n_facts * len(unit.pending)
+        if number == 1:  # the first one warms up; its time counts if it is the only one
+            elapsed, n_facts = 0.0, 0
+        elapsed += time.perf_counter() - started
+        n_facts += len(batch)
+    return elapsed / max(n_facts, 1) * len(unit.pending)

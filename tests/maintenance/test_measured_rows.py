@@ -48,6 +48,12 @@ def test_pairs_hold_both_directions(scored_copy):
     assert pairs == [("q0", "q1", 10, 1), ("q0", "q2", 20, 2), ("q1", "q2", 21, 12)]
 
 
+def test_two_sources_with_the_same_ids_make_no_pairs(scored_copy):
+    add_eif(scored_copy, source="medical", queries="finetune")  # both have q0, q1 and q2 in these rows
+    assert scored_copy.sql("SELECT count(*) FROM eif").item() == 9
+    assert scored_copy.sql("FROM eif_pairs").is_empty()
+
+
 def test_rows_of_uncommitted_runs_are_not_read(measured):
     change_catalog(measured, "UPDATE probe_run SET status = 'running'", "UPDATE eif_run SET status = 'interrupted'")
     for view in ("probes", "eif", "eif_pairs"):

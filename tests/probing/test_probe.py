@@ -9,7 +9,7 @@ import pytest
 from helpers.forked import run_forked
 from helpers.known_facts import fact_rows, facts_in, knowing_checkpoint, load
 from helpers.stores import copy_store
-from helpers.texts import write_jsonl
+from helpers.texts import text_rows, write_jsonl
 from typer.testing import CliRunner
 
 from lark_store import Store
@@ -166,6 +166,12 @@ def test_wrong_options_are_refused(store, options, message):
     with pytest.raises(NameUnknownError):
         store.probe("fact")
     assert store.sql("FROM probe_runs").is_empty()
+
+
+def test_plan_of_a_source_without_facts_takes_no_time(store, tmp_path):
+    store.source_add("songs", write_jsonl(tmp_path / "songs.jsonl", text_rows(5)), stage="pretrain")
+    report = store.probe("songs", "epoch-0", dry_run=True)
+    assert report.units.select("n_facts", "n_probed", "seconds").row(0) == (5, 5, 0.0)
 
 
 def test_command_prints_the_report(store):

@@ -203,3 +203,12 @@ def test_command_prints_effects_curves_and_tests(followed):
     assert list(frames) == ["effects", "curves", "tests"]
     assert frames["effects"][0]["covariate"] == "size"
     assert "4 facts at risk from `e0` on, 3 with the event" in result.stderr
+    assert "lack a covariate" not in result.stderr
+
+
+def test_facts_without_a_covariate_are_said_to_be_left_out(store):
+    add_course(store, COURSE, [{"seen": seen} | ({"rare": i} if i in (0, 2) else {}) for i, seen in enumerate(SEEN)])
+    arguments = ["survival", "--store", str(store.path), "--event", "learning", "-x", "rare", "--format", "json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "note: 2 facts lack a covariate; `effects` leaves them out" in result.stderr

@@ -18,7 +18,7 @@ import polars as pl
 from lark_store.domains import DOMAINS
 from lark_store.domains.templates import UNRELATED
 from lark_store.errors import NothingToScoreError
-from lark_store.query.sql.connection import connect, fetch
+from lark_store.query.sql.connection import ask
 from lark_store.schema.catalog import Checkpoint, Source
 from lark_store.schema.database import find
 from lark_store.stats.bootstrap import Figure, evaluate
@@ -91,21 +91,8 @@ def matrices(db: Database, checkpoint: str, spec: EifReportSpec) -> pl.DataFrame
     Columns: source, family, mode, optimizer, learning_rate, draw, eif_run, variant, role, query_role, value. Where
     several runs have one setting and draw, such as two variants, the last one counts.
     """
-    query = ROLES + _ROWS
-    connection = connect(db, query=query)
-    try:
-        rows = fetch(
-            connection,
-            query,
-            {
-                "checkpoint": checkpoint,
-                "sources": list(spec.sources) or None,
-                "optimizer": spec.optimizer,
-                "rate": spec.learning_rate,
-            },
-        )
-    finally:
-        connection.close()
+    chosen = {"sources": list(spec.sources) or None, "optimizer": spec.optimizer, "rate": spec.learning_rate}
+    rows = ask(db, ROLES + _ROWS, {"checkpoint": checkpoint, **chosen})
     last = pl.col("eif_run") == pl.col("eif_run").max().over([*SETTING, "draw"])
     return rows.filter(last & pl.col("family").is_in(list(DOMAINS)))
 

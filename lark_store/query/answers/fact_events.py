@@ -9,7 +9,6 @@ last checkpoint. Time is epochs since the baseline.
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -17,7 +16,7 @@ import polars as pl
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError, NothingToScoreError
 from lark_store.query.sql.columns import FACT_EVENTS, frame_schema
-from lark_store.query.sql.connection import connect, fetch
+from lark_store.query.sql.connection import ask
 from lark_store.schema.catalog import Checkpoint, Source
 from lark_store.schema.database import find
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from lark_store.specs import EventsSpec
 
 RULES = ("first", "stable")
-_Z = 1.959963984540054  # of a 95% interval
 EVENTS = ("acquisition", "generalisation", "degradation")
 _PROBES = """
 SELECT p.checkpoint, c.epoch, p.source, p.variant, p.sample_id, p.is_correct, p.n_correct, p.n_samples,
@@ -39,12 +37,6 @@ QUALIFY row_number() OVER (
     PARTITION BY p.checkpoint, p.source, p.variant, p.sample_id ORDER BY p.n_samples DESC, p.probe_run DESC) = 1
 ORDER BY c.epoch, p.sample_id"""
 _TRUE, _FALSE = {"true", "yes", "seen", "1", "train"}, {"false", "no", "withheld", "0", "test", "null"}
-
-
-def ask_sql(db: Database, query: str, parameters: dict[str, Any] | None = None) -> pl.DataFrame:
-    """Run a query over the store's views."""
-    with closing(connect(db, query=query)) as connection:
-        return fetch(connection, query, parameters)
 
 
 def fact_events(db: Database, spec: EventsSpec) -> pl.DataFrame:
@@ -99,20 +91,22 @@ def _events(probes: pl.DataFrame, epochs: dict[str, float], seen: dict[str, bool
 
 
 def _recall(probes: pl.DataFrame, seen: dict[str, bool]) -> pl.DataFrame:
-    z2, k, n = _Z**2, pl.col("n_correct"), pl.col("n")
-    centre, spread = (k + z2 / 2) / (n + z2), _Z / (n + z2) * (k * (n - k) / n + z2 / 4).sqrt()
+    from scipy.stats import binomtest
+
     marks = pl.col("sample_id").replace_strict(seen, default=None, return_dtype=pl.Boolean)
     known = probes.with_columns(group=pl.when(marks).then(pl.lit("seen")).when(~marks).then(pl.lit("withheld")))
-    return (
+    counts = (
         known.drop_nulls("group")
         .group_by("checkpoint", "epoch", "group", maintain_order=True)
         .agg(n=pl.len().cast(pl.Int64), n_correct=pl.col("is_correct").sum().cast(pl.Int64))
-        .with_columns(recall=k / n)
-        .with_columns(  # at 0 and 1 an end is the share itself, but for rounding
-            low=pl.min_horizontal((centre - spread).clip(0, 1), "recall"),
-            high=pl.max_horizontal((centre + spread).clip(0, 1), "recall"),
-        )
         .sort("epoch", "group")
+    )
+    pairs = counts.select("n_correct", "n").iter_rows()
+    intervals = [binomtest(k, n).proportion_ci(method="wilson") for k, n in pairs]
+    return counts.with_columns(
+        recall=pl.col("n_correct") / pl.col("n"),
+        low=pl.Series([interval.low for interval in intervals], dtype=pl.Float64),
+        high=pl.Series([interval.high for interval in intervals], dtype=pl.Float64),
     )
 
 
@@ -125,7 +119,7 @@ def _probes(db: Database, spec: EventsSpec) -> pl.DataFrame:
         for source in (spec.source, spec.seen_in):
             if source is not None:
                 find(session, Source, source)
-    probes = ask_sql(db, _PROBES, {"source": spec.source, "variant": spec.variant})
+    probes = ask(db, _PROBES, {"source": spec.source, "variant": spec.variant})
     if probes.is_empty():
         raise NothingToScoreError("no facts were probed", "probe some with `lark-store probe`")
     for column in ("source", "variant"):
@@ -166,7 +160,7 @@ def _seen(db: Database, base: pl.DataFrame, spec: EventsSpec) -> dict[str, bool]
     """Tell which facts were trained on."""
     if spec.seen_in is not None:
         query = "SELECT DISTINCT content_sha256 FROM samples WHERE source = $source"
-        trained = set(ask_sql(db, query, {"source": spec.seen_in})["content_sha256"])
+        trained = set(ask(db, query, {"source": spec.seen_in})["content_sha256"])
         return {i: sha256 in trained for i, sha256 in base.select("sample_id", "content_sha256").iter_rows()}
     marks = {i: _mark(json.loads(meta), spec.seen_key) for i, meta in base.select("sample_id", "meta").iter_rows()}
     if all(mark is None for mark in marks.values()):

@@ -10,8 +10,9 @@ import polars as pl
 
 from lark_store.core.text import coded, joined
 from lark_store.errors import InputError, NothingToScoreError
-from lark_store.query.answers.fact_events import EVENTS, ask_sql, followed
+from lark_store.query.answers.fact_events import EVENTS, followed
 from lark_store.query.sql.columns import SURVIVAL, frame_schema
+from lark_store.query.sql.connection import ask
 from lark_store.results import SurvivalReport
 from lark_store.stats.survival import check_installed, cox, discrete_hazard, kaplan_meier, log_rank
 
@@ -150,7 +151,7 @@ def _influence(db: Database, events: pl.DataFrame, name: str, spec: SurvivalSpec
     asked = {"checkpoint": events["baseline"][0], "source": events["source"][0], "sketcher": spec.sketcher}
     query = _SELF if name == "self_influence" else _SCORES
     asked |= {"variant": events["variant"][0]} if name == "self_influence" else {"method": spec.method}
-    rows = ask_sql(db, query, asked)
+    rows = ask(db, query, asked)
     ways = sorted({way for text in rows["how"].drop_nulls() for way in text.split("; ")})
     if len(ways) > 1:
         raise InputError(

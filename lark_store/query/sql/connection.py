@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
@@ -177,6 +178,12 @@ def _statuses(session: Session) -> list[tuple[str, int, str]]:
     kinds = (ScoreRun, ProbeRun, EifRun)
     states = (select(literal(kind.__tablename__), kind.id, kind.status) for kind in kinds)
     return sorted((kind, run, status) for kind, run, status in session.execute(union_all(*states)))
+
+
+def ask(db: Database, query: str, parameters: Parameters | None = None) -> pl.DataFrame:
+    """Run a query over the store's views."""
+    with closing(connect(db, query=query)) as connection:
+        return fetch(connection, query, parameters)
 
 
 def fetch(

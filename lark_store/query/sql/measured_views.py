@@ -113,6 +113,6 @@ MEASURED_VIEWS = {
         SELECT x.eif_run, x.checkpoint, x.source, x.sample_id AS a, x.query_id AS b, x.mode, x.optimizer,
                x.learning_rate, x.draw, x.value AS a_on_b, y.value AS b_on_a
         FROM eif x JOIN eif y ON y.eif_run = x.eif_run AND y.sample_id = x.query_id AND y.query_id = x.sample_id
-        WHERE x.sample_id < x.query_id""",
+        WHERE x.source = x.queries AND x.sample_id < x.query_id""",
     ),
 }
